@@ -1,0 +1,214 @@
+"""Every environment variable of the server: its type, its default, and one clear sentence when it is wrong.
+
+Values come from the environment; then from one file: the one that `--env-file` or `SSH_MCP_ENV_FILE` names,
+else the `.env` beside `app.py` in a checkout, else `ssh-mcp-server/.env` in the user's configuration directory.
+Never from the working directory: desktop clients start servers inside whatever folder was opened.
+"""
+
+import getpass
+import ipaddress
+import os
+import stat
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+from dotenv import dotenv_values
+from platformdirs import user_config_path
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+__version__ = "0.1.0"
+
+_HOST_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789._-")
+_USER_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-@+")
+
+
+class SettingsError(Exception):
+    """A variable cannot be used; `str()` is one line that names it, what it holds, and what would do."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One account on one machine: whom to log in as, where."""
+
+    user: str
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.user}@{host}:{self.port}"
+
+
+def host_token(text: str) -> str:
+    """Return `text` in lower case if it is a host name, an alias or an IP address, else raise ValueError."""
+    host = text.strip().removeprefix("[").removesuffix("]").lower()
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        pass
+    if not host or len(host) > 253 or host.startswith(("-", ".")) or not _HOST_CHARACTERS.issuperset(host):
+        raise ValueError("a host name or an IP address")
+    return host
+
+
+def user_token(text: str) -> str:
+    """Return `text` if it is an account's name, else raise ValueError."""
+    user = text.strip()
+    if not user or len(user) > 64 or user.startswith("-") or not _USER_CHARACTERS.issuperset(user):
+        raise ValueError("an account name: letters, digits and . _ - @ +")
+    return user
+
+
+def _os_user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return "root"
+
+
+def _expanded(path: Path) -> Path:
+    return path.expanduser()
+
+
+def _not_built(value: object) -> None:
+    """Refuse a restriction that this version would not enforce: silence would be taken for protection."""
+    if str(value).strip().lower() not in ("", "false", "0", "no", "off", "never", "none"):
+        raise ValueError("this version does not enforce it yet; unset it")
+
+
+ExpandedPath = Annotated[Path, AfterValidator(_expanded)]
+NotBuilt = Annotated[None, BeforeValidator(_not_built)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class Settings(BaseSettings):
+    """The variables of the SSH side. Each field's description says what would do."""
+
+    model_config = SettingsConfigDict(env_ignore_empty=True, extra="ignore", frozen=True)
+
+    ssh_default_host: Annotated[str, AfterValidator(host_token)] | None = Field(
+        None, description="a host name or an IP address"
+    )
+    ssh_default_port: Port = Field(22, description="a port from 1 to 65535")
+    ssh_default_user: Annotated[str, AfterValidator(user_token)] = Field(
+        default_factory=_os_user, description="an account name: letters, digits and . _ - @ +"
+    )
+    ssh_key_path: ExpandedPath | None = Field(None, description="the path of a private key")
+    ssh_key_passphrase: SecretStr | None = Field(None, description="the key's passphrase")
+    ssh_known_hosts: ExpandedPath = Field(
+        Path("~/.ssh/known_hosts").expanduser(), description="the path of a known_hosts file"
+    )
+    ssh_host_key_policy: Literal["strict", "accept-new"] = Field("strict", description="strict or accept-new")
+    ssh_allowed_hosts: str | None = Field(
+        None,
+        description="comma-separated patterns [user@]host[:port], such as web1,deploy@*.example.com:2222",
+    )
+    ssh_max_connections: int = Field(10, ge=1, le=100, description="a whole number from 1 to 100")
+    ssh_max_total_connections: int = Field(
+        500, ge=1, le=100_000, description="a whole number from 1 to 100000"
+    )
+    ssh_idle_seconds: float = Field(600, ge=1, le=86_400, description="seconds, from 1 to 86400")
+    ssh_connect_timeout: float = Field(10, ge=0.1, le=600, description="seconds, from 0.1 to 600")
+    ssh_max_output_bytes: int = Field(
+        30_000, ge=1_000, le=10_000_000, description="bytes, from 1000 to 10000000"
+    )
+    ssh_max_read_bytes: int = Field(
+        65_536, ge=1_000, le=10_000_000, description="bytes, from 1000 to 10000000"
+    )
+    log_level: Annotated[
+        Literal["DEBUG", "INFO", "WARNING", "ERROR"],
+        BeforeValidator(lambda v: v.upper() if isinstance(v, str) else v),
+    ] = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
+
+    ssh_config: NotBuilt = None
+    ssh_sudo: NotBuilt = None
+    allowed_commands: NotBuilt = None
+    allowed_paths: NotBuilt = None
+    read_only: NotBuilt = None
+    rate_limit: NotBuilt = None
+    confirm: NotBuilt = None
+    audit_log: NotBuilt = None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Let the environment win over the file, whose values come in as arguments."""
+        return env_settings, init_settings
+
+
+def env_file(named: Path | None = None) -> Path | None:
+    """Return the file that settings come from besides the environment, or None.
+
+    Raises SettingsError when a file was named that is not there.
+    """
+    if named is None and (text := os.environ.get("SSH_MCP_ENV_FILE")):
+        named = Path(text)
+    if named is not None:
+        path = named.expanduser()
+        if not path.is_file():
+            raise SettingsError(f"the settings file {path} does not exist; create it or name another one")
+        return path
+    here = Path(__file__).resolve().parent
+    beside = [here / ".env"] if (here / "pyproject.toml").exists() else []
+    candidates = [*beside, user_config_path("ssh-mcp-server", appauthor=False) / ".env"]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def load(named_file: Path | None = None) -> Settings:
+    """Read and check all settings. Raises SettingsError, whose text is one line for the operator."""
+    values = _file_values(env_file(named_file))
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        raise SettingsError(_sentence(error)) from None
+
+
+def _file_values(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        values = {name.lower(): value for name, value in dotenv_values(path).items() if value}
+        mode = path.stat().st_mode
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(
+            f"the settings file {path} cannot be read: {getattr(error, 'strerror', 'not UTF-8')}"
+        ) from None
+    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO) and _SECRETS & values.keys():
+        raise SettingsError(f"{path} holds a secret and others may read it; run: chmod 600 {path}")
+    return values
+
+
+_SECRETS = frozenset(
+    {
+        "google_client_secret",
+        "jwt_secret",
+        "session_secret",
+        "oauth_code_secret",
+        "ssh_key_passphrase",
+        "ssh_sudo_password",
+    }
+)
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False)[0]
+    field = str(first["loc"][0])
+    if first["msg"].endswith("unset it"):
+        return f"{field.upper()} is set, and {first['msg'].removeprefix('Value error, ')}"
+    held = "a value that cannot be used" if field in _SECRETS else repr(str(first["input"])[:100])
+    return f"{field.upper()} is {held}; give {Settings.model_fields[field].description}"
+
+
+def exit_for(error: SettingsError) -> NoReturn:
+    """End the process with the operator's line and exit status 2."""
+    print(f"ssh-mcp-server: {error}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,482 @@
+"""Running one command: sent once, drained without deadlock, ended when its own process has ended, killed on time.
+
+How a command travels. The exec request holds a constant that reads one line from stdin and runs what it decodes to.
+That line changes into `cwd`, exports `env`, prints a mark with the shell's process id on both streams, and hands
+the command line to the account's own login shell. So no quoting of ours depends on the length of a command line,
+nothing an rc file prints is taken for the command's output, and the process group to kill is known.
+
+A POSIX login shell reads the line itself. Another one (fish, tcsh) cannot, prints no mark and ends; then `/bin/sh`
+reads the line and starts `$SHELL -c COMMAND`. Which of the two a target needs is found out once.
+
+Invariants:
+
+- A command line is handed to a shell at most once. What was cut off after it was sent is `lost`, not run again.
+- `stdin` is the caller's input and then its end, never ours.
+- Bytes kept in memory are bounded, whatever a command prints; bytes counted are true.
+"""
+
+import secrets
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from settings import Settings, Target
+from ssh_errors import ArgumentError, ConnectionLostError, SSHError
+from ssh_output import Kept, share, visible
+from ssh_pool import Cancelled, Pool
+from ssh_transport import Session
+
+_TICK_SECONDS = 0.25
+_GRACE_SECONDS = 0.5
+_TERM_SECONDS = 2
+_KILL_DEADLINE_SECONDS = 12.0
+_START_SECONDS = 10.0
+_SCRIPT_BYTES = 1_000_000
+
+_READ_LINE = 'IFS= read -r c && eval "$(printf %b "$c")"'
+_POSIX = _READ_LINE
+_FOREIGN = f"exec /bin/sh -c '{_READ_LINE}'"
+
+
+class CommandResult(BaseModel):
+    """How a command went."""
+
+    status: Literal["exited", "killed", "lost"] = Field(
+        description="exited; killed (by a signal or the timeout); lost (connection went away, outcome unknown)"
+    )
+    exit_code: int | None
+    signal: str | None = Field(description="name of the signal that ended it, such as TERM")
+    stdout: str
+    stderr: str
+    stdout_bytes: int = Field(description="bytes the stream produced in all")
+    stderr_bytes: int
+    stdout_omitted: int = Field(description="bytes left out of the middle of stdout here")
+    stderr_omitted: int
+    duration_seconds: float
+    target: str
+    note: str | None = Field(
+        None, description="what else one should know, such as a process that cannot be killed"
+    )
+
+    def text(self) -> str:
+        """Return the answer as a person reads it."""
+        parts = [visible(self.stdout)] if self.stdout else []
+        if self.stderr:
+            parts.append(f"[stderr]\n{visible(self.stderr)}")
+        outcome = {
+            "exited": f"exit code {self.exit_code}",
+            "killed": f"killed{f' by SIG{self.signal}' if self.signal else ''}"
+            + (f", exit code {self.exit_code}" if self.exit_code is not None else ""),
+            "lost": "lost: the connection went away; whether the command finished is unknown",
+        }[self.status]
+        facts = [outcome, f"{self.duration_seconds:.2f} s", self.target]
+        omitted = self.stdout_omitted + self.stderr_omitted
+        if omitted:
+            facts.append(f"{omitted} bytes omitted")
+        if self.note:
+            facts.append(self.note)
+        parts.append(f"[{' · '.join(facts)}]")
+        return "\n".join(part.removesuffix("\n") for part in parts)
+
+
+@dataclass
+class _Outcome:
+    """What came of one exec request."""
+
+    out: Kept
+    err: Kept
+    pid: int | None = None
+    refused: str | None = None
+    exit_status: int | None = None
+    exit_signal: str | None = None
+    killed: bool = False
+    lost: bool = False
+    note: str | None = None
+
+    @property
+    def started(self) -> bool:
+        return self.pid is not None
+
+
+class Commands:
+    """Runs commands over a pool. Thread-safe."""
+
+    def __init__(self, pool: Pool, settings: Settings) -> None:
+        self._pool = pool
+        self._budget = settings.ssh_max_output_bytes
+        self._foreign: set[Target] = set()
+        self._stopping = threading.Event()
+        self._running = _Count()
+
+    def run(
+        self,
+        target: Target,
+        command: str,
+        *,
+        cancelled: Cancelled,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        stdin: str = "",
+        timeout: float = 45,
+    ) -> CommandResult:
+        """Run a command line in the account's login shell and wait for it, `timeout` seconds at most.
+
+        A command that takes longer is killed with its process group. Raises ArgumentError when `cwd` is not
+        there or an argument cannot be sent, UnreachableError and its kinds, and BusyError; in all these cases
+        nothing was run. When `cancelled` raises, the command is killed first.
+        """
+        started_at = time.monotonic()
+        task = _Task(command, cwd, dict(env or {}), stdin.encode())
+        outcome = self._run(target, task, started_at + timeout, cancelled, self._budget)
+        head, tail = share(self._budget, outcome.out, outcome.err)
+        ended = outcome.exit_signal is not None or outcome.killed
+        return CommandResult(
+            status="lost" if outcome.lost else "killed" if ended else "exited",
+            exit_code=outcome.exit_status,
+            signal=outcome.exit_signal,
+            stdout=head.text,
+            stderr=tail.text,
+            stdout_bytes=outcome.out.total,
+            stderr_bytes=outcome.err.total,
+            stdout_omitted=head.omitted,
+            stderr_omitted=tail.omitted,
+            duration_seconds=round(time.monotonic() - started_at, 3),
+            target=str(target),
+            note=outcome.note,
+        )
+
+    def script(self, target: Target, text: str, *, cancelled: Cancelled, timeout: float = 15) -> str:
+        """Run a program of ours with `/bin/sh`, whatever the login shell is, and return what it prints.
+
+        Raises what `run` raises, and SSHError when it does not end well.
+        """
+        task = _Task(text, None, {}, b"", by_sh=True)
+        outcome = self._run(target, task, time.monotonic() + timeout, cancelled, _SCRIPT_BYTES)
+        if outcome.lost or outcome.killed:
+            raise ConnectionLostError(f"{target} did not answer within {timeout:.0f} s")
+        if outcome.exit_status != 0:
+            raise SSHError(f"{target} cannot run /bin/sh scripts: {outcome.err.shown(200).text.strip()}")
+        return outcome.out.shown(_SCRIPT_BYTES).text
+
+    def stop(self, timeout: float = 5) -> None:
+        """Kill what waiting calls run, and wait until they have returned. Later calls are refused by the pool."""
+        self._stopping.set()
+        self._running.wait_for_none(timeout)
+
+    def _run(
+        self, target: Target, task: "_Task", deadline: float, cancelled: Cancelled, budget: int
+    ) -> _Outcome:
+        with self._running:
+            outcome = self._attempt(target, task, deadline, cancelled, budget)
+            if not (outcome.started or outcome.refused or outcome.lost) and target not in self._foreign:
+                self._foreign.add(target)
+                outcome = self._attempt(target, task, deadline, cancelled, budget)
+                if not (outcome.started or outcome.refused):
+                    self._foreign.discard(target)
+        if outcome.refused:
+            raise ArgumentError(
+                f"the working directory {task.cwd} cannot be entered on {target}; nothing was run"
+            )
+        if not (outcome.started or outcome.lost):
+            said = visible((outcome.out.shown(300).text + outcome.err.shown(300).text).strip())
+            raise SSHError(
+                f"{target} ended the session before the command was run (exit status {outcome.exit_status})"
+                + (f": {said[:300]}" if said else "; see the account's login shell and rc files")
+            )
+        return outcome
+
+    def _attempt(
+        self, target: Target, task: "_Task", deadline: float, cancelled: Cancelled, budget: int
+    ) -> _Outcome:
+        def check() -> None:
+            cancelled()
+            if self._stopping.is_set():
+                raise SSHError(f"{target}: the server is stopping; the command was ended")
+
+        foreign = target in self._foreign
+        with self._pool.session(target, deadline, check) as session:
+            session.exec(_FOREIGN if foreign else _POSIX)
+            exchange = _Exchange(session, task, foreign, budget)
+            try:
+                timed_out = not exchange.finish(deadline, check)
+            except BaseException:
+                self._kill(target, exchange)
+                raise
+            if timed_out:
+                self._kill(target, exchange)
+                exchange.finish(time.monotonic() + _GRACE_SECONDS, lambda: None)
+            return exchange.outcome
+
+    def _kill(self, target: Target, exchange: "_Exchange") -> None:
+        """End the process group of a command, and look that it is gone."""
+        outcome = exchange.outcome
+        if outcome.pid is None:
+            exchange.finish(time.monotonic() + _START_SECONDS, lambda: None, until_started=True)
+        if outcome.pid is None:
+            outcome.lost = True
+            return
+        outcome.killed = True
+        task = _Task(_KILL.replace("PID", str(outcome.pid)), None, {}, b"", by_sh=True)
+        deadline = time.monotonic() + _KILL_DEADLINE_SECONDS
+        foreign = target in self._foreign
+        try:
+            with self._pool.session(target, deadline, lambda: None, control=True) as session:
+                session.exec(_FOREIGN if foreign else _POSIX)
+                killer = _Exchange(session, task, foreign, 4096)
+                done = killer.finish(deadline, lambda: None)
+        except SSHError as error:
+            outcome.note = f"process group {outcome.pid} may still be running: {error}"
+            return
+        said = killer.outcome.out.shown(4096).text.split()
+        if not done or not said:
+            outcome.note = f"process group {outcome.pid} may still be running: the kill was not answered"
+        elif said[1:]:
+            outcome.note = f"could not be killed: process {', '.join(said[1:])}"
+        exchange.signal_sent = said[0] if said else None
+
+
+_KILL = f"""
+g=
+if read -r s 2>/dev/null </proc/PID/stat; then set -- ${{s##*) }}; g=$3
+else g=$(ps -o pgid= -p PID 2>/dev/null); fi
+g=$(($g + 0))
+if [ "$g" -eq PID ]; then t=-PID; else t=PID; fi
+gone() {{
+  for i in $1; do
+    kill -s 0 -- "$t" 2>/dev/null || return 0
+    sleep 0.1 2>/dev/null || sleep 1
+  done
+  ! kill -s 0 -- "$t" 2>/dev/null
+}}
+tens='1 2 3 4 5 6 7 8 9 10'
+kill -s TERM -- "$t" 2>/dev/null
+if gone "{" ".join("$tens" for _ in range(_TERM_SECONDS))}"; then echo TERM; exit; fi
+kill -s KILL -- "$t" 2>/dev/null
+if gone "$tens"; then echo KILL; exit; fi
+set -- KILL
+for f in /proc/[0-9]*/stat; do
+  read -r s 2>/dev/null <"$f" || continue
+  p=${{f#/proc/}}; p=${{p%/stat}}; rest=${{s##*) }}
+  case $rest in Z*|X*) continue ;; esac
+  q=${{rest#* * }}; q=${{q%% *}}
+  if [ "$t" = "-$q" ] || [ "$t" = "$p" ]; then set -- "$@" "$p"; fi
+done
+[ -e /proc/self/stat ] || set -- KILL PID
+echo "$@"
+"""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is to be run, and what it gets."""
+
+    command: str
+    cwd: str | None
+    env: dict[str, str]
+    stdin: bytes
+    by_sh: bool = False
+    mark: str = field(default_factory=lambda: secrets.token_hex(16))
+
+    def __post_init__(self) -> None:
+        for name, value in self.env.items():
+            if not (name.isascii() and name.isidentifier()):
+                raise ArgumentError(f"env: {name!r} is no variable name; nothing was run")
+            _no_nul(f"the value of {name} in env", value)
+        _no_nul("the command", self.command)
+        _no_nul("cwd", self.cwd or "")
+
+    def line(self, foreign: bool) -> bytes:
+        """Return the line that the waiting shell decodes and evaluates."""
+        steps = ["unset c"]
+        if self.cwd is not None:
+            steps.append(
+                f"cd -- {_directory(self.cwd)} >/dev/null 2>&1 || {{ echo {self.mark} no; exit 1; }}"
+            )
+        steps += [f"export {name}={_quoted(value)}" for name, value in self.env.items()]
+        steps.append(f"echo {self.mark} $$; echo {self.mark} >&2")
+        if self.by_sh and not foreign:
+            steps.append(f"exec /bin/sh -c {_quoted(self.command)}")
+        elif foreign and not self.by_sh:
+            steps.append(f'exec "${{SHELL:-/bin/sh}}" -c {_quoted(self.command)}')
+        else:
+            steps.append(f"eval {_quoted(self.command)}")
+        return _encoded("\n".join(steps)) + b"\n"
+
+
+def _no_nul(what: str, text: str) -> None:
+    if "\0" in text:
+        raise ArgumentError(f"{what} holds a NUL character, which no shell can take; nothing was run")
+
+
+def _quoted(text: str) -> str:
+    """Quote for a POSIX shell (XCU 2.2.2)."""
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+def _directory(path: str) -> str:
+    if path == "~":
+        return '"$HOME"'
+    if path.startswith("/"):
+        return _quoted(path)
+    return '"$HOME"/' + _quoted(path.removeprefix("~/"))
+
+
+def _encoded(text: str) -> bytes:
+    """Encode for `printf %b` (XCU printf): printable ASCII as it is, all else and the backslash as octal."""
+    return b"".join(
+        bytes([byte]) if 32 <= byte < 127 and byte != 92 else b"\\0%03o" % byte
+        for byte in text.encode("utf-8", "surrogateescape")
+    )
+
+
+class _Exchange:
+    """One command on one session: feeds stdin, drains both streams, notices the end."""
+
+    def __init__(self, session: Session, task: _Task, foreign: bool, budget: int) -> None:
+        self.outcome = _Outcome(Kept(budget), Kept(budget))
+        self.signal_sent: str | None = None
+        self._session = session
+        self._input = memoryview(task.line(foreign) + task.stdin)
+        self._out = _Marked(task.mark.encode(), self.outcome.out)
+        self._err = _Marked(task.mark.encode(), self.outcome.err)
+        self._grace: _Grace | None = None
+
+    def finish(self, deadline: float, check: Cancelled, *, until_started: bool = False) -> bool:
+        """Go on until the command has ended and return True, or False when the deadline came first."""
+        while True:
+            moved = self._feed() + self._drain()
+            if until_started and self.outcome.started:
+                return False
+            if self._over(moved):
+                self._conclude()
+                return True
+            if time.monotonic() >= deadline:
+                return False
+            check()
+            if not moved:
+                self._session.wait(min(self._patience(), max(0.0, deadline - time.monotonic())))
+
+    def _feed(self) -> int:
+        """Send what fits of stdin, and its end after the last byte."""
+        sent = 0
+        while self._input and (count := self._session.send(self._input)):
+            self._input = self._input[count:]
+            sent += count
+        if sent and not self._input:
+            self._session.send_eof()
+        return sent
+
+    def _drain(self) -> int:
+        out, err = self._session.read()
+        self._out.feed(out)
+        self._err.feed(err)
+        if self.outcome.pid is None and self.outcome.refused is None and self._out.said is not None:
+            said = self._out.said.decode("ascii", "replace")
+            if said.isdecimal():
+                self.outcome.pid = int(said)
+            else:
+                self.outcome.refused = said
+        return len(out) + len(err)
+
+    def _patience(self) -> float:
+        """How long to wait for news: shortly while stdin is stuck, since its window opens without a word."""
+        return 0.01 if self._input and not self._session.exited else _TICK_SECONDS / (2 if self._grace else 1)
+
+    def _over(self, moved: int) -> bool:
+        session = self._session
+        if session.closed or (session.ended and session.exited):
+            return not session.pending
+        if not session.exited:
+            return False
+        if self._grace is None:
+            self._grace = _Grace()
+        return self._grace.is_over(moved)
+
+    def _conclude(self) -> None:
+        outcome = self.outcome
+        self._out.finish(outcome.started)
+        self._err.finish(outcome.started)
+        outcome.exit_status = self._session.exit_status
+        outcome.exit_signal = self._session.exit_signal
+        if outcome.killed and outcome.exit_status is None and outcome.exit_signal is None:
+            outcome.exit_signal = self.signal_sent
+        elif not outcome.killed and not self._session.exited:
+            outcome.lost = True
+
+
+class _Grace:
+    """How long output is still taken after the command's own process has ended.
+
+    Half a second, and longer only while more arrives than a chatty background process would print: what the
+    command itself left in pipes and windows comes as fast as the wire carries it.
+    """
+
+    def __init__(self) -> None:
+        self._until = time.monotonic() + _GRACE_SECONDS
+        self._bytes = 0
+
+    def is_over(self, moved: int) -> bool:
+        self._bytes += moved
+        if time.monotonic() < self._until:
+            return False
+        if self._bytes < _FLOOD_BYTES:
+            return True
+        self._until, self._bytes = time.monotonic() + _GRACE_SECONDS, 0
+        return False
+
+
+_FLOOD_BYTES = 256 * 1024
+
+
+class _Marked:
+    """One stream: what comes before the mark belongs to rc files, what comes after it to the command."""
+
+    def __init__(self, mark: bytes, kept: Kept) -> None:
+        self.said: bytes | None = None
+        self._mark = mark
+        self._kept = kept
+        self._before = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        if self.said is not None:
+            self._kept.add(data)
+            return
+        self._before += data
+        start = self._before.find(self._mark)
+        end = self._before.find(b"\n", start) if start >= 0 else -1
+        if end >= 0:
+            self.said = bytes(self._before[start + len(self._mark) : end]).strip()
+            self._kept.add(bytes(self._before[end + 1 :]))
+            self._before.clear()
+        elif start < 0:
+            del self._before[: -64 * 1024]
+
+    def finish(self, started: bool) -> None:
+        """Without a mark at the end of a command that was not run, what there is explains why."""
+        if not started and self.said is None:
+            self._kept.add(bytes(self._before))
+
+
+class _Count:
+    """How many calls are inside a `with`."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._count = 0
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._count += 1
+
+    def __exit__(self, *exc: object) -> None:
+        with self._changed:
+            self._count -= 1
+            self._changed.notify_all()
+
+    def wait_for_none(self, timeout: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._count, timeout)

@@ -1,0 +1,92 @@
+"""What of much output is shown. Pure: bytes in, text and true counts out.
+
+Head and tail are kept, the middle is left out and counted. No character is split: UTF-8 is cut between
+characters, and bytes that are no UTF-8 become U+FFFD.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Text for an answer, and how many bytes of the stream are not in it."""
+
+    text: str
+    omitted: int
+
+
+class Kept:
+    """The head and the tail of a stream of bytes, `budget` bytes of each at most. For one thread."""
+
+    def __init__(self, budget: int) -> None:
+        self.total = 0
+        self._budget = budget
+        self._head = bytearray()
+        self._tail = bytearray()
+
+    def add(self, data: bytes) -> None:
+        """Take the next bytes of the stream."""
+        self.total += len(data)
+        room = self._budget - len(self._head)
+        self._head += data[:room]
+        self._tail += data[room:][-self._budget :]
+        if len(self._tail) > 4 * self._budget:
+            del self._tail[: -self._budget]
+
+    def shown(self, limit: int) -> Shown:
+        """Return at most `limit` bytes' worth: all, or the head and the tail with a line between that counts."""
+        limit = min(limit, self._budget)
+        if self.total <= limit:
+            return Shown(_decoded(bytes(self._head)), 0)
+        head = _whole_head(bytes(self._head[: limit - limit // 2]))
+        tail = _whole_tail((bytes(self._head) + bytes(self._tail))[-(limit // 2) :] if limit > 1 else b"")
+        omitted = self.total - len(head) - len(tail)
+        return Shown(f"{_decoded(head)}\n[... {omitted} bytes omitted ...]\n{_decoded(tail)}", omitted)
+
+
+def share(budget: int, out: Kept, err: Kept) -> tuple[Shown, Shown]:
+    """Show two streams in one budget: the smaller gets what it needs up to half, the other the rest."""
+    smaller = min(out.total, err.total, budget // 2)
+    rest = budget - smaller
+    return (
+        (out.shown(smaller), err.shown(rest))
+        if out.total < err.total
+        else (out.shown(rest), err.shown(smaller))
+    )
+
+
+def visible(text: str) -> str:
+    """Make control characters visible, tab and newline excepted: a terminal or a model must not obey them."""
+    return text.translate(_VISIBLE)
+
+
+_CONTROLS = (*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_VISIBLE = {
+    code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+    for code in _CONTROLS
+    if chr(code) not in "\t\n"
+}
+
+
+def _decoded(data: bytes) -> str:
+    return data.decode("utf-8", "replace")
+
+
+def _whole_head(data: bytes) -> bytes:
+    """Drop a character that is cut off at the end."""
+    for back in range(1, min(4, len(data)) + 1):
+        byte = data[-back]
+        if byte >= 0xC0:
+            needs = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return data[:-back] if needs > back else data
+        if byte < 0x80:
+            return data
+    return data
+
+
+def _whole_tail(data: bytes) -> bytes:
+    """Drop the rest of a character that was cut off at the beginning."""
+    for start in range(min(4, len(data))):
+        if data[start] & 0xC0 != 0x80:
+            return data[start:]
+    return data

@@ -1,0 +1,103 @@
+"""What may be reached. Pure: what a call names goes in, a target or a refusal comes out.
+
+A pattern of `SSH_ALLOWED_HOSTS` is `[user@]host[:port]`. Without `user@` or `:port` it allows only the user and the
+port that the settings give; `*` and `?` are wildcards in every part.
+"""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from settings import Settings, SettingsError, Target, host_token, user_token
+from ssh_errors import ArgumentError, RefusedError
+
+
+@dataclass(frozen=True)
+class _Pattern:
+    user: str
+    host: str
+    port: str
+
+    def allows(self, target: Target) -> bool:
+        return (
+            _glob(self.user, target.user)
+            and _glob(self.host, target.host)
+            and _glob(self.port, str(target.port))
+        )
+
+
+class Reach:
+    """Which targets calls may name. Immutable, so thread-safe."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Read the patterns. Raises SettingsError when one cannot be read."""
+        self._settings = settings
+        texts = (settings.ssh_allowed_hosts or "").split(",")
+        self._patterns = tuple(_pattern(text.strip(), settings) for text in texts if text.strip())
+        if not self._patterns and settings.ssh_default_host:
+            own = Target(settings.ssh_default_user, settings.ssh_default_host, settings.ssh_default_port)
+            self._patterns = (_Pattern(own.user, own.host, str(own.port)),)
+
+    def target(self, host: str | None, user: str | None, port: int | None) -> Target:
+        """Return the target that a call means.
+
+        Raises ArgumentError for what is no host, user or port, RefusedError for what `SSH_ALLOWED_HOSTS` does
+        not allow. Nothing is looked up or reached.
+        """
+        named = host or self._settings.ssh_default_host
+        if named is None:
+            raise ArgumentError(
+                "no host was named and SSH_DEFAULT_HOST is not set; pass `host` or set the variable"
+            )
+        try:
+            target = Target(
+                user_token(user) if user else self._settings.ssh_default_user,
+                host_token(named),
+                _port_token(port if port is not None else self._settings.ssh_default_port),
+            )
+        except ValueError as error:
+            raise ArgumentError(
+                f"{host!r}, user {user!r}, port {port!r} is no target: give {error}"[:300]
+            ) from None
+        if not any(pattern.allows(target) for pattern in self._patterns):
+            raise RefusedError(
+                f"{target} is not among the targets that SSH_ALLOWED_HOSTS allows; the operator can add it there"
+            )
+        return target
+
+
+def _port_token(port: int) -> int:
+    if not 1 <= port <= 65535:
+        raise ValueError("a port from 1 to 65535")
+    return port
+
+
+def _glob(pattern: str, text: str) -> bool:
+    return fnmatchcase(text, pattern.replace("[", "[[]"))
+
+
+def _pattern(text: str, settings: Settings) -> _Pattern:
+    user, at, rest = text.rpartition("@")
+    host, port = _split_port(rest)
+    try:
+        literal = host.replace("*", "x").replace("?", "x")
+        host = host.strip("[]").lower() if literal != host else host_token(host)
+        host_token(literal)
+        if at:
+            user_token(user.replace("*", "x").replace("?", "x"))
+        if port and not port.replace("*", "1").replace("?", "1").isdecimal():
+            raise ValueError("a port")
+    except ValueError:
+        raise SettingsError(
+            f"SSH_ALLOWED_HOSTS holds {text!r}; give comma-separated patterns [user@]host[:port]"
+        ) from None
+    return _Pattern(user if at else settings.ssh_default_user, host, port or str(settings.ssh_default_port))
+
+
+def _split_port(text: str) -> tuple[str, str]:
+    if text.startswith("["):
+        host, _, rest = text[1:].partition("]")
+        return host, rest.removeprefix(":")
+    if text.count(":") == 1:
+        host, _, port = text.partition(":")
+        return host, port
+    return text, ""

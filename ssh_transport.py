@@ -1,0 +1,446 @@
+"""One verified, logged-in connection, and the sessions on it (RFC 4253, RFC 4252, RFC 4254).
+
+Invariants:
+
+- Nothing but the key exchange is sent before the host key was verified.
+- Every wait has a deadline, and ends at once when the connection is closed or found dead.
+- A silent peer is asked `keepalive@openssh.com` and must answer something: within `_PATIENCE_SECONDS` while the
+  connection is in use. A socket that takes nothing for `_STALL_SECONDS` is dead too.
+- An exec request is sent at most once per session, and sending it does not wait for the answer.
+
+Borrowed from Paramiko's private parts, checked with 5.1.0 (`tests/test_ssh_transport.py` fails when one moves):
+`Packetizer._check_keepalive` (called while the peer is silent), `Transport._preferred_ciphers`,
+`._preferred_macs`, `._preferred_keys`, `._channel_handler_table`, `._send_user_message`; `Channel.in_buffer`,
+`.in_stderr_buffer`, `.status_event`, `.remote_chanid`, `.out_window_size`; `Message.packet`.
+"""
+
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import paramiko
+from paramiko.common import MSG_CHANNEL_REQUEST, cMSG_CHANNEL_REQUEST, cMSG_GLOBAL_REQUEST
+from paramiko.packet import Packetizer
+
+from settings import Settings, Target
+from ssh_config import HostKey, KnownHosts, UnknownHostKeyError
+from ssh_errors import ConnectionLostError, LoginError, UnreachableError
+from ssh_keys import Keys
+
+_WINDOW_BYTES = 16 * 1024 * 1024
+_PACKET_BYTES = 256 * 1024
+_STALL_SECONDS = 12.0
+_BUSY_SILENCE_SECONDS = 4.0
+_IDLE_SILENCE_SECONDS = 30.0
+_PATIENCE_SECONDS = 8.0
+_SOCKET_ERRORS = (paramiko.SSHException, EOFError, OSError)
+
+
+class SessionRefusedError(Exception):
+    """The server opens no further session on this connection (MaxSessions); another one may."""
+
+
+class _Wire(socket.socket):
+    """A TCP socket that remembers when the peer was last heard."""
+
+    heard_at = 0.0
+
+    def recv(self, *args: Any) -> bytes:
+        data = super().recv(*args)
+        self.heard_at = time.monotonic()
+        return data
+
+
+class _Packetizer(Packetizer):  # type: ignore[misc]
+    """Paramiko's, with a watch over silence and a deadline for writing."""
+
+    def __init__(self, wire: _Wire) -> None:
+        super().__init__(wire)
+        self._wire = wire
+        self.on_silence: Callable[[], None] | None = None
+
+    def _check_keepalive(self) -> None:
+        if self.on_silence is not None:
+            self.on_silence()
+
+    def write_all(self, out: bytes) -> None:
+        """Write everything, or close the connection and raise EOFError."""
+        rest = memoryview(out)
+        deadline = time.monotonic() + _STALL_SECONDS
+        while rest:
+            try:
+                sent = self._wire.send(rest)
+            except (TimeoutError, BlockingIOError):
+                if self.closed or time.monotonic() > deadline:
+                    self.close()
+                    raise EOFError from None
+                continue
+            except OSError:
+                raise EOFError from None
+            rest = rest[sent:]
+            deadline = time.monotonic() + _STALL_SECONDS
+
+
+def _channel_request(channel: paramiko.Channel, message: paramiko.Message) -> None:
+    """Note an `exit-signal` (RFC 4254, 6.10), which Paramiko drops; leave the rest to Paramiko."""
+    start = message.packet.tell()
+    if message.get_text() == "exit-signal":
+        message.get_boolean()
+        channel.exit_signal = message.get_text()
+        channel.status_event.set()
+    else:
+        message.packet.seek(start)
+        channel._handle_request(message)
+
+
+class _Transport(paramiko.Transport):  # type: ignore[misc]
+    _preferred_ciphers = (
+        "aes128-gcm@openssh.com",
+        "aes256-gcm@openssh.com",
+        "aes128-ctr",
+        "aes192-ctr",
+        "aes256-ctr",
+    )
+    _preferred_macs = (
+        "hmac-sha2-256-etm@openssh.com",
+        "hmac-sha2-512-etm@openssh.com",
+        "hmac-sha2-256",
+        "hmac-sha2-512",
+    )
+    _channel_handler_table = {  # noqa: RUF012
+        **paramiko.Transport._channel_handler_table,
+        MSG_CHANNEL_REQUEST: _channel_request,
+    }
+
+    @property
+    def preferred_keys(self) -> tuple[str, ...]:
+        """Plain host keys only: certificates would need their authorities checked."""
+        return tuple(self._preferred_keys)
+
+    def prefer_keys(self, types: list[str]) -> None:
+        """Ask first for the host key types that are known, so that a known host shows the known key."""
+        known = [
+            name
+            for kind in types
+            for name in (("rsa-sha2-512", "rsa-sha2-256") if kind == "ssh-rsa" else (kind,))
+        ]
+        self._preferred_keys: tuple[str, ...] = tuple(
+            sorted(paramiko.Transport._preferred_keys, key=lambda name: name not in known)
+        )
+
+
+class _Wake:
+    """An event that Paramiko's pipes may set, and that only its owner clears."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+
+    def set(self) -> None:
+        self.event.set()
+
+    def clear(self) -> None:
+        """Paramiko clears a pipe's event when that pipe is empty; the other pipe may hold data still."""
+
+
+class Session:
+    """One session channel (RFC 4254, 6). Used by one thread at a time."""
+
+    def __init__(self, channel: paramiko.Channel) -> None:
+        self._channel = channel
+        self._wake = _Wake()
+        channel.exit_signal = None
+        channel.status_event = self._wake
+        channel.in_buffer.set_event(self._wake)
+        channel.in_stderr_buffer.set_event(self._wake)
+        channel.settimeout(0.0)
+
+    def exec(self, command: str) -> None:
+        """Send the exec request without waiting for its answer. Raises ConnectionLostError."""
+        self._request("exec", command)
+
+    def subsystem(self, name: str) -> None:
+        """Send the subsystem request without waiting for its answer. Raises ConnectionLostError."""
+        self._request("subsystem", name)
+
+    def send(self, data: bytes | memoryview) -> int:
+        """Send what the remote window takes now and return how many bytes that was, 0 when it is full."""
+        try:
+            return int(self._channel.send(data))
+        except TimeoutError:
+            return 0
+        except _SOCKET_ERRORS:
+            return 0
+
+    def send_eof(self) -> None:
+        """Say that no more input comes."""
+        with suppress(*_SOCKET_ERRORS):
+            self._channel.shutdown_write()
+
+    def read(self, limit: int = 1 << 20) -> tuple[bytes, bytes]:
+        """Return what has arrived of stdout and stderr, at most `limit` bytes of each, without waiting."""
+        out = self._channel.recv(limit) if self._channel.recv_ready() else b""
+        err = self._channel.recv_stderr(limit) if self._channel.recv_stderr_ready() else b""
+        return out, err
+
+    def wait(self, seconds: float) -> None:
+        """Wait until something has happened since the last wait, or the time is over."""
+        self._wake.event.wait(seconds)
+        self._wake.event.clear()
+
+    @property
+    def pending(self) -> bool:
+        """Whether `read` would return something."""
+        return bool(self._channel.recv_ready() or self._channel.recv_stderr_ready())
+
+    @property
+    def ended(self) -> bool:
+        """Whether both streams have ended, or the channel is closed."""
+        return bool(self._channel.eof_received or self._channel.closed)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the channel is closed, by either side or with its connection."""
+        return bool(self._channel.closed)
+
+    @property
+    def exit_status(self) -> int | None:
+        """The exit status, once the server has sent it."""
+        status = int(self._channel.exit_status)
+        return None if status < 0 else status
+
+    @property
+    def exit_signal(self) -> str | None:
+        """The name of the signal that ended the command, without SIG, once the server has sent it."""
+        signal: str | None = self._channel.exit_signal
+        return signal
+
+    @property
+    def exited(self) -> bool:
+        """Whether the server has said how the command ended."""
+        return self.exit_status is not None or self.exit_signal is not None
+
+    def close(self) -> None:
+        """Close the channel. What runs on the other side is not ended by this."""
+        with suppress(*_SOCKET_ERRORS):
+            self._channel.close()
+
+    def _request(self, kind: str, argument: str) -> None:
+        message = paramiko.Message()
+        message.add_byte(cMSG_CHANNEL_REQUEST)
+        message.add_int(self._channel.remote_chanid)
+        message.add_string(kind)
+        message.add_boolean(True)
+        message.add_string(argument)
+        try:
+            self._channel.transport._send_user_message(message)
+        except _SOCKET_ERRORS:
+            raise ConnectionLostError("the connection went away before the command was sent") from None
+
+
+class Connection:
+    """One connection to one target, verified and logged in. Thread-safe."""
+
+    def __init__(self, target: Target, transport: _Transport, wire: _Wire) -> None:
+        self.target = target
+        self.in_use = False
+        self._transport = transport
+        self._wire = wire
+        self._asked_at: float | None = None
+        transport.packetizer.on_silence = self._watch
+
+    @property
+    def alive(self) -> bool:
+        """Whether the connection may be used; a dead wire is found out within seconds of use."""
+        return bool(self._transport.is_active())
+
+    def open_session(self, timeout: float) -> Session:
+        """Open a session channel within `timeout` seconds: one round trip.
+
+        Raises SessionRefusedError when the server opens no more of them, ConnectionLostError when the
+        connection is dead or does not answer in time.
+        """
+        try:
+            return Session(self._transport.open_session(timeout=timeout))
+        except paramiko.ChannelException:
+            raise SessionRefusedError from None
+        except _SOCKET_ERRORS as error:
+            if self.alive and "Timeout" not in str(error):
+                raise SessionRefusedError from None
+            raise ConnectionLostError(f"{self.target}: the connection does not answer") from None
+
+    def close(self) -> None:
+        """Close the connection at once; whoever waits on one of its sessions is woken."""
+        with suppress(OSError):
+            self._wire.shutdown(socket.SHUT_RDWR)
+        self._transport.close()
+
+    def _watch(self) -> None:
+        """Ask a silent peer whether it is there. Runs in Paramiko's reading thread, ten times a second."""
+        now = time.monotonic()
+        if self._asked_at is not None and self._wire.heard_at >= self._asked_at:
+            self._asked_at = None
+        if self._asked_at is None:
+            silence = _BUSY_SILENCE_SECONDS if self.in_use else _IDLE_SILENCE_SECONDS
+            if now - self._wire.heard_at > silence:
+                self._asked_at = now
+                self._ask()
+        elif now - self._asked_at > _PATIENCE_SECONDS:
+            raise EOFError
+
+    def _ask(self) -> None:
+        if not self._transport.clear_to_send.is_set():
+            return  # a key exchange is under way, and waits for an answer just as well
+        message = paramiko.Message()
+        message.add_byte(cMSG_GLOBAL_REQUEST)
+        message.add_string("keepalive@openssh.com")
+        message.add_boolean(True)
+        self._transport._send_user_message(message)
+
+
+def connect(target: Target, settings: Settings, keys: Keys) -> Connection:
+    """Open a connection: name look-up, TCP, key exchange, host key, login.
+
+    Takes at most `SSH_CONNECT_TIMEOUT` seconds, a slow name look-up excepted. A server that hangs up before the
+    key exchange (MaxStartups drops log-ins at random) is tried again within that time. Raises UnreachableError,
+    HostKeyError or LoginError.
+    """
+    deadline = time.monotonic() + settings.ssh_connect_timeout
+    pause = 0.05
+    while True:
+        wire = _dial(target, deadline)
+        try:
+            return _log_in(target, wire, settings, keys, deadline)
+        except _HungUpError:
+            if time.monotonic() + pause > deadline:
+                raise UnreachableError(
+                    f"{target} hangs up before the SSH key exchange; is this an SSH server, and does it take "
+                    "more log-ins (MaxStartups)?"
+                ) from None
+        time.sleep(jittered(pause))
+        pause = min(2 * pause, 1.0)
+
+
+def jittered(seconds: float) -> float:
+    """Return between half and one and a half of `seconds`, so that many waiters do not act at once."""
+    return seconds * (0.5 + random.random())  # noqa: S311 - no secret depends on it
+
+
+class _HungUpError(Exception):
+    """The server closed the connection before it said who it is."""
+
+
+def _dial(target: Target, deadline: float) -> _Wire:
+    try:
+        addresses = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError):
+        raise UnreachableError(
+            f"{target}: there is no host of that name; check its spelling and the DNS"
+        ) from None
+    failure: OSError = TimeoutError()
+    for left, (family, kind, protocol, _, address) in zip(
+        range(len(addresses), 0, -1), addresses, strict=True
+    ):
+        wire = _Wire(family, kind, protocol)
+        try:
+            wire.settimeout(max(0.05, (deadline - time.monotonic()) / left))
+            wire.connect(address)
+            _tune(wire)
+        except OSError as error:
+            wire.close()
+            failure = error
+        else:
+            return wire
+    raise UnreachableError(f"{target} cannot be reached: {_cause(failure, target)}")
+
+
+def _cause(failure: OSError, target: Target) -> str:
+    if isinstance(failure, TimeoutError):
+        return "no answer; check the address, the port and the firewall"
+    if isinstance(failure, ConnectionRefusedError):
+        return f"nothing listens on port {target.port}; is sshd running there?"
+    return f"{(failure.strerror or 'network error').lower()}; check the address and the network"
+
+
+def _tune(wire: _Wire) -> None:
+    wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    wire.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(_STALL_SECONDS * 1000))
+
+
+def _log_in(target: Target, wire: _Wire, settings: Settings, keys: Keys, deadline: float) -> Connection:
+    transport = _Transport(
+        wire,
+        default_window_size=_WINDOW_BYTES,
+        default_max_packet_size=_PACKET_BYTES,
+        packetizer_class=_Packetizer,
+    )
+    try:
+        _exchange_keys(target, transport, settings, deadline)
+        _authenticate(target, transport, keys, deadline)
+        return Connection(target, transport, wire)
+    except BaseException:
+        transport.close()
+        wire.close()
+        raise
+
+
+def _exchange_keys(target: Target, transport: _Transport, settings: Settings, deadline: float) -> None:
+    known_hosts = KnownHosts(settings.ssh_known_hosts)
+    transport.prefer_keys(known_hosts.key_types(target.host, target.port))
+    left = max(0.1, deadline - time.monotonic())
+    transport.banner_timeout = transport.handshake_timeout = left
+    try:
+        transport.start_client(timeout=left)
+    except _SOCKET_ERRORS as error:
+        if not transport.remote_version and time.monotonic() < deadline:
+            raise _HungUpError from None
+        if isinstance(error, paramiko.ssh_exception.IncompatiblePeer):
+            raise UnreachableError(
+                f"{target} offers no key exchange, cipher or host key type that is still safe; update its SSH server"
+            ) from None
+        raise UnreachableError(
+            f"{target}: the SSH key exchange failed; try again, or see its sshd log"
+        ) from None
+    if not transport.initial_kex_done:
+        raise UnreachableError(
+            f"{target} accepts connections but does not answer; is its SSH server overloaded?"
+        )
+    shown = transport.get_remote_server_key()
+    key = HostKey(shown.get_name(), shown.asbytes())
+    try:
+        known_hosts.verify(target.host, target.port, key)
+    except UnknownHostKeyError:
+        if settings.ssh_host_key_policy != "accept-new":
+            raise
+        known_hosts.add(target.host, target.port, key)
+
+
+def _authenticate(target: Target, transport: _Transport, keys: Keys, deadline: float) -> None:
+    tried: list[str] = []
+    with keys.offered() as offered:
+        for name, key in offered:
+            transport.auth_timeout = max(0.1, deadline - time.monotonic())
+            try:
+                if not transport.auth_publickey(target.user, key):
+                    return
+                raise LoginError(
+                    f"{target} asks for more than a key (a second factor); this server can only show keys"
+                )
+            except paramiko.BadAuthenticationType:
+                raise LoginError(
+                    f"{target} takes no key logins; set PubkeyAuthentication yes in its sshd_config"
+                ) from None
+            except paramiko.AuthenticationException:
+                tried.append(name)
+            except _SOCKET_ERRORS:
+                tried.append(name)
+            if not transport.is_active():
+                break
+    if time.monotonic() >= deadline:
+        raise UnreachableError(f"{target} does not answer the login; is its SSH server overloaded?")
+    raise LoginError(keys.advice(target, tried))

@@ -1,0 +1,182 @@
+"""Real parts for the tests: an sshd of their own on loopback, with its own keys and configuration."""
+
+import getpass
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from settings import Settings, Target
+from ssh_commands import Commands
+from ssh_pool import Pool
+
+
+def program(name: str, package: str) -> str:
+    """Return a program's path, or fail with the command that installs it."""
+    path = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    if path is None:
+        pytest.fail(f"{name} is missing; run: apt-get install {package}")
+    return path
+
+
+def keygen(path: Path, *arguments: str) -> Path:
+    """Make a key pair without a passphrase, unless the arguments give one."""
+    command = ["ssh-keygen", "-q", "-f", str(path), *(arguments or ("-t", "ed25519"))]
+    subprocess.run(command if "-N" in arguments else [*command, "-N", ""], check=True)
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 20) -> None:
+    """Poll until the condition holds; fail when it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+@dataclass
+class Server:
+    """An sshd on loopback and what is needed to log in to it."""
+
+    folder: Path
+    port: int
+    process: subprocess.Popen[bytes]
+    config: Path
+
+    @property
+    def key(self) -> Path:
+        return self.folder / "id"
+
+    @property
+    def known_hosts(self) -> Path:
+        return self.folder / "known_hosts"
+
+    @property
+    def target(self) -> Target:
+        return Target(getpass.getuser(), "127.0.0.1", self.port)
+
+    def settings(self, **changes: Any) -> Settings:
+        values = {
+            "ssh_default_host": "127.0.0.1",
+            "ssh_default_port": self.port,
+            "ssh_default_user": getpass.getuser(),
+            "ssh_key_path": self.key,
+            "ssh_known_hosts": self.known_hosts,
+        }
+        return Settings(**(values | changes))
+
+    def trust(self) -> None:
+        """Write the host key into known_hosts."""
+        public = (self.folder / "host_key.pub").read_text().split()
+        self.known_hosts.write_text(f"[127.0.0.1]:{self.port} {public[0]} {public[1]}\n")
+
+    def start(self) -> None:
+        sshd = program("sshd", "openssh-server")
+        self.process = subprocess.Popen(
+            [sshd, "-D", "-e", "-f", str(self.config)], stderr=(self.folder / "log").open("ab")
+        )
+
+        def listens() -> bool:
+            assert self.process.poll() is None, (self.folder / "log").read_text()
+            with socket.socket() as probe:
+                return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+        wait_for(listens)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+    def session_pids(self) -> list[int]:
+        """Return the process ids of the sshd processes that serve connections."""
+        done = subprocess.run(
+            ["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=False
+        )
+        return [int(pid) for pid in done.stdout.split()]
+
+    def cut(self) -> None:
+        """End every connection from the server's side."""
+        for pid in self.session_pids():
+            os.kill(pid, signal.SIGKILL)
+
+
+def make_server(folder: Path, *lines: str) -> Server:
+    """Start an sshd with the default limits and the given lines of configuration before them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.getuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)
+    keygen(folder / "host_key")
+    keygen(folder / "id")
+    (folder / "authorized_keys").write_text((folder / "id.pub").read_text())
+    port = free_port()
+    config = folder / "sshd_config"
+    common = f"""
+Port {port}
+ListenAddress 127.0.0.1
+HostKey {folder}/host_key
+AuthorizedKeysFile {folder}/authorized_keys
+PidFile {folder}/pid
+UsePAM no
+StrictModes no
+PermitRootLogin yes
+PasswordAuthentication no
+Subsystem sftp internal-sftp
+"""
+    config.write_text("\n".join(lines) + common)
+    server = Server(folder, port, None, config)  # type: ignore[arg-type]
+    server.trust()
+    server.start()
+    return server
+
+
+@pytest.fixture(scope="session")
+def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One sshd with OpenSSH's default limits for all tests that leave it as it is."""
+    server = make_server(tmp_path_factory.mktemp("sshd"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def own_sshd(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Make sshds that a test may stop, restart and configure."""
+    servers: list[Server] = []
+
+    def make(*lines: str) -> Server:
+        servers.append(make_server(tmp_path / f"sshd{len(servers)}", *lines))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def pool(sshd: Server) -> Iterator[Pool]:
+    pool = Pool(sshd.settings())
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def commands(sshd: Server, pool: Pool) -> Commands:
+    return Commands(pool, sshd.settings())
+
+
+def nobody_cancels() -> None:
+    """The `cancelled` of a caller who stays."""
