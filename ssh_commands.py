@@ -20,11 +20,9 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
-
-from pydantic import BaseModel, Field
 
 from settings import Settings, Target
+from ssh_answers import CommandResult
 from ssh_errors import ArgumentError, ConnectionLostError, SSHError
 from ssh_output import Kept, share, visible
 from ssh_pool import Cancelled, Pool
@@ -40,47 +38,6 @@ _SCRIPT_BYTES = 1_000_000
 _READ_LINE = 'IFS= read -r c && eval "$(printf %b "$c")"'
 _POSIX = _READ_LINE
 _FOREIGN = f"exec /bin/sh -c '{_READ_LINE}'"
-
-
-class CommandResult(BaseModel):
-    """How a command went."""
-
-    status: Literal["exited", "killed", "lost"] = Field(
-        description="exited; killed (by a signal or the timeout); lost (connection went away, outcome unknown)"
-    )
-    exit_code: int | None
-    signal: str | None = Field(description="name of the signal that ended it, such as TERM")
-    stdout: str
-    stderr: str
-    stdout_bytes: int = Field(description="bytes the stream produced in all")
-    stderr_bytes: int
-    stdout_omitted: int = Field(description="bytes left out of the middle of stdout here")
-    stderr_omitted: int
-    duration_seconds: float
-    target: str
-    note: str | None = Field(
-        None, description="what else one should know, such as a process that cannot be killed"
-    )
-
-    def text(self) -> str:
-        """Return the answer as a person reads it."""
-        parts = [visible(self.stdout)] if self.stdout else []
-        if self.stderr:
-            parts.append(f"[stderr]\n{visible(self.stderr)}")
-        outcome = {
-            "exited": f"exit code {self.exit_code}",
-            "killed": f"killed{f' by SIG{self.signal}' if self.signal else ''}"
-            + (f", exit code {self.exit_code}" if self.exit_code is not None else ""),
-            "lost": "lost: the connection went away; whether the command finished is unknown",
-        }[self.status]
-        facts = [outcome, f"{self.duration_seconds:.2f} s", self.target]
-        omitted = self.stdout_omitted + self.stderr_omitted
-        if omitted:
-            facts.append(f"{omitted} bytes omitted")
-        if self.note:
-            facts.append(self.note)
-        parts.append(f"[{' · '.join(facts)}]")
-        return "\n".join(part.removesuffix("\n") for part in parts)
 
 
 @dataclass
@@ -358,7 +315,7 @@ class _Exchange:
                 return False
             check()
             if not moved:
-                self._session.wait(min(self._patience(), max(0.0, deadline - time.monotonic())))
+                self._session.wait(min(_TICK_SECONDS, max(0.0, deadline - time.monotonic())))
 
     def _feed(self) -> int:
         """Send what fits of stdin, and its end after the last byte."""
@@ -381,10 +338,6 @@ class _Exchange:
             else:
                 self.outcome.refused = said
         return len(out) + len(err)
-
-    def _patience(self) -> float:
-        """How long to wait for news: shortly while stdin is stuck, since its window opens without a word."""
-        return 0.01 if self._input and not self._session.exited else _TICK_SECONDS / (2 if self._grace else 1)
 
     def _over(self, moved: int) -> bool:
         session = self._session

@@ -38,7 +38,7 @@ class Kept:
         limit = min(limit, self._budget)
         if self.total <= limit:
             return Shown(_decoded(bytes(self._head)), 0)
-        head = _whole_head(bytes(self._head[: limit - limit // 2]))
+        head = whole_head(bytes(self._head[: limit - limit // 2]))
         tail = _whole_tail((bytes(self._head) + bytes(self._tail))[-(limit // 2) :] if limit > 1 else b"")
         omitted = self.total - len(head) - len(tail)
         return Shown(f"{_decoded(head)}\n[... {omitted} bytes omitted ...]\n{_decoded(tail)}", omitted)
@@ -72,7 +72,7 @@ def _decoded(data: bytes) -> str:
     return data.decode("utf-8", "replace")
 
 
-def _whole_head(data: bytes) -> bytes:
+def whole_head(data: bytes) -> bytes:
     """Drop a character that is cut off at the end."""
     for back in range(1, min(4, len(data)) + 1):
         byte = data[-back]

@@ -14,6 +14,7 @@ Borrowed from Paramiko's private parts, checked with 5.1.0 (`tests/test_ssh_tran
 `.in_stderr_buffer`, `.status_event`, `.remote_chanid`, `.out_window_size`; `Message.packet`.
 """
 
+import logging
 import random
 import socket
 import threading
@@ -23,13 +24,21 @@ from contextlib import suppress
 from typing import Any
 
 import paramiko
-from paramiko.common import MSG_CHANNEL_REQUEST, cMSG_CHANNEL_REQUEST, cMSG_GLOBAL_REQUEST
+from paramiko.common import (
+    MSG_CHANNEL_REQUEST,
+    MSG_CHANNEL_WINDOW_ADJUST,
+    cMSG_CHANNEL_REQUEST,
+    cMSG_GLOBAL_REQUEST,
+)
 from paramiko.packet import Packetizer
 
 from settings import Settings, Target
 from ssh_config import HostKey, KnownHosts, UnknownHostKeyError
 from ssh_errors import ConnectionLostError, LoginError, UnreachableError
 from ssh_keys import Keys
+
+logging.getLogger("paramiko").propagate = False  # it prints tracebacks for what our errors say in a sentence
+logging.getLogger("paramiko").addHandler(logging.NullHandler())
 
 _WINDOW_BYTES = 16 * 1024 * 1024
 _PACKET_BYTES = 256 * 1024
@@ -97,6 +106,12 @@ def _channel_request(channel: paramiko.Channel, message: paramiko.Message) -> No
         channel._handle_request(message)
 
 
+def _window_adjust(channel: paramiko.Channel, message: paramiko.Message) -> None:
+    """Wake who waits to send: OpenSSH opens the window only after the exec request."""
+    channel._window_adjust(message)
+    channel.status_event.set()
+
+
 class _Transport(paramiko.Transport):  # type: ignore[misc]
     _preferred_ciphers = (
         "aes128-gcm@openssh.com",
@@ -114,6 +129,7 @@ class _Transport(paramiko.Transport):  # type: ignore[misc]
     _channel_handler_table = {  # noqa: RUF012
         **paramiko.Transport._channel_handler_table,
         MSG_CHANNEL_REQUEST: _channel_request,
+        MSG_CHANNEL_WINDOW_ADJUST: _window_adjust,
     }
 
     @property
@@ -147,7 +163,7 @@ class _Wake:
 
 
 class Session:
-    """One session channel (RFC 4254, 6). Used by one thread at a time."""
+    """One session channel (RFC 4254, 6). Used by one thread at a time, or by one that reads and one that sends."""
 
     def __init__(self, channel: paramiko.Channel) -> None:
         self._channel = channel
@@ -156,7 +172,6 @@ class Session:
         channel.status_event = self._wake
         channel.in_buffer.set_event(self._wake)
         channel.in_stderr_buffer.set_event(self._wake)
-        channel.settimeout(0.0)
 
     def exec(self, command: str) -> None:
         """Send the exec request without waiting for its answer. Raises ConnectionLostError."""
@@ -166,8 +181,12 @@ class Session:
         """Send the subsystem request without waiting for its answer. Raises ConnectionLostError."""
         self._request("subsystem", name)
 
-    def send(self, data: bytes | memoryview) -> int:
-        """Send what the remote window takes now and return how many bytes that was, 0 when it is full."""
+    def send(self, data: bytes | memoryview, wait_seconds: float = 0.0) -> int:
+        """Send what the remote window takes and return how many bytes that was.
+
+        When the window is full, wait for it to open, and return 0 when it does not in time.
+        """
+        self._channel.settimeout(wait_seconds)
         try:
             return int(self._channel.send(data))
         except TimeoutError:

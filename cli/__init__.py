@@ -1,0 +1,46 @@
+"""The console script `ssh-mcp-server`: what it can be told on the command line."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from settings import SettingsError, __version__, exit_for
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command that the arguments name; without one, serve MCP."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.command == "demo":
+            from cli.demo import demo
+
+            raise SystemExit(demo())
+        from cli.serve import serve
+
+        serve(options.transport, options.env_file)
+    except SettingsError as error:
+        exit_for(error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ssh-mcp-server",
+        description="An MCP server that lets an assistant work on your machines over SSH.",
+        epilog="Settings are environment variables; the README lists them. Exit status 2: a setting is wrong.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument(
+        "--transport", choices=["stdio", "http", "sse"], default="stdio", help="default: stdio"
+    )
+    parser.add_argument(
+        "--env-file",
+        type=Path,
+        default=os.environ.get("SSH_MCP_ENV_FILE") or None,
+        help="file with settings, for those that the environment does not hold",
+    )
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="")
+    commands.add_parser(
+        "demo", help="show every tool at work on a throwaway SSH server; needs no configuration"
+    )
+    return parser

@@ -1,6 +1,9 @@
-"""Real parts for the tests: an sshd of their own on loopback, with its own keys and configuration."""
+"""Real parts for the tests: an sshd of their own on loopback, with its own keys, configuration and accounts.
 
-import getpass
+The accounts exist for that sshd alone (nss_wrapper): each is the user who runs the tests, with an empty home and a
+login shell of its own. So no rc file of this machine is read, and no account of it is touched.
+"""
+
 import os
 import shutil
 import signal
@@ -67,14 +70,22 @@ class Server:
         return self.folder / "known_hosts"
 
     @property
+    def home(self) -> Path:
+        """The login directory of `tester`."""
+        return self.folder / "tester"
+
+    @property
     def target(self) -> Target:
-        return Target(getpass.getuser(), "127.0.0.1", self.port)
+        return self.account("tester")
+
+    def account(self, name: str) -> Target:
+        return Target(name, "127.0.0.1", self.port)
 
     def settings(self, **changes: Any) -> Settings:
         values = {
             "ssh_default_host": "127.0.0.1",
             "ssh_default_port": self.port,
-            "ssh_default_user": getpass.getuser(),
+            "ssh_default_user": "tester",
             "ssh_key_path": self.key,
             "ssh_known_hosts": self.known_hosts,
         }
@@ -87,9 +98,15 @@ class Server:
 
     def start(self) -> None:
         sshd = program("sshd", "openssh-server")
-        self.process = subprocess.Popen(
-            [sshd, "-D", "-e", "-f", str(self.config)], stderr=(self.folder / "log").open("ab")
-        )
+        wrapper = {
+            "LD_PRELOAD": "libnss_wrapper.so",
+            "NSS_WRAPPER_PASSWD": str(self.folder / "passwd"),
+            "NSS_WRAPPER_GROUP": "/etc/group",
+        }
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sshd, "-D", "-e", "-f", str(self.config)], stderr=log, env=os.environ | wrapper
+            )
 
         def listens() -> bool:
             assert self.process.poll() is None, (self.folder / "log").read_text()
@@ -115,9 +132,26 @@ class Server:
             os.kill(pid, signal.SIGKILL)
 
 
+SHELLS = {"tester": "bash", "dash": "dash", "zsh": "zsh", "ksh": "ksh93", "fish": "fish", "tcsh": "tcsh"}
+"""The accounts of a test server and the packages that hold their login shells."""
+
+
+def make_accounts(folder: Path) -> None:
+    if not any(Path(lib).glob("**/libnss_wrapper.so") for lib in ("/usr/lib", "/usr/lib64")):
+        pytest.fail("libnss_wrapper.so is missing; run: apt-get install libnss-wrapper")
+    lines = Path("/etc/passwd").read_text().splitlines()
+    for name, package in SHELLS.items():
+        home = folder / name
+        home.mkdir()
+        shell = program("bash" if name == "tester" else name, package)
+        lines.append(f"{name}:*:{os.getuid()}:{os.getgid()}::{home}:{shell}")
+    (folder / "passwd").write_text("\n".join(lines) + "\n")
+
+
 def make_server(folder: Path, *lines: str) -> Server:
     """Start an sshd with the default limits and the given lines of configuration before them."""
     folder.mkdir(parents=True, exist_ok=True)
+    make_accounts(folder)
     if os.getuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)
     keygen(folder / "host_key")

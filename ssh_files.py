@@ -1,0 +1,432 @@
+"""Files on a target: read by lines or bytes, written whole or not at all, edited, listed.
+
+Invariants:
+
+- A reader of a file sees the old content or the new, never a part, wherever the server can rename over a file and
+  the directory, the owner and the number of hard links allow it; where not, the answer says `atomic: false`.
+- Mode and owner of a file stay, and a symbolic link stays a link: what it points to is written.
+- A call that fails leaves no temporary file, as long as the server still answers.
+- Only regular files are opened: a FIFO or a device would hold up everybody on the channel.
+- Calls of this process that change the same file go one after the other.
+"""
+
+import base64
+import hashlib
+import posixpath
+import stat
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Final, Literal, cast
+
+from ssh_edits import Edit, apply_edits
+
+import ssh_sftp
+from settings import Settings, Target
+from ssh_answers import EditedFile, FileContent, Listing, WrittenFile, iso_time, octal
+from ssh_errors import ArgumentError, BusyError, ConnectionLostError, FileError
+from ssh_lines import Lines, Window, tail_start
+from ssh_listing import MOST_ENTRIES, Found, Walk, entry
+from ssh_pool import Cancelled, Pool
+from ssh_sftp import SFTP, Attributes, NoSFTPError, StatusError, path_bytes, shown_name
+from ssh_writes import Place, bytes_of, make_folders, new_path, replace_file
+from ssh_writes import append as append_to_file
+
+MOST_WRITTEN_BYTES: Final = 32 * 1024 * 1024
+_COUNTED_BYTES = 64 * 1024 * 1024
+_TAIL_BLOCK_BYTES = 256 * 1024
+_QUEUE_SECONDS = 30.0
+_MOST_LINKS = 20
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+class Files:
+    """The file tools over a pool. Thread-safe."""
+
+    def __init__(self, pool: Pool, settings: Settings) -> None:
+        self._pool = pool
+        self._answer_seconds = settings.ssh_connect_timeout + 5
+        self._most_read = settings.ssh_max_read_bytes
+        self._changed = threading.Condition()
+        self._changing: set[tuple[Target, bytes]] = set()
+
+    def read(
+        self,
+        target: Target,
+        path: str,
+        *,
+        cancelled: Cancelled,
+        start_line: int = 1,
+        max_lines: int = 2000,
+    ) -> FileContent:
+        """Read a text file by lines; a negative `start_line` counts from the end.
+
+        Raises FileError for what is missing, forbidden, no regular file, or binary.
+        """
+        with self._sftp(target, path, "read", cancelled) as sftp:
+            place = self._regular(sftp, target, path)
+            handle = sftp.open(place.real, ssh_sftp.READ).handle()
+            try:
+                chunks = _checked(sftp.chunks(handle, 0, None), cancelled)
+                size = place.found.size or 0
+                if start_line >= 1:
+                    window, seen = _forward(chunks, Lines(start_line, max_lines, self._most_read))
+                elif size <= _COUNTED_BYTES:
+                    window, seen = self._from_end(b"".join(chunks), -start_line, max_lines)
+                else:
+                    window, seen = self._far_end(sftp, handle, size, -start_line, max_lines)
+            finally:
+                sftp.close_handle(handle)
+        return self._content(target, place, window, seen)
+
+    def read_bytes(
+        self, target: Target, path: str, *, cancelled: Cancelled, offset: int = 0, max_bytes: int = 49_152
+    ) -> FileContent:
+        """Read a part of any regular file as base64. Raises FileError."""
+        with self._sftp(target, path, "read", cancelled) as sftp:
+            place = self._regular(sftp, target, path)
+            handle = sftp.open(place.real, ssh_sftp.READ).handle()
+            try:
+                parts = _checked(sftp.chunks(handle, offset, offset + max_bytes), cancelled)
+                data = b"".join(parts)
+                rest = sftp.read(handle, offset + len(data), 1).data()
+            finally:
+                sftp.close_handle(handle)
+        end = offset + len(data)
+        whole = offset == 0 and not rest
+        found = place.found
+        return FileContent(
+            path=place.shown,
+            content=base64.b64encode(data).decode(),
+            encoding="base64",
+            size=max(found.size or 0, end + len(rest)) if rest or data else found.size or 0,
+            mode=octal(found.mode),
+            mtime=iso_time(found.mtime),
+            start_line=None,
+            end_line=None,
+            total_lines=None,
+            truncated=bool(rest),
+            next_start_line=None,
+            next_offset=end if rest else None,
+            sha256=hashlib.sha256(data).hexdigest() if whole else None,
+        )
+
+    def write(
+        self,
+        target: Target,
+        path: str,
+        content: bytes,
+        *,
+        cancelled: Cancelled,
+        append: bool = False,
+        overwrite: bool = True,
+        mode: int | None = None,
+        create_parents: bool = False,
+        expected_sha256: str | None = None,
+    ) -> WrittenFile:
+        """Write a file whole, or append to it. Raises FileError; the file is then what it was."""
+        if len(content) > MOST_WRITTEN_BYTES:
+            raise ArgumentError(f"{path}: content is over 32 MiB; write it in parts with append")
+        with self._sftp(target, path, "write", cancelled) as sftp:
+            place = self._place(sftp, target, path)
+            with self._alone(target, place.real, cancelled):
+                self._check_before(sftp, target, place, expected_sha256, overwrite=overwrite or append)
+                if place.existing is None and create_parents:
+                    make_folders(sftp, place.folder)
+                if append:
+                    atomic, attributes = False, append_to_file(sftp, place, content, mode)
+                else:
+                    atomic, attributes = replace_file(sftp, place, content, mode, overwrite=overwrite)
+                size = attributes.size or 0
+                whole = content
+                if append and size <= MOST_WRITTEN_BYTES:
+                    whole = bytes_of(sftp, place.real)
+        return WrittenFile(
+            path=place.shown,
+            bytes_written=len(content),
+            created=place.existing is None,
+            size=size,
+            sha256=hashlib.sha256(whole).hexdigest() if len(whole) == size else None,
+            mode=octal(attributes.mode),
+            atomic=atomic,
+        )
+
+    def edit(
+        self,
+        target: Target,
+        path: str,
+        edits: Sequence[Edit],
+        *,
+        cancelled: Cancelled,
+        dry_run: bool = False,
+        expected_sha256: str | None = None,
+    ) -> EditedFile:
+        """Apply all edits or none. Raises EditError for edits that do not fit, else FileError."""
+        with self._sftp(target, path, "edit", cancelled) as sftp:
+            place = self._regular(sftp, target, path)
+            with self._alone(target, place.real, cancelled):
+                before = self._whole(sftp, target, place)
+                _check_hash(target, place, before, expected_sha256)
+                edited = apply_edits(before, edits, place.shown)
+                atomic = None
+                if not dry_run:
+                    if self._whole(sftp, target, place) != before:
+                        raise FileError(
+                            f"{place.shown} on {target} was changed by somebody else in the meantime; nothing was "
+                            "written. Read it again and repeat the edit"
+                        )
+                    atomic, _ = replace_file(sftp, place, edited.content, None, overwrite=True)
+        return EditedFile(
+            path=place.shown,
+            diff=edited.diff,
+            edits_applied=edited.edits_applied,
+            sha256_before=hashlib.sha256(before).hexdigest(),
+            sha256=hashlib.sha256(edited.content).hexdigest(),
+            size=len(edited.content),
+            atomic=atomic,
+        )
+
+    def list(
+        self,
+        target: Target,
+        path: str = ".",
+        *,
+        cancelled: Cancelled,
+        depth: int = 1,
+        pattern: str | None = None,
+        show_hidden: bool = True,
+        sort_by: Literal["name", "size", "mtime"] = "name",
+        limit: int = 1000,
+        offset: int = 0,
+    ) -> Listing:
+        """List a directory, `depth` levels deep. Raises FileError."""
+        with self._sftp(target, path, "list", cancelled) as sftp:
+            resolving, asking = sftp.real_path(path_bytes(path)), sftp.stat(path_bytes(path))
+            mode = asking.attributes().mode or stat.S_IFDIR
+            if not stat.S_ISDIR(mode):
+                raise FileError(f"{path} on {target} is no directory; read it with ssh_read_file")
+            root = resolving.path()
+            walk = Walk(sftp, root, depth, show_hidden, pattern, cancelled)
+            walk.run()
+            page = _sorted(walk.found, sort_by)[offset : offset + limit]
+            links = [
+                sftp.read_link(posixpath.join(root, found.relative)) if found.is_link else None
+                for found in page
+            ]
+            entries = [entry(found, link) for found, link in zip(page, links, strict=True)]
+        total = len(walk.found)
+        more = offset + len(page) < total
+        notes = [f"{walk.unreadable} folders could not be read"] if walk.unreadable else []
+        notes += [f"the walk stopped after {MOST_ENTRIES} entries"] if walk.full else []
+        return Listing(
+            path=shown_name(root),
+            entries=entries,
+            total=total,
+            truncated=more or walk.full,
+            next_offset=offset + len(page) if more else None,
+            note="; ".join(notes) or None,
+        )
+
+    @contextmanager
+    def _sftp(self, target: Target, path: str, verb: str, cancelled: Cancelled) -> Iterator[SFTP]:
+        """Lend the target's SFTP channel, and say in plain words what fails on it."""
+        deadline = time.monotonic() + self._answer_seconds
+        try:
+            with self._pool.standing(target, SFTP, deadline, cancelled) as standing:
+                yield cast("SFTP", standing)
+        except NoSFTPError:
+            raise FileError(
+                f"{target} offers no file transfer (SFTP); set Subsystem sftp in its sshd_config, or use ssh_execute"
+            ) from None
+        except StatusError as error:
+            raise FileError(_sentence(error, target, path, verb)) from None
+        except ConnectionLostError as error:
+            tail = "" if verb in ("read", "list") else "; the file is the old one or the new one, whole"
+            raise ConnectionLostError(f"could not {verb} {path} on {target}: {error}{tail}") from None
+
+    @contextmanager
+    def _alone(self, target: Target, real: bytes, cancelled: Cancelled) -> Iterator[None]:
+        """Wait until no other call changes this file, and keep others waiting meanwhile."""
+        deadline = time.monotonic() + _QUEUE_SECONDS
+        with self._changed:
+            while (target, real) in self._changing:
+                cancelled()
+                if time.monotonic() > deadline:
+                    raise BusyError(
+                        f"{shown_name(real)} on {target} is being changed by other calls; try again"
+                    )
+                self._changed.wait(0.25)
+            self._changing.add((target, real))
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._changing.discard((target, real))
+                self._changed.notify_all()
+
+    def _place(self, sftp: SFTP, target: Target, path: str) -> Place:
+        """Follow links to the file that is meant, also to one that is not there yet."""
+        current = path_bytes(path)
+        for _ in range(_MOST_LINKS):
+            resolving, asking, looking = sftp.real_path(current), sftp.stat(current), sftp.lstat(current)
+            try:
+                existing = asking.attributes()
+            except StatusError as error:
+                if error.code != ssh_sftp.NO_SUCH_FILE:
+                    raise
+            else:
+                _demand_regular(existing, target, path)
+                real = resolving.path()
+                return Place(shown_name(real), real, existing)
+            try:
+                dangling = stat.S_ISLNK(looking.attributes().mode or 0)
+            except StatusError:
+                dangling = False
+            if not dangling:
+                real = new_path(sftp, current)
+                return Place(shown_name(real), real, None)
+            current = posixpath.join(posixpath.dirname(current), sftp.read_link(current).path())
+        raise FileError(f"{path} on {target} is a chain of links without an end")
+
+    def _regular(self, sftp: SFTP, target: Target, path: str) -> Place:
+        """Return the place of a regular file that is there."""
+        asked = path_bytes(path)
+        resolving, asking = sftp.real_path(asked), sftp.stat(asked)
+        existing = asking.attributes()
+        _demand_regular(existing, target, path)
+        real = resolving.path()
+        return Place(shown_name(real), real, existing)
+
+    def _from_end(self, data: bytes, lines: int, max_lines: int) -> tuple[Window, bytes]:
+        """Show the last lines of a file that is at hand, numbered from its beginning."""
+        total = data.count(b"\n") + (1 if data and not data.endswith(b"\n") else 0)
+        kept = Lines(max(1, total - lines + 1), max_lines, self._most_read)
+        kept.take(data)
+        return kept.window(at_end=True), data
+
+    def _far_end(
+        self, sftp: SFTP, handle: bytes, size: int, lines: int, max_lines: int
+    ) -> tuple[Window, bytes]:
+        """Show the last lines of a file too big to count them all: numbered from the end, negative."""
+        block = b""
+        start: int | None = None
+        while start is None and len(block) < min(size, _COUNTED_BYTES):
+            begin = max(0, size - len(block) - _TAIL_BLOCK_BYTES)
+            block = b"".join(sftp.chunks(handle, begin, size - len(block))) + block
+            start = tail_start(block, lines)
+        if start is None:
+            raise FileError(
+                f"the last {lines} lines are longer than {_COUNTED_BYTES} bytes; ask for fewer, or for bytes with "
+                "encoding base64 and offset"
+            )
+        kept = Lines(1, max_lines, self._most_read)
+        kept.take(block[start:])
+        window = kept.window(at_end=True)
+        first, last = -lines, window.end_line - lines - 1
+        return replace(window, start_line=first, end_line=last, total_lines=None, sha256=None), block[start:]
+
+    def _content(self, target: Target, place: Place, window: Window, seen: bytes) -> FileContent:
+        if b"\0" in seen:
+            raise FileError(
+                f"{place.shown} on {target} is binary (it holds NUL bytes); read it with encoding base64"
+            )
+        found = place.found
+        content = window.content.decode("utf-8", "replace")
+        note = (
+            f"line {window.start_line} is longer than {self._most_read} bytes and cut; read on with encoding base64"
+            if window.cut_line
+            else None
+        )
+        return FileContent(
+            path=place.shown,
+            content=content.removeprefix("\ufeff") if window.start_line == 1 else content,
+            encoding="utf-8",
+            size=found.size or (window.size if window.total_lines is not None else 0),
+            mode=octal(found.mode),
+            mtime=iso_time(found.mtime),
+            start_line=window.start_line,
+            end_line=window.end_line,
+            total_lines=window.total_lines,
+            truncated=window.more,
+            next_start_line=window.end_line + 1 if window.more else None,
+            sha256=window.sha256,
+            note=note,
+        )
+
+    def _whole(self, sftp: SFTP, target: Target, place: Place) -> bytes:
+        data = bytes_of(sftp, place.real, MOST_WRITTEN_BYTES + 1)
+        if len(data) > MOST_WRITTEN_BYTES:
+            raise FileError(f"{place.shown} on {target} is over 32 MiB; change it with a command (sed, awk)")
+        return data
+
+    def _check_before(
+        self, sftp: SFTP, target: Target, place: Place, expected_sha256: str | None, *, overwrite: bool
+    ) -> None:
+        if place.existing is not None and not overwrite:
+            raise FileError(f"{place.shown} is there already on {target}; pass overwrite=true to replace it")
+        if expected_sha256 is None:
+            return
+        if place.existing is None:
+            raise FileError(f"{place.shown} is not there on {target}, so it has not the expected_sha256")
+        _check_hash(target, place, self._whole(sftp, target, place), expected_sha256)
+
+
+def _check_hash(target: Target, place: Place, content: bytes, expected: str | None) -> None:
+    found = hashlib.sha256(content).hexdigest()
+    if expected is not None and found != expected.lower():
+        raise FileError(
+            f"{place.shown} on {target} has changed: its sha256 is {found}, not the expected one; nothing was "
+            "written. Read it again"
+        )
+
+
+def _demand_regular(attributes: Attributes, target: Target, path: str) -> None:
+    kind = _KINDS.get(stat.S_IFMT(attributes.mode or 0))
+    if kind == "a directory":
+        raise FileError(f"{path} on {target} is a directory; list it with ssh_list_directory")
+    if kind is not None:
+        raise FileError(f"{path} on {target} is {kind}; only regular files are read and written here")
+
+
+def _forward(chunks: Iterator[bytes], lines: Lines) -> tuple[Window, bytes]:
+    """Take chunks until the window is full; also return what may not hold a NUL."""
+    seen = bytearray()
+    for chunk in chunks:
+        if b"\0" in chunk:
+            seen += b"\0"
+        if not lines.take(chunk):
+            return lines.window(at_end=False), bytes(seen)
+    return lines.window(at_end=True), bytes(seen)
+
+
+def _checked(chunks: Iterator[bytes], cancelled: Cancelled) -> Iterator[bytes]:
+    for chunk in chunks:
+        cancelled()
+        yield chunk
+
+
+def _sorted(found: Sequence[Found], by: Literal["name", "size", "mtime"]) -> Sequence[Found]:
+    by_name = sorted(found, key=lambda item: item.relative)
+    if by == "name":
+        return by_name
+    attribute = "size" if by == "size" else "mtime"
+    return sorted(by_name, key=lambda item: getattr(item.name.attributes, attribute) or 0, reverse=True)
+
+
+def _sentence(error: StatusError, target: Target, path: str, verb: str) -> str:
+    if error.code == ssh_sftp.NO_SUCH_FILE:
+        return f"{path} does not exist on {target}; list its folder with ssh_list_directory to see what does"
+    if error.code == ssh_sftp.PERMISSION_DENIED:
+        return f"{target.user} has no permission to {verb} {path} on {target}"
+    hint = "; is the disk full, or a quota reached?" if verb in ("write", "edit") else ""
+    said = error.message[:200] or f"status {error.code}"
+    return f"could not {verb} {path} on {target}: the server says {said!r}{hint}"

@@ -1,0 +1,444 @@
+"""The SFTP protocol, version 3 (draft-ietf-secsh-filexfer-02), with requests in flight together.
+
+Requests are sent without waiting; each returns a `Reply` that is waited for when its content is needed. One thread
+reads the channel and hands answers out by their id, so that many threads share one channel.
+
+Invariants:
+
+- Every wait has a deadline; a server that leaves one unanswered loses the channel, since what state it is in is
+  unknown then.
+- When the channel ends, every pending reply fails, and so does every later request.
+- Names are bytes: a server's file names need not be text. `shown_name` writes what is no UTF-8 as `\\xHH`, and
+  `path_bytes` reads it back, so that every name that was shown can be used again.
+"""
+
+import re
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from ssh_errors import ArgumentError, ConnectionLostError
+from ssh_transport import Session
+
+ANSWER_SECONDS: Final = 14.0
+CHUNK_BYTES: Final = 32 * 1024
+IN_FLIGHT: Final = 64
+_MOST_PACKET_BYTES: Final = 16 * 1024 * 1024
+
+READ: Final = 0x01
+WRITE: Final = 0x02
+APPEND: Final = 0x04
+CREATE: Final = 0x08
+TRUNCATE: Final = 0x10
+EXCLUSIVE: Final = 0x20
+
+_INIT, _VERSION = 1, 2
+_OPEN, _CLOSE, _READ, _WRITE, _LSTAT, _FSTAT = 3, 4, 5, 6, 7, 8
+_FSETSTAT, _OPENDIR, _READDIR, _REMOVE, _MKDIR = 10, 11, 12, 13, 14
+_REALPATH, _STAT, _RENAME, _READLINK = 16, 17, 18, 19
+_STATUS, _HANDLE, _DATA, _NAME, _ATTRS = 101, 102, 103, 104, 105
+_EXTENDED = 200
+
+OK, EOF, NO_SUCH_FILE, PERMISSION_DENIED, FAILURE, OP_UNSUPPORTED = 0, 1, 2, 3, 4, 8
+_CONNECTION_LOST = 7
+
+
+_ESCAPE = re.compile(r"\\x[0-9a-fA-F]{2}")
+
+
+def shown_name(name: bytes) -> str:
+    """Return a name as text from which `path_bytes` gives the same bytes again."""
+    plain = _ESCAPE.sub(lambda match: "\\x5c" + match[0][1:], name.decode("utf-8", "surrogateescape"))
+    return "".join(f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else c for c in plain)
+
+
+def path_bytes(text: str) -> bytes:
+    """Return the path that a text means: absolute, or relative to the login directory, `~/` included.
+
+    Raises ArgumentError for what cannot be a path.
+    """
+    path = b"".join(
+        bytes([int(part[2:], 16)]) if _ESCAPE.fullmatch(part) else part.encode("utf-8", "replace")
+        for part in re.split(f"({_ESCAPE.pattern})", text)
+    )
+    if not path or b"\0" in path:
+        raise ArgumentError(
+            f"{text[:100]!r} is no path; give an absolute one, or one relative to the login directory"
+        )
+    if path == b"~":
+        return b"."
+    return path.removeprefix(b"~/") or b"."
+
+
+class NoSFTPError(Exception):
+    """The server does not speak SFTP."""
+
+
+class StatusError(Exception):
+    """The server refused a request: its status code and its words."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """What the server says of a file; None where it does not say."""
+
+    size: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    mode: int | None = None
+    mtime: int | None = None
+
+    def packed(self) -> bytes:
+        """Return the ATTRS structure that sets size, owner and mode, those that are not None."""
+        flags, body = 0, b""
+        if self.size is not None:
+            flags, body = flags | 0x1, body + struct.pack(">Q", self.size)
+        if self.uid is not None and self.gid is not None:
+            flags, body = flags | 0x2, body + struct.pack(">II", self.uid, self.gid)
+        if self.mode is not None:
+            flags, body = flags | 0x4, body + struct.pack(">I", self.mode)
+        return struct.pack(">I", flags) + body
+
+
+@dataclass(frozen=True)
+class Name:
+    """One entry of a directory."""
+
+    name: bytes
+    longname: bytes
+    attributes: Attributes
+
+
+class Reply:
+    """The answer to one request, perhaps still under way."""
+
+    def __init__(self, sftp: "SFTP") -> None:
+        self._sftp = sftp
+        self._arrived = threading.Event()
+        self._kind = 0
+        self._body = b""
+
+    def arrive(self, kind: int, body: bytes) -> None:
+        """Take the answer; called once, by the reading thread."""
+        self._kind, self._body = kind, body
+        self._arrived.set()
+
+    def wait(self, *expected: int) -> bytes:
+        """Return the body of an answer of an expected kind.
+
+        Raises StatusError for a status other than OK, ConnectionLostError when none comes within
+        `ANSWER_SECONDS`.
+        """
+        if not self._arrived.wait(ANSWER_SECONDS):
+            self._sftp.close()
+            raise ConnectionLostError("the file server does not answer")
+        if self._kind == _STATUS:
+            code = _Reader(self._body).uint32()
+            if code == _CONNECTION_LOST:
+                raise ConnectionLostError("the connection went away")
+            if code != OK:
+                reader = _Reader(self._body[4:])
+                raise StatusError(code, reader.string().decode("utf-8", "replace") if reader.left else "")
+        if self._kind not in (expected or (_STATUS,)):
+            self._sftp.close()
+            raise ConnectionLostError("the file server gave an answer that makes no sense")
+        return self._body
+
+    def done(self) -> None:
+        """Wait for a plain OK."""
+        self.wait(_STATUS)
+
+    def handle(self) -> bytes:
+        """Wait for a handle."""
+        return _Reader(self.wait(_HANDLE)).string()
+
+    def data(self) -> bytes:
+        """Wait for bytes of a file; none at its end."""
+        try:
+            return _Reader(self.wait(_DATA)).string()
+        except StatusError as error:
+            if error.code == EOF:
+                return b""
+            raise
+
+    def attributes(self) -> Attributes:
+        """Wait for a file's attributes."""
+        return _Reader(self.wait(_ATTRS)).attributes()
+
+    def names(self) -> list[Name]:
+        """Wait for names; none at a directory's end."""
+        try:
+            reader = _Reader(self.wait(_NAME))
+        except StatusError as error:
+            if error.code == EOF:
+                return []
+            raise
+        return [Name(reader.string(), reader.string(), reader.attributes()) for _ in range(reader.uint32())]
+
+    def path(self) -> bytes:
+        """Wait for the one name of a REALPATH or READLINK."""
+        return self.names()[0].name
+
+
+class _Reader:
+    """Takes SSH data types (RFC 4251, 5) off a packet."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 0
+
+    @property
+    def left(self) -> int:
+        return len(self._data) - self._at
+
+    def take(self, count: int) -> bytes:
+        if count > self.left:
+            raise ConnectionLostError("the file server sent a packet that is cut short")
+        self._at += count
+        return self._data[self._at - count : self._at]
+
+    def uint32(self) -> int:
+        return int.from_bytes(self.take(4), "big")
+
+    def uint64(self) -> int:
+        return int.from_bytes(self.take(8), "big")
+
+    def string(self) -> bytes:
+        return self.take(self.uint32())
+
+    def attributes(self) -> Attributes:
+        flags = self.uint32()
+        size = self.uint64() if flags & 0x1 else None
+        uid, gid = (self.uint32(), self.uint32()) if flags & 0x2 else (None, None)
+        mode = self.uint32() if flags & 0x4 else None
+        mtime = (self.uint32(), self.uint32())[1] if flags & 0x8 else None
+        for _ in range(self.uint32() * 2 if flags & 0x80000000 else 0):
+            self.string()
+        return Attributes(size, uid, gid, mode, mtime)
+
+
+def _string(data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + data
+
+
+class SFTP:
+    """One SFTP channel. Thread-safe: any number of threads may send requests and wait for their replies."""
+
+    def __init__(self, session: Session) -> None:
+        """Start the subsystem on a fresh session and wait for its version packet.
+
+        Owns the session from here on. Raises NoSFTPError when the server has none.
+        """
+        self.extensions: dict[str, bytes] = {}
+        self._session = session
+        self._state = threading.Lock()
+        self._pending: dict[int, Reply] = {}
+        self._next_id = 0
+        self._ended = False
+        self._sending = threading.Lock()
+        self._buffer = bytearray()
+        session.subsystem("sftp")
+        self._send(struct.pack(">BI", _INIT, 3))
+        self._greet()
+        threading.Thread(target=self._read_on, name="ssh-sftp-reader", daemon=True).start()
+
+    @property
+    def usable(self) -> bool:
+        """Whether requests may still be answered."""
+        return not (self._ended or self._session.closed)
+
+    def close(self) -> None:
+        """End the channel; every pending reply fails."""
+        self._end()
+        self._session.close()
+
+    def open(self, path: bytes, flags: int, attributes: Attributes = Attributes()) -> Reply:
+        """OPEN: a handle."""
+        return self._request(_OPEN, _string(path) + struct.pack(">I", flags) + attributes.packed())
+
+    def close_handle(self, handle: bytes) -> Reply:
+        """CLOSE."""
+        return self._request(_CLOSE, _string(handle))
+
+    def read(self, handle: bytes, offset: int, length: int) -> Reply:
+        """READ: bytes, perhaps fewer than asked for."""
+        return self._request(_READ, _string(handle) + struct.pack(">QI", offset, length))
+
+    def write(self, handle: bytes, offset: int, data: bytes | memoryview) -> Reply:
+        """WRITE."""
+        return self._request(_WRITE, _string(handle) + struct.pack(">QI", offset, len(data)) + bytes(data))
+
+    def fstat(self, handle: bytes) -> Reply:
+        """FSTAT: attributes."""
+        return self._request(_FSTAT, _string(handle))
+
+    def stat(self, path: bytes) -> Reply:
+        """STAT, links followed: attributes."""
+        return self._request(_STAT, _string(path))
+
+    def lstat(self, path: bytes) -> Reply:
+        """LSTAT, links not followed: attributes."""
+        return self._request(_LSTAT, _string(path))
+
+    def fsetstat(self, handle: bytes, attributes: Attributes) -> Reply:
+        """FSETSTAT."""
+        return self._request(_FSETSTAT, _string(handle) + attributes.packed())
+
+    def open_directory(self, path: bytes) -> Reply:
+        """OPENDIR: a handle."""
+        return self._request(_OPENDIR, _string(path))
+
+    def read_directory(self, handle: bytes) -> Reply:
+        """READDIR: some names."""
+        return self._request(_READDIR, _string(handle))
+
+    def remove(self, path: bytes) -> Reply:
+        """REMOVE."""
+        return self._request(_REMOVE, _string(path))
+
+    def make_directory(self, path: bytes) -> Reply:
+        """MKDIR with the server's default mode."""
+        return self._request(_MKDIR, _string(path) + Attributes().packed())
+
+    def real_path(self, path: bytes) -> Reply:
+        """REALPATH: the absolute path, links resolved where the server does that."""
+        return self._request(_REALPATH, _string(path))
+
+    def read_link(self, path: bytes) -> Reply:
+        """READLINK: the link's target."""
+        return self._request(_READLINK, _string(path))
+
+    def rename(self, old: bytes, new: bytes) -> Reply:
+        """RENAME: fails when `new` is there."""
+        return self._request(_RENAME, _string(old) + _string(new))
+
+    def replace(self, old: bytes, new: bytes) -> Reply:
+        """`posix-rename@openssh.com`: takes the place of `new`."""
+        return self._extended("posix-rename@openssh.com", _string(old) + _string(new))
+
+    def fsync(self, handle: bytes) -> Reply:
+        """`fsync@openssh.com`."""
+        return self._extended("fsync@openssh.com", _string(handle))
+
+    def chunks(self, handle: bytes, offset: int, end: int | None) -> Iterator[bytes]:
+        """Yield a file's bytes from `offset` to `end` (None: its end), with requests in flight together.
+
+        Up to `IN_FLIGHT` chunks are asked for ahead, fewer at the start, so that a small file costs little.
+        """
+        ahead: list[tuple[int, int, Reply]] = []
+        asked, window = offset, 4
+        while True:
+            while len(ahead) < window and (end is None or asked < end):
+                length = CHUNK_BYTES if end is None else min(CHUNK_BYTES, end - asked)
+                ahead.append((asked, length, self.read(handle, asked, length)))
+                asked += length
+            if not ahead:
+                return
+            at, length, reply = ahead.pop(0)
+            data = reply.data()
+            if not data:
+                return
+            yield data
+            if len(data) < length:
+                rest = self.read(handle, at + len(data), length - len(data))
+                ahead.insert(0, (at + len(data), length - len(data), rest))
+            window = min(IN_FLIGHT, window * 2)
+
+    def write_all(self, handle: bytes, data: bytes, offset: int = 0) -> None:
+        """Write all of `data` at `offset`, with requests in flight together. Raises StatusError."""
+        view = memoryview(data)
+        ahead: list[Reply] = []
+        failure: StatusError | None = None
+        for start in range(0, len(view), CHUNK_BYTES):
+            ahead.append(self.write(handle, offset + start, view[start : start + CHUNK_BYTES]))
+            if len(ahead) >= IN_FLIGHT:
+                ahead.pop(0).done()
+        for reply in ahead:
+            try:
+                reply.done()
+            except StatusError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def _extended(self, name: str, body: bytes) -> Reply:
+        return self._request(_EXTENDED, _string(name.encode()) + body)
+
+    def _request(self, kind: int, body: bytes) -> Reply:
+        reply = Reply(self)
+        with self._state:
+            if self._ended:
+                raise ConnectionLostError("the connection went away")
+            self._next_id = (self._next_id + 1) & 0xFFFFFFFF
+            number = self._next_id
+            self._pending[number] = reply
+        self._send(struct.pack(">BI", kind, number) + body)
+        return reply
+
+    def _send(self, packet: bytes) -> None:
+        """Send one packet whole; packets of several threads must not mix, so this waits under a lock."""
+        rest = memoryview(_string(packet))
+        deadline = time.monotonic() + ANSWER_SECONDS
+        with self._sending:
+            while rest:
+                sent = self._session.send(rest, wait_seconds=0.5)
+                rest = rest[sent:]
+                if not sent and (self._session.closed or time.monotonic() > deadline):
+                    self.close()
+                    raise ConnectionLostError("the file server takes no more requests")
+
+    def _greet(self) -> None:
+        """Take the VERSION packet and the extensions it names."""
+        packet = self._packet(time.monotonic() + ANSWER_SECONDS)
+        if packet is None or packet[0] != _VERSION:
+            raise NoSFTPError
+        reader = _Reader(packet[5:])
+        while reader.left:
+            name = reader.string().decode("utf-8", "replace")
+            self.extensions[name] = reader.string()
+
+    def _packet(self, deadline: float | None) -> bytes | None:
+        """Return the next packet, or None when the channel has ended, the deadline came, or it is garbage."""
+        while True:
+            if len(self._buffer) >= 4:
+                size = int.from_bytes(self._buffer[:4], "big")
+                if not 1 <= size <= _MOST_PACKET_BYTES:
+                    return None
+                if len(self._buffer) >= 4 + size:
+                    packet = bytes(self._buffer[4 : 4 + size])
+                    del self._buffer[: 4 + size]
+                    return packet
+            data, _ = self._session.read()
+            if data:
+                self._buffer += data
+            elif self._session.ended or (deadline is not None and time.monotonic() > deadline):
+                return None
+            else:
+                self._session.wait(1.0)
+
+    def _read_on(self) -> None:
+        """Hand out answers until the channel ends. Runs in a thread of its own."""
+        try:
+            while (packet := self._packet(None)) is not None and len(packet) >= 5:
+                number = int.from_bytes(packet[1:5], "big")
+                with self._state:
+                    reply = self._pending.pop(number, None)
+                if reply is not None:
+                    reply.arrive(packet[0], packet[5:])
+        finally:
+            self.close()
+
+    def _end(self) -> None:
+        with self._state:
+            self._ended = True
+            pending, self._pending = list(self._pending.values()), {}
+        for reply in pending:
+            reply.arrive(_STATUS, struct.pack(">I", _CONNECTION_LOST))
