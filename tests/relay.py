@@ -1,0 +1,113 @@
+"""A TCP relay that delays, freezes or cuts the wire between a client and a server on loopback."""
+
+import socket
+import threading
+import time
+from collections import deque
+
+
+class Relay:
+    """Passes bytes between its port and a server's; what it does to them may be changed at any time."""
+
+    def __init__(self, server_port: int, delay_seconds: float = 0.0) -> None:
+        self.delay_seconds = delay_seconds
+        self.accepted = 0
+        self._server_port = server_port
+        self._flowing = threading.Event()
+        self._flowing.set()
+        self._sockets: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._pumps: list[_Pump] = []
+        self._closing = False
+        self._accepting = threading.Thread(target=self._accept, daemon=True)
+        self._accepting.start()
+
+    def freeze(self) -> None:
+        """Pass nothing on, and acknowledge everything, as a NAT box that lost its table would."""
+        self._flowing.clear()
+
+    def thaw(self) -> None:
+        self._flowing.set()
+
+    def cut(self) -> None:
+        """End every connection."""
+        for end in list(self._sockets):
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                continue
+
+    def close(self) -> None:
+        self._closing = True
+        socket.create_connection(("127.0.0.1", self.port)).close()  # wakes the accepting thread
+        self._accepting.join()
+        self._listener.close()
+        self.thaw()
+        self.cut()
+        for pump in self._pumps:
+            pump.join()
+        for end in self._sockets:
+            end.close()
+
+    def _accept(self) -> None:
+        while True:
+            client, _ = self._listener.accept()
+            if self._closing:
+                client.close()
+                return
+            self.accepted += 1
+            server = socket.create_connection(("127.0.0.1", self._server_port))
+            for end in (client, server):
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._sockets += [client, server]
+            for source, sink in ((client, server), (server, client)):
+                self._pumps.append(_Pump(self, source, sink))
+
+    def wait_for_flow(self) -> None:
+        self._flowing.wait()
+
+
+class _Pump:
+    """One direction of one connection: a thread that reads, and one that passes on after the delay."""
+
+    def __init__(self, relay: Relay, source: socket.socket, sink: socket.socket) -> None:
+        self._relay = relay
+        self._source = source
+        self._sink = sink
+        self._queue: deque[tuple[float, bytes]] = deque()
+        self._changed = threading.Condition()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._take, self._pass_on)]
+        for thread in self._threads:
+            thread.start()
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join()
+
+    def _take(self) -> None:
+        while True:
+            try:
+                data = self._source.recv(1 << 18)
+            except OSError:
+                data = b""
+            with self._changed:
+                self._queue.append((time.monotonic() + self._relay.delay_seconds, data))
+                self._changed.notify()
+            if not data:
+                return
+
+    def _pass_on(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue)
+                due, data = self._queue.popleft()
+            time.sleep(max(0.0, due - time.monotonic()))
+            self._relay.wait_for_flow()
+            try:
+                if not data:
+                    self._sink.shutdown(socket.SHUT_RDWR)
+                    return
+                self._sink.sendall(data)
+            except OSError:
+                return
