@@ -246,8 +246,13 @@ class SFTP:
         self._sending = threading.Lock()
         self._buffer = bytearray()
         session.subsystem("sftp")
-        self._send(struct.pack(">BI", _INIT, 3))
-        self._greet()
+        try:
+            self._send(struct.pack(">BI", _INIT, 3))
+            self._greet()
+        except ConnectionLostError:
+            if session.connected:
+                raise NoSFTPError from None
+            raise
         threading.Thread(target=self._read_on, name="ssh-sftp-reader", daemon=True).start()
 
     @property
@@ -399,7 +404,7 @@ class SFTP:
         """Take the VERSION packet and the extensions it names."""
         packet = self._packet(time.monotonic() + ANSWER_SECONDS)
         if packet is None or packet[0] != _VERSION:
-            raise NoSFTPError
+            raise ConnectionLostError("the file server does not answer")
         reader = _Reader(packet[5:])
         while reader.left:
             name = reader.string().decode("utf-8", "replace")

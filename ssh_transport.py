@@ -226,6 +226,11 @@ class Session:
         return bool(self._channel.closed)
 
     @property
+    def connected(self) -> bool:
+        """Whether the connection below is there still."""
+        return bool(self._channel.transport.is_active())
+
+    @property
     def exit_status(self) -> int | None:
         """The exit status, once the server has sent it."""
         status = int(self._channel.exit_status)
