@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from ssh_edits import Edit
 
 from conftest import Server, nobody_cancels
 from ssh_answers import EditedFile, FileContent, Listing, WrittenFile
+from ssh_edits import Edit
 from ssh_errors import ArgumentError, ConnectionLostError, EditError, FileError
 from ssh_files import Files
 from ssh_pool import Pool
