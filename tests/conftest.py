@@ -82,7 +82,7 @@ class Server:
         return Target(name, "127.0.0.1", self.port)
 
     def settings(self, **changes: Any) -> Settings:
-        values = {
+        values: dict[str, Any] = {
             "ssh_default_host": "127.0.0.1",
             "ssh_default_port": self.port,
             "ssh_default_user": "tester",

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 
 import pytest
 
@@ -21,12 +22,8 @@ def soon(seconds: float = 20) -> float:
     return time.monotonic() + seconds
 
 
-def echo(pool: Pool, settings: Settings, target: Target, text: str = "x", **arguments: float) -> str:
-    return (
-        Commands(pool, settings)
-        .run(target, f"echo {text}", cancelled=nobody_cancels, **arguments)
-        .stdout.strip()
-    )
+def echo(pool: Pool, settings: Settings, target: Target, text: str = "x") -> str:
+    return Commands(pool, settings).run(target, f"echo {text}", cancelled=nobody_cancels).stdout.strip()
 
 
 @pytest.fixture
@@ -226,6 +223,9 @@ def test_freed_session_goes_to_who_waited_longest(
     pool = open_pool(sshd.settings(ssh_max_connections=1))
     order: list[int] = []
 
+    def queue_is(length: int) -> bool:
+        return len(pool._targets[sshd.target]._waiters) == length
+
     def take(number: int) -> None:
         with pool.session(sshd.target, soon(), nobody_cancels):
             order.append(number)
@@ -237,7 +237,7 @@ def test_freed_session_goes_to_who_waited_longest(
     for number in range(5):
         waiting.append(threading.Thread(target=take, args=(number,)))
         waiting[-1].start()
-        wait_for(lambda expected=number + 1: len(pool._targets[sshd.target]._waiters) == expected)
+        wait_for(partial(queue_is, number + 1))
     held.close()
     for thread in waiting:
         thread.join(20)
