@@ -47,8 +47,8 @@ esac 2>/dev/null
 exit 0
 """
 
-_PSEUDO = frozenset(
-    [
+_PSEUDO = {
+    *(
         "autofs",
         "bpf",
         "binfmt_misc",
@@ -59,27 +59,21 @@ _PSEUDO = frozenset(
         "devfs",
         "devpts",
         "devtmpfs",
+    ),
+    *(
         "efivarfs",
+        "fdescfs",
         "fusectl",
         "hugetlbfs",
+        "linprocfs",
         "mqueue",
         "nsfs",
         "overlay",
         "proc",
         "procfs",
-        "fdescfs",
-        "pstore",
-        "ramfs",
-        "rpc_pipefs",
-        "securityfs",
-        "selinuxfs",
-        "squashfs",
-        "sysfs",
-        "tmpfs",
-        "tracefs",
-        "linprocfs",
-    ]
-)
+    ),
+    *("pstore", "ramfs", "rpc_pipefs", "securityfs", "selinuxfs", "squashfs", "sysfs", "tmpfs", "tracefs"),
+}
 
 
 class OSInfo(BaseModel):

@@ -135,6 +135,9 @@ class Server:
 SHELLS = {"tester": "bash", "dash": "dash", "zsh": "zsh", "ksh": "ksh93", "fish": "fish", "tcsh": "tcsh"}
 """The accounts of a test server and the packages that hold their login shells."""
 
+ORDINARY_UID = 4242 if os.getuid() == 0 else os.getuid()
+"""The user behind the account `ordinary`: not root, also when root runs the tests."""
+
 
 def make_accounts(folder: Path) -> None:
     if not any(Path(lib).glob("**/libnss_wrapper.so") for lib in ("/usr/lib", "/usr/lib64")):
@@ -145,7 +148,13 @@ def make_accounts(folder: Path) -> None:
         home.mkdir()
         shell = program("bash" if name == "tester" else name, package)
         lines.append(f"{name}:*:{os.getuid()}:{os.getgid()}::{home}:{shell}")
+    (folder / "ordinary").mkdir()
+    os.chown(folder / "ordinary", ORDINARY_UID, -1)
+    lines.append(f"ordinary:*:{ORDINARY_UID}:{ORDINARY_UID}::{folder}/ordinary:/bin/sh")
     (folder / "passwd").write_text("\n".join(lines) + "\n")
+    for parent in (folder, *folder.parents):
+        if parent.stat().st_uid == os.getuid():
+            parent.chmod(parent.stat().st_mode | 0o011)
 
 
 def make_server(folder: Path, *lines: str) -> Server:

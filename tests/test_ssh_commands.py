@@ -216,7 +216,7 @@ def test_timed_out_command_is_killed_with_its_group(run: Run, command: str, sign
     assert not running(marker)
 
 
-@pytest.mark.parametrize("account", ["dash", "zsh", "ksh", "fish", "tcsh"])
+@pytest.mark.parametrize("account", ["ordinary", "dash", "zsh", "ksh", "fish", "tcsh"])
 def test_timed_out_command_is_killed_in_every_login_shell(run: Run, account: str) -> None:
     marker = f"{os.getpid()}{time.monotonic_ns()}"
     result = run(f"sh -c 'sleep 30.{marker}; echo no' | cat", account=account, timeout=0.5)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Server, nobody_cancels
+from conftest import ORDINARY_UID, Server, nobody_cancels
 from ssh_answers import EditedFile, FileContent, Listing, WrittenFile
 from ssh_edits import Edit
 from ssh_errors import ArgumentError, ConnectionLostError, EditError, FileError
@@ -20,11 +20,11 @@ from ssh_pool import Pool
 
 
 class Tools:
-    """The file tools on the default target, from a caller who stays."""
+    """The file tools on one account, from a caller who stays."""
 
-    def __init__(self, files: Files, server: Server) -> None:
+    def __init__(self, files: Files, server: Server, account: str = "tester") -> None:
         self._files = files
-        self._target = server.target
+        self._target = server.account(account)
 
     def read(self, path: object, **arguments: int) -> FileContent:
         return self._files.read(self._target, str(path), cancelled=nobody_cancels, **arguments)
@@ -46,6 +46,21 @@ class Tools:
 @pytest.fixture
 def tools(sshd: Server, pool: Pool) -> Tools:
     return Tools(Files(pool, sshd.settings()), sshd)
+
+
+@pytest.fixture
+def ordinary(sshd: Server, pool: Pool) -> Tools:
+    """The tools of an account that is not root's, also when root runs the tests."""
+    return Tools(Files(pool, sshd.settings()), sshd, "ordinary")
+
+
+@pytest.fixture
+def its_folder(sshd: Server, tmp_path: Path) -> Iterator[Path]:
+    """A folder that `ordinary` owns."""
+    folder = sshd.folder / "ordinary" / tmp_path.name
+    folder.mkdir()
+    os.chown(folder, ORDINARY_UID, -1)
+    return folder
 
 
 def strays(folder: Path) -> list[str]:
@@ -319,6 +334,45 @@ def test_file_with_several_names_is_written_in_place(tools: Tools, tmp_path: Pat
     assert tools.write(path, "new").atomic is False
     assert (tmp_path / "other").read_text() == "new"
     assert not strays(tmp_path)
+
+
+def test_forbidden_file_names_the_account_and_the_path(ordinary: Tools, its_folder: Path) -> None:
+    for call in (ordinary.read, ordinary.read_bytes, lambda path: ordinary.write(path, "x")):
+        with pytest.raises(FileError, match=r"ordinary has no permission to (read|write) /etc/shadow"):
+            call("/etc/shadow")
+    with pytest.raises(FileError, match="no permission to list /root"):
+        ordinary.list("/root")
+
+
+def test_file_of_another_owner_is_written_in_place(ordinary: Tools, its_folder: Path) -> None:
+    assert os.getuid() == 0, "this test gives files away: run it as root"
+    path = its_folder / "file"
+    path.write_text("old and long")
+    path.chmod(0o666)
+    assert ordinary.write(path, "new").atomic is False
+    assert (path.read_text(), path.stat().st_uid) == ("new", 0)
+    assert not strays(its_folder)
+
+
+def test_file_in_a_folder_that_may_not_be_written_is_written_in_place(
+    ordinary: Tools, its_folder: Path
+) -> None:
+    path = its_folder / "file"
+    path.write_text("old and long")
+    os.chown(path, ORDINARY_UID, -1)
+    its_folder.chmod(0o555)
+    assert ordinary.write(path, "new").atomic is False
+    assert path.read_text() == "new"
+    its_folder.chmod(0o755)
+
+
+def test_folder_that_cannot_be_read_is_counted(ordinary: Tools, its_folder: Path) -> None:
+    (its_folder / "closed").mkdir(mode=0o700)
+    if os.getuid() != 0:
+        (its_folder / "closed").chmod(0)
+    listing = ordinary.list(its_folder, depth=3)
+    assert [entry.name for entry in listing.entries] == ["closed"]
+    assert listing.note == "1 folders could not be read"
 
 
 def test_append_adds_at_the_end(tools: Tools, tmp_path: Path) -> None:

@@ -1,0 +1,252 @@
+"""The tools as a client sees them: schemas, answers, errors."""
+
+import asyncio
+import json
+import os
+import subprocess
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastmcp import Client, FastMCP
+from mcp_types import Tool
+
+import app
+from conftest import Server, wait_for
+from settings import SettingsError
+
+NAMES = [
+    "ssh_close_connection",
+    "ssh_edit_file",
+    "ssh_execute",
+    "ssh_list_directory",
+    "ssh_read_file",
+    "ssh_system_info",
+    "ssh_write_file",
+]
+
+Call = Callable[..., Any]
+
+
+@pytest.fixture
+def environment(sshd: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "env").touch()
+    monkeypatch.setenv("SSH_MCP_ENV_FILE", str(tmp_path / "env"))
+    monkeypatch.setenv("SSH_DEFAULT_HOST", "127.0.0.1")
+    monkeypatch.setenv("SSH_DEFAULT_PORT", str(sshd.port))
+    monkeypatch.setenv("SSH_DEFAULT_USER", "tester")
+    monkeypatch.setenv("SSH_KEY_PATH", str(sshd.key))
+    monkeypatch.setenv("SSH_KNOWN_HOSTS", str(sshd.known_hosts))
+
+
+def with_client(work: Callable[[Client[Any]], Awaitable[Any]]) -> Any:
+    async def run() -> Any:
+        async with Client(app.mcp) as client:
+            return await work(client)
+
+    return asyncio.run(run())
+
+
+@pytest.fixture
+def call(environment: None) -> Call:
+    """Call one tool and return its result, an error too."""
+
+    def call(tool: str, **arguments: Any) -> Any:
+        return with_client(lambda client: client.call_tool(tool, arguments, raise_on_error=False))
+
+    return call
+
+
+def text(result: Any) -> str:
+    (block,) = result.content
+    return str(block.text)
+
+
+@pytest.fixture
+def tools(environment: None) -> Any:
+    return with_client(lambda client: client.list_tools())
+
+
+def test_there_are_seven_tools(tools: list[Tool]) -> None:
+    assert sorted(tool.name for tool in tools) == NAMES
+
+
+def test_listing_is_small(tools: list[Tool]) -> None:
+    parts = [{"name": t.name, "description": t.description, "inputSchema": t.input_schema} for t in tools]
+    assert len(json.dumps(parts)) < 14_000
+
+
+def test_every_tool_is_described_for_a_model(tools: list[Tool]) -> None:
+    for tool in tools:
+        assert tool.title
+        assert tool.output_schema is not None
+        assert tool.annotations is not None
+        assert tool.annotations.read_only_hint or tool.annotations.destructive_hint is not None
+        assert tool.annotations.open_world_hint is not None
+        assert "Return" in (tool.description or "") or tool.name in (
+            "ssh_system_info",
+            "ssh_close_connection",
+        )
+        for parameter in tool.input_schema["properties"].values():
+            assert parameter.get("description")
+        assert {"host", "user", "port"} <= tool.input_schema["properties"].keys()
+
+
+def test_contract_of_result_fields(tools: list[Tool]) -> None:
+    fields = {tool.name: set((tool.output_schema or {})["properties"]) for tool in tools}
+    promised = {
+        "ssh_execute": "status exit_code signal stdout stderr stdout_bytes stderr_bytes stdout_omitted stderr_omitted "
+        "duration_seconds target",
+        "ssh_read_file": "path content encoding size mode mtime start_line end_line total_lines truncated "
+        "next_start_line sha256",
+        "ssh_write_file": "path bytes_written created size sha256 mode atomic",
+        "ssh_edit_file": "path diff edits_applied sha256_before sha256 size",
+        "ssh_list_directory": "path entries total truncated next_offset",
+        "ssh_system_info": "hostname os uptime_seconds load_average cpu memory swap disks",
+        "ssh_close_connection": "closed open",
+    }
+    for name, promise in promised.items():
+        assert set(promise.split()) <= fields[name]
+
+
+def test_answers_have_fields_and_a_text(call: Call) -> None:
+    result = call("ssh_execute", command="echo hi; exit 3")
+    assert result.is_error is False
+    assert result.structured_content["exit_code"] == 3
+    assert text(result).startswith("hi\n[exit code 3")
+
+
+def test_files_go_all_the_way(call: Call, tmp_path: Path) -> None:
+    path = str(tmp_path / "sub" / "file")
+    wrote = call("ssh_write_file", path=path, content="one\ntwo\n", create_parents=True, mode="0640")
+    assert wrote.structured_content["mode"] == "0640"
+    read = call("ssh_read_file", path=path)
+    assert text(read).startswith("one\ntwo\n[lines 1-2 of 2")
+    edits = [
+        {"old_text": "two", "new_text": "2"},
+        {"operation": "insert", "start_line": 0, "new_text": "zero"},
+    ]
+    sha256 = read.structured_content["sha256"]
+    edited = call("ssh_edit_file", path=path, edits=edits, expected_sha256=sha256)
+    assert "+zero" in text(edited)
+    assert Path(path).read_text() == "zero\none\n2\n"
+    listed = call("ssh_list_directory", path=str(tmp_path), depth=2)
+    assert [entry["name"] for entry in listed.structured_content["entries"]] == ["env", "sub", "sub/file"]
+    binary = call("ssh_write_file", path=path, content="AP8=", encoding="base64")
+    assert binary.structured_content["size"] == 2
+    assert call("ssh_read_file", path=path, encoding="base64").structured_content["content"] == "AP8="
+
+
+def test_system_report_tells_of_this_machine(call: Call) -> None:
+    info = call("ssh_system_info").structured_content
+    assert info["hostname"] == os.uname().nodename
+    assert info["cpu"]["cores"] == os.cpu_count()
+    assert "/" in [disk["mount"] for disk in info["disks"]]
+
+
+def test_processor_use_is_measured_since_the_last_look(environment: None) -> None:
+    async def work(client: Client[Any]) -> list[float]:
+        looks = []
+        for command in ("true", "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done"):
+            await client.call_tool("ssh_execute", {"command": command})
+            info = await client.call_tool("ssh_system_info", {})
+            looks.append(info.structured_content["cpu"]["usage_percent"])
+        return looks
+
+    boot, recent = with_client(work)
+    assert 0 <= boot <= 100
+    assert recent > 10
+
+
+def test_connections_are_closed_on_request(call: Call, environment: None, sshd: Server) -> None:
+    async def work(client: Client[Any]) -> Any:
+        await client.call_tool("ssh_execute", {"command": "true"})
+        return await client.call_tool("ssh_close_connection", {"all": True})
+
+    closed = with_client(work).structured_content
+    assert closed == {"closed": [f"tester@127.0.0.1:{sshd.port}"], "open": []}
+    assert call("ssh_close_connection").structured_content == {"closed": [], "open": []}
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "words"),
+    [
+        ("ssh_execute", {}, ["command"]),
+        ("ssh_execute", {"command": ""}, ["command"]),
+        ("ssh_execute", {"command": "true", "timeout": 0}, ["timeout"]),
+        ("ssh_execute", {"command": "true", "timeout": 3601}, ["timeout", "3600"]),
+        ("ssh_execute", {"command": "true", "comand": "x"}, ["comand"]),
+        ("ssh_execute", {"command": "true", "cwd": "/nowhere"}, ["/nowhere", "nothing was run"]),
+        ("ssh_execute", {"command": "true", "host": "elsewhere"}, ["elsewhere", "SSH_ALLOWED_HOSTS"]),
+        ("ssh_execute", {"command": "true", "user": "root"}, ["root", "SSH_ALLOWED_HOSTS"]),
+        ("ssh_execute", {"command": "true", "port": 1}, ["SSH_ALLOWED_HOSTS"]),
+        ("ssh_execute", {"command": "true", "host": "-oProxyCommand=touch x"}, ["host"]),
+        ("ssh_read_file", {"path": "/nowhere"}, ["/nowhere", "does not exist"]),
+        ("ssh_read_file", {"path": "/etc"}, ["directory"]),
+        ("ssh_read_file", {"path": "/proc/self/environ"}, ["base64"]),
+        ("ssh_write_file", {"path": "/proc/nope", "content": "x"}, ["/proc/nope"]),
+        ("ssh_write_file", {"path": "x", "content": "*", "encoding": "base64"}, ["base64"]),
+        ("ssh_write_file", {"path": "x", "content": "x", "mode": "rwx"}, ["mode"]),
+        ("ssh_edit_file", {"path": "/etc/passwd", "edits": []}, ["edits"]),
+        ("ssh_edit_file", {"path": "/etc/passwd", "edits": [{"operation": "x"}]}, ["operation"]),
+        (
+            "ssh_edit_file",
+            {"path": "/etc/hostname", "edits": [{"old_text": "~no~", "new_text": ""}]},
+            ["not in"],
+        ),
+        ("ssh_list_directory", {"path": "/nowhere"}, ["/nowhere", "does not exist"]),
+        ("ssh_list_directory", {"path": "/etc/passwd"}, ["no directory"]),
+        ("ssh_nonsense", {}, ["ssh_nonsense"]),
+    ],
+)
+def test_failures_are_sentences(call: Call, tool: str, arguments: dict[str, Any], words: list[str]) -> None:
+    result = call(tool, **arguments)
+    assert result.is_error
+    sentence = text(result)
+    assert all(word in sentence for word in words), sentence
+    assert len(sentence) <= 1000
+    for jargon in ("Traceback", "paramiko", "pydantic", "https://", "\x1b"):
+        assert jargon not in sentence
+
+
+def test_bug_inside_is_no_traceback(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr("ssh_commands.Commands.run", broken)
+    result = call("ssh_execute", command="true")
+    assert result.is_error
+    assert "secret detail" not in text(result)
+    assert "log" in text(result)
+
+
+def test_cancelled_call_leaves_no_process(environment: None) -> None:
+    marker = f"{os.getpid()}{time.monotonic_ns()}"
+
+    def runs() -> bool:
+        return subprocess.run(["pgrep", "-f", marker], capture_output=True, check=False).returncode == 0
+
+    async def work(client: Client[Any]) -> None:
+        waiting = asyncio.create_task(client.call_tool("ssh_execute", {"command": f"sleep 60.{marker}"}))
+        await asyncio.to_thread(wait_for, runs)
+        waiting.cancel()
+        await asyncio.to_thread(wait_for, lambda: not runs())
+
+    with_client(work)
+
+
+def test_fifty_calls_at_once_all_answer(environment: None) -> None:
+    async def work(client: Client[Any]) -> list[str]:
+        calls = [client.call_tool("ssh_execute", {"command": f"echo {n}"}) for n in range(50)]
+        return [result.structured_content["stdout"] for result in await asyncio.gather(*calls)]
+
+    assert with_client(work) == [f"{n}\n" for n in range(50)]
+
+
+@pytest.mark.parametrize("transport", ["sse", "http"])
+def test_http_is_refused_while_there_is_no_login(transport: str) -> None:
+    server: FastMCP[Any] = app.mcp
+    with pytest.raises(SettingsError, match="login"):
+        asyncio.run(server.run_async(transport=transport, port=1))  # type: ignore[arg-type]
