@@ -412,7 +412,9 @@ def _log_to_stderr(level: str) -> None:
 
 
 try:
-    _log_to_stderr(settings.load().log_level)
+    _checked = settings.load()
+    Reach(_checked)
+    _log_to_stderr(_checked.log_level)
 except SettingsError as error:
     settings.exit_for(error)
 
