@@ -27,17 +27,17 @@ from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
 from fastmcp.tools.base import ToolResult
 from pydantic import Field
 from pydantic import ValidationError as PydanticValidationError
-from ssh_edits import Edit
-from ssh_system import SystemInfo, SystemReports
 
 import settings
 from settings import Settings, SettingsError
 from ssh_answers import Closed, CommandResult, EditedFile, FileContent, Listing, WrittenFile
 from ssh_commands import Commands
+from ssh_edits import Edit
 from ssh_errors import ArgumentError, SSHError
 from ssh_files import Files
 from ssh_policy import Reach
 from ssh_pool import Pool
+from ssh_system import SystemInfo, SystemReports
 
 _MOST_CALLS_AT_ONCE = 256
 _ERROR_CHARACTERS = 1000

@@ -200,30 +200,36 @@ _KILL = f"""
 g=
 if read -r s 2>/dev/null </proc/PID/stat; then set -- ${{s##*) }}; g=$3
 else g=$(ps -o pgid= -p PID 2>/dev/null); fi
-g=$(($g + 0))
-if [ "$g" -eq PID ]; then t=-PID; else t=PID; fi
+if [ "$(($g + 0))" -eq PID ]; then t=-PID; else t=PID; fi
+alive() {{
+  kill -s 0 -- "$t" 2>/dev/null || return
+  if ! [ -e /proc/self/stat ]; then echo PID; return; fi
+  for f in /proc/[0-9]*/stat; do
+    {{ read -r s <"$f"; }} 2>/dev/null || continue
+    p=${{f#/proc/}}; p=${{p%/stat}}
+    set -- ${{s##*) }}
+    case $1 in Z|X) continue ;; esac
+    if [ "$t" = "-$3" ] || [ "$t" = "$p" ]; then echo "$p"; fi
+  done
+}}
 gone() {{
   for i in $1; do
-    kill -s 0 -- "$t" 2>/dev/null || return 0
+    [ -n "$(alive)" ] || return 0
     sleep 0.1 2>/dev/null || sleep 1
   done
-  ! kill -s 0 -- "$t" 2>/dev/null
+  [ -z "$(alive)" ]
 }}
 tens='1 2 3 4 5 6 7 8 9 10'
 kill -s TERM -- "$t" 2>/dev/null
-if gone "{" ".join("$tens" for _ in range(_TERM_SECONDS))}"; then echo TERM; exit; fi
+if gone "{" ".join(["$tens"] * _TERM_SECONDS)}"; then echo TERM; exit; fi
 kill -s KILL -- "$t" 2>/dev/null
 if gone "$tens"; then echo KILL; exit; fi
-set -- KILL
-for f in /proc/[0-9]*/stat; do
-  read -r s 2>/dev/null <"$f" || continue
-  p=${{f#/proc/}}; p=${{p%/stat}}; rest=${{s##*) }}
-  case $rest in Z*|X*) continue ;; esac
-  q=${{rest#* * }}; q=${{q%% *}}
-  if [ "$t" = "-$q" ] || [ "$t" = "$p" ]; then set -- "$@" "$p"; fi
-done
-[ -e /proc/self/stat ] || set -- KILL PID
-echo "$@"
+echo KILL $(alive)
+"""
+"""Ends a process group: TERM, KILL after two seconds, and a look at /proc whether any is left that is no zombie.
+
+An init that reaps late, or never as in many containers, leaves zombies that `kill -0` still finds. PID stands for
+the process id of the command's shell, which leads its group except under servers that make no session for it.
 """
 
 

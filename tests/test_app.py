@@ -64,6 +64,11 @@ def text(result: Any) -> str:
     return str(block.text)
 
 
+def fields(result: Any) -> dict[str, Any]:
+    content: dict[str, Any] = result.structured_content
+    return content
+
+
 @pytest.fixture
 def tools(environment: None) -> Any:
     return with_client(lambda client: client.list_tools())
@@ -151,8 +156,8 @@ def test_processor_use_is_measured_since_the_last_look(environment: None) -> Non
         looks = []
         for command in ("true", "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done"):
             await client.call_tool("ssh_execute", {"command": command})
-            info = await client.call_tool("ssh_system_info", {})
-            looks.append(info.structured_content["cpu"]["usage_percent"])
+            info = fields(await client.call_tool("ssh_system_info", {}))
+            looks.append(info["cpu"]["usage_percent"])
         return looks
 
     boot, recent = with_client(work)
@@ -240,7 +245,7 @@ def test_cancelled_call_leaves_no_process(environment: None) -> None:
 def test_fifty_calls_at_once_all_answer(environment: None) -> None:
     async def work(client: Client[Any]) -> list[str]:
         calls = [client.call_tool("ssh_execute", {"command": f"echo {n}"}) for n in range(50)]
-        return [result.structured_content["stdout"] for result in await asyncio.gather(*calls)]
+        return [fields(result)["stdout"] for result in await asyncio.gather(*calls)]
 
     assert with_client(work) == [f"{n}\n" for n in range(50)]
 

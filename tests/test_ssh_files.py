@@ -55,7 +55,7 @@ def ordinary(sshd: Server, pool: Pool) -> Tools:
 
 
 @pytest.fixture
-def its_folder(sshd: Server, tmp_path: Path) -> Iterator[Path]:
+def its_folder(sshd: Server, tmp_path: Path) -> Path:
     """A folder that `ordinary` owns."""
     folder = sshd.folder / "ordinary" / tmp_path.name
     folder.mkdir()
