@@ -2,11 +2,12 @@
 
 How a command travels. The exec request holds a constant that reads one line from stdin and runs what it decodes to.
 That line changes into `cwd`, exports `env`, prints a mark with the shell's process id on both streams, and hands
-the command line to the account's own login shell. So no quoting of ours depends on the length of a command line,
-nothing an rc file prints is taken for the command's output, and the process group to kill is known.
+the command line to the account's own login shell. So nothing an rc file prints is taken for the command's output,
+and the process group to kill is known.
 
 A POSIX login shell reads the line itself. Another one (fish, tcsh) cannot, prints no mark and ends; then `/bin/sh`
-reads the line and starts `$SHELL -c COMMAND`. Which of the two a target needs is found out once.
+reads the line and starts `$SHELL -c COMMAND`. Which of the two a target needs is found out once; a login shell
+known to be a POSIX one then gets the line in the exec request, which saves waiting for stdin to open.
 
 Invariants:
 
@@ -20,6 +21,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from settings import Settings, Target
 from ssh_answers import CommandResult
@@ -36,8 +38,10 @@ _START_SECONDS = 10.0
 _SCRIPT_BYTES = 1_000_000
 
 _READ_LINE = 'IFS= read -r c && eval "$(printf %b "$c")"'
-_POSIX = _READ_LINE
-_FOREIGN = f"exec /bin/sh -c '{_READ_LINE}'"
+_FOREIGN_READ_LINE = f"exec /bin/sh -c '{_READ_LINE}'"
+_MOST_ARGUMENT_BYTES = 64 * 1024
+
+Dialect = Literal["unknown", "posix", "foreign"]
 
 
 @dataclass
@@ -58,6 +62,11 @@ class _Outcome:
     def started(self) -> bool:
         return self.pid is not None
 
+    @property
+    def answered(self) -> bool:
+        """Whether a shell has read what was sent, and run it or said why not."""
+        return self.started or self.refused is not None
+
 
 class Commands:
     """Runs commands over a pool. Thread-safe."""
@@ -65,7 +74,7 @@ class Commands:
     def __init__(self, pool: Pool, settings: Settings) -> None:
         self._pool = pool
         self._budget = settings.ssh_max_output_bytes
-        self._foreign: set[Target] = set()
+        self._dialects: dict[Target, Dialect] = {}
         self._stopping = threading.Event()
         self._running = _Count()
 
@@ -128,12 +137,13 @@ class Commands:
         self, target: Target, task: "_Task", deadline: float, cancelled: Cancelled, budget: int
     ) -> _Outcome:
         with self._running:
-            outcome = self._attempt(target, task, deadline, cancelled, budget)
-            if not (outcome.started or outcome.refused or outcome.lost) and target not in self._foreign:
-                self._foreign.add(target)
-                outcome = self._attempt(target, task, deadline, cancelled, budget)
-                if not (outcome.started or outcome.refused):
-                    self._foreign.discard(target)
+            dialect = self._dialects.get(target, "unknown")
+            outcome = self._attempt(target, task, dialect, deadline, cancelled, budget)
+            if not (outcome.answered or outcome.lost) and dialect == "unknown":
+                dialect = "foreign"
+                outcome = self._attempt(target, task, dialect, deadline, cancelled, budget)
+            if outcome.answered:
+                self._dialects[target] = "posix" if dialect == "unknown" else dialect
         if outcome.refused:
             raise ArgumentError(
                 f"the working directory {task.cwd} cannot be entered on {target}; nothing was run"
@@ -147,17 +157,21 @@ class Commands:
         return outcome
 
     def _attempt(
-        self, target: Target, task: "_Task", deadline: float, cancelled: Cancelled, budget: int
+        self,
+        target: Target,
+        task: "_Task",
+        dialect: Dialect,
+        deadline: float,
+        cancelled: Cancelled,
+        budget: int,
     ) -> _Outcome:
         def check() -> None:
             cancelled()
             if self._stopping.is_set():
                 raise SSHError(f"{target}: the server is stopping; the command was ended")
 
-        foreign = target in self._foreign
         with self._pool.session(target, deadline, check) as session:
-            session.exec(_FOREIGN if foreign else _POSIX)
-            exchange = _Exchange(session, task, foreign, budget)
+            exchange = _Exchange(session, task, dialect, budget)
             try:
                 timed_out = not exchange.finish(deadline, check)
             except BaseException:
@@ -179,11 +193,9 @@ class Commands:
         outcome.killed = True
         task = _Task(_KILL.replace("PID", str(outcome.pid)), None, {}, b"", by_sh=True)
         deadline = time.monotonic() + _KILL_DEADLINE_SECONDS
-        foreign = target in self._foreign
         try:
             with self._pool.session(target, deadline, lambda: None, control=True) as session:
-                session.exec(_FOREIGN if foreign else _POSIX)
-                killer = _Exchange(session, task, foreign, 4096)
+                killer = _Exchange(session, task, exchange.dialect, 4096)
                 done = killer.finish(deadline, lambda: None)
         except SSHError as error:
             outcome.note = f"process group {outcome.pid} may still be running: {error}"
@@ -252,8 +264,19 @@ class _Task:
         _no_nul("the command", self.command)
         _no_nul("cwd", self.cwd or "")
 
-    def line(self, foreign: bool) -> bytes:
-        """Return the line that the waiting shell decodes and evaluates."""
+    def request(self, dialect: Dialect) -> tuple[str, bytes]:
+        """Return the exec request, and what goes to stdin.
+
+        A login shell that is known to be a POSIX one gets the steps in the request itself, which saves a round
+        trip; but no environment, which others could read in the process list, and nothing too long for it.
+        """
+        steps = _encoded(self._steps(dialect == "foreign"))
+        if dialect == "posix" and not self.env and len(steps) <= _MOST_ARGUMENT_BYTES:
+            return f"eval \"$(printf %b '{steps.decode()}')\"", self.stdin
+        return _FOREIGN_READ_LINE if dialect == "foreign" else _READ_LINE, steps + b"\n" + self.stdin
+
+    def _steps(self, foreign: bool) -> str:
+        """Return what the shell evaluates."""
         steps = ["unset c"]
         if self.cwd is not None:
             steps.append(
@@ -267,7 +290,7 @@ class _Task:
             steps.append(f'exec "${{SHELL:-/bin/sh}}" -c {_quoted(self.command)}')
         else:
             steps.append(f"eval {_quoted(self.command)}")
-        return _encoded("\n".join(steps)) + b"\n"
+        return "\n".join(steps)
 
 
 def _no_nul(what: str, text: str) -> None:
@@ -289,9 +312,9 @@ def _directory(path: str) -> str:
 
 
 def _encoded(text: str) -> bytes:
-    """Encode for `printf %b` (XCU printf): printable ASCII as it is, all else and the backslash as octal."""
+    """Encode for `printf %b` (XCU printf): all but printable ASCII as octal, backslash and quote too."""
     return b"".join(
-        bytes([byte]) if 32 <= byte < 127 and byte != 92 else b"\\0%03o" % byte
+        bytes([byte]) if 32 <= byte < 127 and byte not in b"\\'" else b"\\0%03o" % byte
         for byte in text.encode("utf-8", "surrogateescape")
     )
 
@@ -299,11 +322,15 @@ def _encoded(text: str) -> bytes:
 class _Exchange:
     """One command on one session: feeds stdin, drains both streams, notices the end."""
 
-    def __init__(self, session: Session, task: _Task, foreign: bool, budget: int) -> None:
+    def __init__(self, session: Session, task: _Task, dialect: Dialect, budget: int) -> None:
+        request, stdin = task.request(dialect)
+        session.exec(request)
+        self.dialect = dialect
         self.outcome = _Outcome(Kept(budget), Kept(budget))
         self.signal_sent: str | None = None
         self._session = session
-        self._input = memoryview(task.line(foreign) + task.stdin)
+        self._input = memoryview(stdin)
+        self._fed = False
         self._out = _Marked(task.mark.encode(), self.outcome.out)
         self._err = _Marked(task.mark.encode(), self.outcome.err)
         self._grace: _Grace | None = None
@@ -329,8 +356,9 @@ class _Exchange:
         while self._input and (count := self._session.send(self._input)):
             self._input = self._input[count:]
             sent += count
-        if sent and not self._input:
+        if not self._input and not self._fed:
             self._session.send_eof()
+            self._fed = True
         return sent
 
     def _drain(self) -> int:

@@ -21,11 +21,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final, Literal, cast
 
-from ssh_edits import Edit, apply_edits
-
 import ssh_sftp
 from settings import Settings, Target
 from ssh_answers import EditedFile, FileContent, Listing, WrittenFile, iso_time, octal
+from ssh_edits import Edit, apply_edits
 from ssh_errors import ArgumentError, BusyError, ConnectionLostError, FileError
 from ssh_lines import Lines, Window, tail_start
 from ssh_listing import MOST_ENTRIES, Found, Walk, entry
