@@ -1,0 +1,166 @@
+"""Where settings come from, and what is said when one is wrong."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from settings import Settings, SettingsError, env_file, exit_for, load
+
+
+@pytest.fixture(autouse=True)
+def empty_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in list(os.environ):
+        if name.lower() in Settings.model_fields or name == "SSH_MCP_ENV_FILE":
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+
+
+def write(path: Path, text: str, mode: int = 0o600) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(mode)
+    return path
+
+
+def test_defaults_are_those_of_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGNAME", "somebody")
+    values = load()
+    assert (values.ssh_default_host, values.ssh_default_port, values.ssh_default_user) == (
+        None,
+        22,
+        "somebody",
+    )
+    assert (values.ssh_key_path, values.ssh_key_passphrase, values.ssh_allowed_hosts) == (None, None, None)
+    assert values.ssh_known_hosts == Path("~/.ssh/known_hosts").expanduser()
+    assert values.ssh_host_key_policy == "strict"
+    assert (values.ssh_max_connections, values.ssh_max_total_connections) == (10, 500)
+    assert (values.ssh_idle_seconds, values.ssh_connect_timeout) == (600, 10)
+    assert (values.ssh_max_output_bytes, values.ssh_max_read_bytes) == (30_000, 65_536)
+    assert values.log_level == "INFO"
+
+
+def test_environment_wins_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = write(tmp_path / "env", "SSH_DEFAULT_HOST=from-file\nSSH_DEFAULT_PORT=23\n")
+    monkeypatch.setenv("SSH_DEFAULT_HOST", "from-environment")
+    values = load(file)
+    assert (values.ssh_default_host, values.ssh_default_port) == ("from-environment", 23)
+
+
+def test_file_may_be_named_by_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SSH_MCP_ENV_FILE", str(write(tmp_path / "env", "SSH_DEFAULT_HOST=named")))
+    assert load().ssh_default_host == "named"
+
+
+def test_file_of_the_configuration_directory_is_read(tmp_path: Path) -> None:
+    write(tmp_path / "config" / "ssh-mcp-server" / ".env", "SSH_DEFAULT_HOST=configured")
+    assert load().ssh_default_host == "configured"
+
+
+def test_file_of_the_working_directory_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write(tmp_path / ".env", "SSH_DEFAULT_HOST=stranger")
+    monkeypatch.chdir(tmp_path)
+    assert env_file() is None
+    assert load().ssh_default_host is None
+
+
+def test_empty_value_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SSH_DEFAULT_HOST", "")
+    monkeypatch.setenv("SSH_MAX_CONNECTIONS", "")
+    assert load(write(tmp_path / "env", "SSH_DEFAULT_PORT=\n")).ssh_default_port == 22
+
+
+def test_paths_may_begin_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSH_KEY_PATH", "~/key")
+    assert load().ssh_key_path == Path.home() / "key"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "remedy"),
+    [
+        ("SSH_DEFAULT_HOST", "-oProxyCommand=x", "host name"),
+        ("SSH_DEFAULT_HOST", "a b", "host name"),
+        ("SSH_DEFAULT_PORT", "0", "65535"),
+        ("SSH_DEFAULT_PORT", "ssh", "65535"),
+        ("SSH_DEFAULT_USER", "-l", "account"),
+        ("SSH_HOST_KEY_POLICY", "no", "accept-new"),
+        ("SSH_MAX_CONNECTIONS", "0", "1 to 100"),
+        ("SSH_MAX_TOTAL_CONNECTIONS", "x", "whole number"),
+        ("SSH_IDLE_SECONDS", "-1", "seconds"),
+        ("SSH_CONNECT_TIMEOUT", "soon", "seconds"),
+        ("SSH_MAX_OUTPUT_BYTES", "1", "1000"),
+        ("SSH_MAX_READ_BYTES", "1", "1000"),
+        ("LOG_LEVEL", "loud", "DEBUG"),
+    ],
+)
+def test_bad_value_is_one_line_that_says_what_would_do(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, remedy: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError) as raised:
+        load()
+    text = str(raised.value)
+    assert text.startswith(variable)
+    assert value in text or value.upper() in text
+    assert remedy in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        "SSH_CONFIG",
+        "SSH_SUDO",
+        "ALLOWED_COMMANDS",
+        "ALLOWED_PATHS",
+        "READ_ONLY",
+        "RATE_LIMIT",
+        "CONFIRM",
+        "AUDIT_LOG",
+    ],
+)
+def test_restriction_that_nothing_enforces_stops_the_start(
+    monkeypatch: pytest.MonkeyPatch, variable: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError, match=f"{variable} is set"):
+        load(write(tmp_path / "env", f"{variable}=1"))
+    monkeypatch.setenv(variable, "false")
+    load()
+
+
+def test_secret_that_others_may_read_stops_the_start(tmp_path: Path) -> None:
+    file = write(tmp_path / "env", "SSH_KEY_PASSPHRASE=hunter2", 0o640)
+    with pytest.raises(SettingsError, match="chmod 600") as raised:
+        load(file)
+    assert "hunter2" not in str(raised.value)
+    file.chmod(0o600)
+    assert load(file).ssh_key_passphrase is not None
+
+
+def test_secrets_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSH_KEY_PASSPHRASE", "hunter2")
+    assert "hunter2" not in repr(load())
+
+
+def test_file_that_is_named_and_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="does not exist"):
+        load(tmp_path / "none")
+
+
+def test_unknown_variables_are_left_alone(tmp_path: Path) -> None:
+    load(write(tmp_path / "env", "GOOGLE_CLIENT_ID=x\nOTHER=y"))
+
+
+def test_exit_is_one_line_and_status_two(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        exit_for(SettingsError("X is wrong"))
+    assert raised.value.code == 2
+    assert capsys.readouterr().err == "ssh-mcp-server: X is wrong\n"
+
+
+def test_example_file_names_every_setting_and_loads() -> None:
+    example = Path(__file__).parents[1] / ".env.example"
+    load(example)
+    names = {line.partition("=")[0].lower() for line in example.read_text().splitlines() if "=" in line[:40]}
+    built = {name for name, field in Settings.model_fields.items() if field.description}
+    assert built <= names

@@ -1,0 +1,162 @@
+"""known_hosts, compared with what ssh-keygen says of the same file."""
+
+import base64
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from conftest import keygen, program
+from ssh_config import HostKey, KnownHosts, UnknownHostKeyError
+from ssh_errors import HostKeyError
+
+
+def key(path: Path) -> HostKey:
+    kind, blob, *_ = path.with_name(path.name + ".pub").read_text().split()
+    return HostKey(kind, base64.b64decode(blob))
+
+
+def line(names: str, shown: HostKey) -> str:
+    return f"{names} {shown.type} {base64.b64encode(shown.blob).decode()} comment\n"
+
+
+def fingerprint(path: Path) -> str:
+    done = subprocess.run(
+        [program("ssh-keygen", "openssh-client"), "-lf", path], capture_output=True, text=True, check=True
+    )
+    return done.stdout.split()[1]
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("keys")
+    return [keygen(folder / "one"), keygen(folder / "two"), keygen(folder / "three", "-t", "ecdsa")]
+
+
+@pytest.mark.parametrize(
+    ("names", "host", "port"),
+    [
+        ("web1", "web1", 22),
+        ("WEB1", "web1", 22),
+        ("web1,10.0.0.1", "10.0.0.1", 22),
+        ("[web1]:2222", "web1", 2222),
+        ("web1", "web2", 22),
+        ("*.example.com", "a.example.com", 22),
+        ("*.example.com", "example.com", 22),
+        ("web?", "web1", 22),
+        ("web?", "web12", 22),
+        ("*,!web1", "web1", 22),
+        ("*,!web1", "web2", 22),
+        ("!web1", "web2", 22),
+        ("[web*]:2222", "web7", 2222),
+        ("[web1]:2222", "web1", 22),
+        ("#web1", "web1", 22),
+        ("[!w]eb1", "xeb1", 22),
+        ("::1", "::1", 22),
+    ],
+)
+@pytest.mark.parametrize("hashed", [False, True])
+def test_names_match_as_ssh_keygen_says(
+    tmp_path: Path, keys: list[Path], names: str, host: str, port: int, hashed: bool
+) -> None:
+    path = tmp_path / "known_hosts"
+    path.write_text("\n# comment\n" + line(names, key(keys[0])))
+    keygen_program = program("ssh-keygen", "openssh-client")
+    if hashed and not set(names) & set("*?!#"):
+        subprocess.run([keygen_program, "-H", "-f", path], check=True, capture_output=True)
+        assert names not in path.read_text()
+    path.write_text("garbage\n" + path.read_text())
+    asked = host if port == 22 else f"[{host}]:{port}"
+    found = (
+        subprocess.run([keygen_program, "-F", asked, "-f", path], capture_output=True, check=False).returncode
+        == 0
+    )
+    known = KnownHosts(path)
+    if found:
+        known.verify(host, port, key(keys[0]))
+        assert known.key_types(host, port) == ["ssh-ed25519"]
+    else:
+        with pytest.raises(UnknownHostKeyError):
+            known.verify(host, port, key(keys[0]))
+
+
+def test_entry_without_port_serves_any_port(tmp_path: Path, keys: list[Path]) -> None:
+    (tmp_path / "known").write_text(line("web1", key(keys[0])))
+    KnownHosts(tmp_path / "known").verify("web1", 2222, key(keys[0]))
+
+
+def test_unknown_key_is_named_as_openssh_names_it(tmp_path: Path, keys: list[Path]) -> None:
+    with pytest.raises(UnknownHostKeyError) as raised:
+        KnownHosts(tmp_path / "none").verify("web1", 2222, key(keys[0]))
+    text = str(raised.value)
+    assert f"ED25519 key {fingerprint(keys[0])}" in text
+    assert "ssh-keyscan -p 2222 web1" in text
+
+
+@pytest.mark.parametrize("other", [1, 2])
+def test_changed_key_shows_both_fingerprints_and_the_line(
+    tmp_path: Path, keys: list[Path], other: int
+) -> None:
+    (tmp_path / "known").write_text("# comment\n" + line("web1", key(keys[0])))
+    with pytest.raises(HostKeyError) as raised:
+        KnownHosts(tmp_path / "known").verify("web1", 22, key(keys[other]))
+    text = str(raised.value)
+    assert not isinstance(raised.value, UnknownHostKeyError)
+    assert "changed" in text
+    assert fingerprint(keys[0]) in text
+    assert fingerprint(keys[other]) in text
+    assert "line 2" in text
+    assert 'ssh-keygen -R "web1"' in text
+
+
+def test_one_of_several_keys_is_enough(tmp_path: Path, keys: list[Path]) -> None:
+    (tmp_path / "known").write_text(line("web1", key(keys[0])) + line("web1", key(keys[2])))
+    known = KnownHosts(tmp_path / "known")
+    known.verify("web1", 22, key(keys[2]))
+    assert known.key_types("web1", 22) == ["ssh-ed25519", "ecdsa-sha2-nistp256"]
+
+
+@pytest.mark.parametrize("names", ["*", "web1", "other"])
+def test_revoked_key_is_refused_whoever_it_was_revoked_for(
+    tmp_path: Path, keys: list[Path], names: str
+) -> None:
+    (tmp_path / "known").write_text(line("web1", key(keys[0])) + "@revoked " + line(names, key(keys[0])))
+    with pytest.raises(HostKeyError, match="revoked"):
+        KnownHosts(tmp_path / "known").verify("web1", 22, key(keys[0]))
+
+
+def test_authority_of_certificates_vouches_for_no_plain_key(tmp_path: Path, keys: list[Path]) -> None:
+    (tmp_path / "known").write_text("@cert-authority " + line("*", key(keys[0])))
+    with pytest.raises(UnknownHostKeyError):
+        KnownHosts(tmp_path / "known").verify("web1", 22, key(keys[0]))
+
+
+def test_recorded_key_is_found_by_ssh_keygen(tmp_path: Path, keys: list[Path]) -> None:
+    path = tmp_path / "new" / "known_hosts"
+    known = KnownHosts(path)
+    known.add("web1", 22, key(keys[0]))
+    known.add("::1", 2222, key(keys[1]))
+    for asked in ("web1", "[::1]:2222"):
+        subprocess.run(["ssh-keygen", "-F", asked, "-f", path], check=True, capture_output=True)
+    known.verify("::1", 2222, key(keys[1]))
+    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+
+
+def test_recording_keeps_a_last_line_without_newline(tmp_path: Path, keys: list[Path]) -> None:
+    path = tmp_path / "known"
+    path.write_text(line("web1", key(keys[0])).rstrip("\n"))
+    known = KnownHosts(path)
+    known.add("web2", 22, key(keys[1]))
+    known.verify("web1", 22, key(keys[0]))
+    known.verify("web2", 22, key(keys[1]))
+
+
+def test_file_that_cannot_be_written_is_told(tmp_path: Path, keys: list[Path]) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(HostKeyError, match="cannot be recorded"):
+        KnownHosts(tmp_path / "folder").add("web1", 22, key(keys[0]))
+
+
+def test_file_that_cannot_be_read_is_told(tmp_path: Path, keys: list[Path]) -> None:
+    with pytest.raises(HostKeyError, match="SSH_KNOWN_HOSTS"):
+        KnownHosts(tmp_path).verify("web1", 22, key(keys[0]))

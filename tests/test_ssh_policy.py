@@ -1,0 +1,117 @@
+"""What calls may name."""
+
+import string
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from settings import Settings, SettingsError, Target
+from ssh_errors import ArgumentError, RefusedError
+from ssh_policy import Reach
+
+
+def reach(allowed: str | None = None, **values: Any) -> Reach:
+    base: dict[str, Any] = {
+        "ssh_default_host": "web1",
+        "ssh_default_user": "deploy",
+        "ssh_default_port": 2222,
+    }
+    return Reach(Settings(**(base | values), ssh_allowed_hosts=allowed))
+
+
+def test_default_target_is_used_when_a_call_names_none() -> None:
+    assert reach().target(None, None, None) == Target("deploy", "web1", 2222)
+
+
+def test_only_the_default_target_is_allowed_by_default() -> None:
+    assert reach().target("WEB1", "deploy", 2222).host == "web1"
+    for named in (("web2", None, None), (None, "root", None), (None, None, 22)):
+        with pytest.raises(RefusedError, match="SSH_ALLOWED_HOSTS"):
+            reach().target(*named)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "named", "fits"),
+    [
+        ("web2", ("web2", None, None), True),
+        ("web2", (None, None, None), False),
+        ("web2", ("web2", "root", None), False),
+        ("web2", ("web2", None, 22), False),
+        ("root@web2", ("web2", "root", None), True),
+        ("root@web2", ("web2", None, None), False),
+        ("web2:22", ("web2", None, 22), True),
+        ("*@web2", ("web2", "anyone", None), True),
+        ("web*", ("web77", None, None), True),
+        ("web?", ("web77", None, None), False),
+        ("*.example.com", ("a.b.example.com", None, None), True),
+        ("*.example.com", ("example.com.evil.net", None, None), False),
+        ("*", ("anything", None, None), True),
+        ("*", ("anything", "root", None), False),
+        ("*", ("anything", None, 22), False),
+        ("*@*:*", ("anything", "root", 1), True),
+        ("[::1]:22", ("::1", None, 22), True),
+        ("::1", ("0:0::1", None, None), True),
+        ("10.0.0.*", ("10.0.0.7", None, None), True),
+        ("Web2.Example.COM", ("wEB2.example.com", None, None), True),
+        (" a , b ,", ("b", None, None), True),
+        ("[a-z]eb2", ("web2", None, None), False),
+    ],
+)
+def test_patterns(allowed: str, named: tuple[Any, Any, Any], fits: bool) -> None:
+    try:
+        policy = reach(allowed)
+    except SettingsError:
+        assert not fits
+        return
+    if fits:
+        policy.target(*named)
+    else:
+        with pytest.raises(RefusedError):
+            policy.target(*named)
+
+
+@pytest.mark.parametrize(
+    "host", ["-oX", "a b", "a;b", "a\nb", "a\0", "$(id)", "a/b", ".a", "a" * 254, "é", "a@b"]
+)
+def test_what_is_no_host_is_an_error(host: str) -> None:
+    with pytest.raises(ArgumentError):
+        reach("*@*:*").target(host, None, None)
+
+
+@pytest.mark.parametrize("user", ["-l", "a b", "a;b", "a\nb", "a\0", "$x", "a" * 65, "é", "a:b"])
+def test_what_is_no_user_is_an_error(user: str) -> None:
+    with pytest.raises(ArgumentError):
+        reach("*@*:*").target("web1", user, None)
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536])
+def test_what_is_no_port_is_an_error(port: int) -> None:
+    with pytest.raises(ArgumentError):
+        reach("*@*:*").target("web1", None, port)
+
+
+def test_no_host_at_all_names_the_setting() -> None:
+    with pytest.raises(ArgumentError, match="SSH_DEFAULT_HOST"):
+        reach(ssh_default_host=None).target(None, None, None)
+
+
+@pytest.mark.parametrize("allowed", ["a b", "a;b", "@", "user@", "a:b:c", "a:ssh", "-x", "us er@a"])
+def test_bad_pattern_stops_the_start(allowed: str) -> None:
+    with pytest.raises(SettingsError, match="SSH_ALLOWED_HOSTS"):
+        reach(allowed)
+
+
+HARMLESS = set(string.ascii_letters + string.digits + "._-@+:")
+
+
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_only_harmless_characters_get_through(host: str, user: str) -> None:
+    try:
+        target = reach("*@*:*").target(host, user, None)
+    except ArgumentError:
+        return
+    assert set(target.host + target.user) <= HARMLESS
+    assert not target.host.startswith("-")
+    assert not target.user.startswith("-")
