@@ -89,4 +89,4 @@ def _whole_tail(data: bytes) -> bytes:
     for start in range(min(4, len(data))):
         if data[start] & 0xC0 != 0x80:
             return data[start:]
-    return data
+    return data if len(data) >= 4 else b""

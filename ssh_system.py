@@ -17,6 +17,7 @@ from settings import Target
 from ssh_output import visible
 
 SCRIPT: Final = r"""
+exec 2>/dev/null
 LC_ALL=C; export LC_ALL
 proc=${proc:-/proc}
 echo '@@ uname'; uname -n; uname -s; uname -r; uname -m
@@ -43,7 +44,7 @@ Linux)
   echo '@@ mount'; mount
   echo '@@ df'; df -P -k -l || df -P -k
   ;;
-esac 2>/dev/null
+esac
 exit 0
 """
 

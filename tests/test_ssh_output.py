@@ -1,0 +1,85 @@
+"""What of much output is shown: nothing split, nothing miscounted."""
+
+import re
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssh_output import Kept, Shown, share, visible
+
+streams = st.binary(max_size=200) | st.text(max_size=80).map(lambda text: text.encode("utf-8", "replace"))
+chunk_sizes = st.lists(st.integers(1, 50), min_size=1, max_size=20)
+
+
+def kept(budget: int, data: bytes, sizes: list[int]) -> Kept:
+    taken = Kept(budget)
+    at = index = 0
+    while at < len(data):
+        size = sizes[index % len(sizes)]
+        taken.add(data[at : at + size])
+        at += size
+        index += 1
+    return taken
+
+
+def parts(shown: Shown) -> list[str]:
+    """Return the text, or the head and the tail of it."""
+    return shown.text.split(f"\n[... {shown.omitted} bytes omitted ...]\n") if shown.omitted else [shown.text]
+
+
+@given(streams, chunk_sizes, st.integers(4, 60), st.integers(4, 80))
+def test_every_byte_is_shown_or_counted(data: bytes, sizes: list[int], budget: int, limit: int) -> None:
+    taken = kept(budget, data, sizes)
+    shown = taken.shown(limit)
+    assert taken.total == len(data)
+    if not shown.omitted:
+        assert shown.text == data.decode("utf-8", "replace")
+        return
+    head, tail = parts(shown)
+    left = next(n for n in range(len(data) + 1) if data[:n].decode("utf-8", "replace") == head)
+    right = len(data) - shown.omitted - left
+    assert left + right <= min(limit, budget)
+    assert data[len(data) - right :].decode("utf-8", "replace") == tail
+
+
+@given(st.text(alphabet="aé€😀\n", max_size=80), chunk_sizes, st.integers(4, 60))
+def test_no_character_is_split(text: str, sizes: list[int], budget: int) -> None:
+    shown = kept(budget, text.encode(), sizes).shown(budget)
+    assert "\ufffd" not in shown.text
+    pieces = parts(shown)
+    assert text.startswith(pieces[0])
+    assert text.endswith(pieces[-1])
+
+
+@given(st.binary(max_size=300), st.binary(max_size=300), st.integers(10, 100))
+def test_two_streams_share_one_budget(out: bytes, err: bytes, budget: int) -> None:
+    shown = share(budget, kept(budget, out, [7]), kept(budget, err, [7]))
+    assert len(out) - shown[0].omitted + len(err) - shown[1].omitted <= budget
+    if len(out) + len(err) <= budget:
+        assert not shown[0].omitted
+        assert not shown[1].omitted
+
+
+def test_small_stream_is_shown_whole_beside_a_big_one() -> None:
+    out, err = share(1000, kept(1000, b"x" * 100_000, [4096]), kept(1000, b"the reason\n", [4096]))
+    assert err == Shown("the reason\n", 0)
+    assert 100_000 - out.omitted == 1000 - len("the reason\n")
+
+
+def test_memory_is_bounded() -> None:
+    taken = Kept(1000)
+    for _ in range(1000):
+        taken.add(b"x" * 10_000)
+    assert len(taken._head) + len(taken._tail) <= 10_000
+    assert taken.total == 10_000_000
+
+
+@given(st.text())
+def test_control_characters_are_made_visible(text: str) -> None:
+    shown = visible(text)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", shown)
+    assert shown.count("\n") == text.count("\n")
+
+
+def test_terminal_escapes_are_made_visible() -> None:
+    assert visible("\x1b[31mred\x1b[0m\tand\r\n\x9b") == "\\x1b[31mred\\x1b[0m\tand\\x0d\n\\x9b"

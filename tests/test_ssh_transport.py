@@ -1,0 +1,63 @@
+"""What is borrowed from Paramiko's private parts is where it was."""
+
+import inspect
+import threading
+
+import paramiko
+import pytest
+from paramiko.common import MSG_CHANNEL_REQUEST, MSG_CHANNEL_WINDOW_ADJUST
+from paramiko.packet import Packetizer
+
+from conftest import Server, nobody_cancels
+from ssh_commands import Commands
+from ssh_pool import Pool
+from ssh_transport import _Transport
+
+
+def test_silent_reads_call_the_keepalive_check() -> None:
+    assert "self._check_keepalive()" in inspect.getsource(Packetizer.read_all)
+
+
+def test_writes_go_through_write_all() -> None:
+    assert "self.write_all(out)" in inspect.getsource(Packetizer.send_message)
+
+
+@pytest.mark.parametrize("name", ["_preferred_ciphers", "_preferred_macs"])
+def test_algorithms_are_paramikos_own(name: str) -> None:
+    assert set(getattr(_Transport, name)) <= set(getattr(paramiko.Transport, name))
+
+
+def test_handlers_are_looked_up_in_the_table() -> None:
+    table = paramiko.Transport._channel_handler_table
+    assert table[MSG_CHANNEL_REQUEST] is paramiko.Channel._handle_request
+    assert table[MSG_CHANNEL_WINDOW_ADJUST] is paramiko.Channel._window_adjust
+    assert "self._channel_handler_table[ptype](chan, m)" in inspect.getsource(paramiko.Transport.run)
+
+
+def test_channels_have_what_sessions_use() -> None:
+    channel = paramiko.Channel(1)
+    assert isinstance(channel.status_event, threading.Event)
+    assert hasattr(channel.in_buffer, "set_event")
+    assert hasattr(channel.in_stderr_buffer, "set_event")
+    assert channel.remote_chanid == 0
+    assert hasattr(paramiko.Message(b"x").packet, "seek")
+    assert callable(paramiko.Transport._send_user_message)
+
+
+def test_connection_uses_an_authenticated_cipher_and_no_delay(sshd: Server, pool: Pool) -> None:
+    import socket
+    import time
+
+    with pool.session(sshd.target, time.monotonic() + 10, nobody_cancels) as session:
+        transport = session._channel.transport
+        assert transport.local_cipher == transport.remote_cipher == "aes128-gcm@openssh.com"
+        assert transport.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_rekeying_under_load_loses_nothing(sshd: Server, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Packetizer, "REKEY_BYTES", 1 << 20)
+    commands = Commands(pool, sshd.settings())
+    result = commands.run(sshd.target, "head -c 20000000 /dev/zero", cancelled=nobody_cancels)
+    assert result.stdout_bytes == 20_000_000
+    result = commands.run(sshd.target, "wc -c", stdin="x" * 20_000_000, cancelled=nobody_cancels)
+    assert result.stdout.strip() == "20000000"
