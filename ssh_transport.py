@@ -10,8 +10,8 @@ Invariants:
 
 Borrowed from Paramiko's private parts, checked with 5.1.0 (`tests/test_ssh_transport.py` fails when one moves):
 `Packetizer._check_keepalive` (called while the peer is silent), `Transport._preferred_ciphers`,
-`._preferred_macs`, `._preferred_keys`, `._channel_handler_table`, `._send_user_message`; `Channel.in_buffer`,
-`.in_stderr_buffer`, `.status_event`, `.remote_chanid`, `.out_window_size`; `Message.packet`.
+`._preferred_macs`, `._preferred_keys`, `._channel_handler_table`, `._send_user_message`, `._parse_newkeys`;
+`Channel.in_buffer`, `.in_stderr_buffer`, `.status_event`, `.remote_chanid`; `Message.packet`.
 """
 
 import logging
@@ -131,6 +131,27 @@ class _Transport(paramiko.Transport):  # type: ignore[misc]
         MSG_CHANNEL_REQUEST: _channel_request,
         MSG_CHANNEL_WINDOW_ADJUST: _window_adjust,
     }
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._held_back: list[paramiko.Message] = []
+
+    def _send_user_message(self, data: paramiko.Message) -> None:
+        """Send, or hold back until a key exchange is over what its own reading thread would send.
+
+        Paramiko lets that thread wait there for the end of the exchange, which it alone could read: a channel that
+        the server closes during a rekeying then costs the connection.
+        """
+        if threading.current_thread() is self and not self.clear_to_send.is_set():
+            self._held_back.append(data)
+        else:
+            super()._send_user_message(data)
+
+    def _parse_newkeys(self, m: paramiko.Message) -> None:
+        super()._parse_newkeys(m)
+        held_back, self._held_back = self._held_back, []
+        for message in held_back:
+            self._send_user_message(message)
 
     @property
     def preferred_keys(self) -> tuple[str, ...]:

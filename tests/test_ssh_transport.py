@@ -42,6 +42,7 @@ def test_channels_have_what_sessions_use() -> None:
     assert channel.remote_chanid == 0
     assert hasattr(paramiko.Message(b"x").packet, "seek")
     assert callable(paramiko.Transport._send_user_message)
+    assert "self.clear_to_send.set()" in inspect.getsource(paramiko.Transport._parse_newkeys)
 
 
 def test_connection_uses_an_authenticated_cipher_and_no_delay(sshd: Server, pool: Pool) -> None:
@@ -57,7 +58,11 @@ def test_connection_uses_an_authenticated_cipher_and_no_delay(sshd: Server, pool
 def test_rekeying_under_load_loses_nothing(sshd: Server, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Packetizer, "REKEY_BYTES", 1 << 20)
     commands = Commands(pool, sshd.settings())
+    for size in range(1_000_000, 1_400_000, 20_000):
+        result = commands.run(sshd.target, f"head -c {size} /dev/zero", cancelled=nobody_cancels)
+        assert result.stdout_bytes == size
     result = commands.run(sshd.target, "head -c 20000000 /dev/zero", cancelled=nobody_cancels)
     assert result.stdout_bytes == 20_000_000
     result = commands.run(sshd.target, "wc -c", stdin="x" * 20_000_000, cancelled=nobody_cancels)
     assert result.stdout.strip() == "20000000"
+    assert pool.open_targets() == {sshd.target: 1}
