@@ -35,6 +35,7 @@ from ssh_commands import Commands
 from ssh_edits import Edit
 from ssh_errors import ArgumentError, SSHError
 from ssh_files import Files
+from ssh_output import visible
 from ssh_policy import Reach
 from ssh_pool import Pool
 from ssh_system import SystemInfo, SystemReports
@@ -145,7 +146,7 @@ def _argument_sentence(tool: str, error: ValidationError) -> str:
 
 
 def _tool_error(sentence: str) -> ToolError:
-    return ToolError(sentence[:_ERROR_CHARACTERS], log_level=logging.DEBUG)
+    return ToolError(visible(sentence)[:_ERROR_CHARACTERS], log_level=logging.DEBUG)
 
 
 def answers(tool: Callable[P, A]) -> Callable[P, A]:
@@ -205,7 +206,10 @@ Hash = Annotated[
 _cancelled = anyio.from_thread.check_cancelled
 
 
-@mcp.tool(title="Run a command", annotations={"destructiveHint": True, "openWorldHint": True})
+@mcp.tool(
+    title="Run a command",
+    annotations={"readOnlyHint": False, "destructiveHint": True, "openWorldHint": True},
+)
 @answers
 def ssh_execute(
     command: Annotated[str, Field(description="Command line for the account's login shell", min_length=1)],
@@ -264,7 +268,12 @@ def ssh_read_file(
 
 @mcp.tool(
     title="Write a file",
-    annotations={"destructiveHint": True, "idempotentHint": False, "openWorldHint": True},
+    annotations={
+        "readOnlyHint": False,
+        "destructiveHint": True,
+        "idempotentHint": False,
+        "openWorldHint": True,
+    },
 )
 @answers
 def ssh_write_file(
@@ -302,7 +311,12 @@ def ssh_write_file(
 
 @mcp.tool(
     title="Edit a file",
-    annotations={"destructiveHint": True, "idempotentHint": False, "openWorldHint": True},
+    annotations={
+        "readOnlyHint": False,
+        "destructiveHint": True,
+        "idempotentHint": False,
+        "openWorldHint": True,
+    },
 )
 @answers
 def ssh_edit_file(
@@ -376,7 +390,12 @@ def ssh_system_info(host: Host = None, user: User = None, port: Port = None) -> 
 
 @mcp.tool(
     title="Close connections",
-    annotations={"destructiveHint": False, "idempotentHint": True, "openWorldHint": False},
+    annotations={
+        "readOnlyHint": False,
+        "destructiveHint": False,
+        "idempotentHint": True,
+        "openWorldHint": False,
+    },
 )
 @answers
 def ssh_close_connection(

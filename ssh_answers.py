@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from ssh_output import visible
+from ssh_output import one_line, visible
 
 
 def iso_time(seconds: int | None) -> str | None:
@@ -25,7 +25,7 @@ def octal(mode: int | None) -> str | None:
 
 def _with_facts(body: str, facts: Sequence[str | None]) -> str:
     """Join what a person reads first with one line of facts in brackets."""
-    line = f"[{' · '.join(fact for fact in facts if fact)}]"
+    line = f"[{one_line(' · '.join(fact for fact in facts if fact))}]"
     return f"{body.removesuffix(chr(10))}\n{line}" if body else line
 
 
@@ -132,7 +132,9 @@ class WrittenFile(BaseModel):
         """Return one sentence."""
         verb = "created" if self.created else "written"
         facts = [f"mode {self.mode}", "atomic" if self.atomic else "in place", f"sha256 {self.sha256}"]
-        return _with_facts(f"{verb} {self.path}: {self.bytes_written} bytes, now {self.size}", facts)
+        return _with_facts(
+            f"{verb} {one_line(self.path)}: {self.bytes_written} bytes, now {self.size}", facts
+        )
 
 
 class EditedFile(BaseModel):
@@ -195,8 +197,8 @@ _LETTERS = {"file": "-", "directory": "d", "symlink": "l", "other": "?"}
 
 
 def _row(entry: Entry) -> str:
-    name = visible(entry.name).replace("\n", "\\x0a").replace("\t", "\\x09")
-    arrow = f" -> {visible(entry.link_target)}" if entry.link_target is not None else ""
+    name = one_line(entry.name)
+    arrow = f" -> {one_line(entry.link_target)}" if entry.link_target is not None else ""
     slash = "/" if entry.type == "directory" else ""
     size = "-" if entry.size is None else str(entry.size)
     return (

@@ -16,6 +16,7 @@ Invariants:
 - Bytes kept in memory are bounded, whatever a command prints; bytes counted are true.
 """
 
+import logging
 import secrets
 import threading
 import time
@@ -30,10 +31,12 @@ from ssh_output import Kept, share, visible
 from ssh_pool import Cancelled, Pool
 from ssh_transport import Session
 
+_log = logging.getLogger("ssh_mcp_server.commands")
+
 _TICK_SECONDS = 0.25
 _GRACE_SECONDS = 0.5
 _TERM_SECONDS = 2
-_KILL_DEADLINE_SECONDS = 12.0
+_KILL_SECONDS = 8.0
 _START_SECONDS = 10.0
 _SCRIPT_BYTES = 1_000_000
 
@@ -185,27 +188,30 @@ class Commands:
     def _kill(self, target: Target, exchange: "_Exchange") -> None:
         """End the process group of a command, and look that it is gone."""
         outcome = exchange.outcome
-        if outcome.pid is None:
+        if not outcome.started:
             exchange.finish(time.monotonic() + _START_SECONDS, lambda: None, until_started=True)
-        if outcome.pid is None:
+        said = self._killed(target, exchange) if outcome.started else []
+        if not said:
             outcome.lost = True
+            outcome.note = f"process group {outcome.pid} may still be running" if outcome.started else None
             return
         outcome.killed = True
-        task = _Task(_KILL.replace("PID", str(outcome.pid)), None, {}, b"", by_sh=True)
-        deadline = time.monotonic() + _KILL_DEADLINE_SECONDS
+        exchange.signal_sent = said[0]
+        if said[1:]:
+            outcome.note = f"could not be killed: process {', '.join(said[1:])}"
+
+    def _killed(self, target: Target, exchange: "_Exchange") -> list[str]:
+        """Return the signal that ended the group and the processes that none did; nothing when that is unknown."""
+        task = _Task(_KILL.replace("PID", str(exchange.outcome.pid)), None, {}, b"", by_sh=True)
+        deadline = time.monotonic() + _KILL_SECONDS
         try:
             with self._pool.session(target, deadline, lambda: None, control=True) as session:
                 killer = _Exchange(session, task, exchange.dialect, 4096)
                 done = killer.finish(deadline, lambda: None)
         except SSHError as error:
-            outcome.note = f"process group {outcome.pid} may still be running: {error}"
-            return
-        said = killer.outcome.out.shown(4096).text.split()
-        if not done or not said:
-            outcome.note = f"process group {outcome.pid} may still be running: the kill was not answered"
-        elif said[1:]:
-            outcome.note = f"could not be killed: process {', '.join(said[1:])}"
-        exchange.signal_sent = said[0] if said else None
+            _log.warning("%s: process group %s was not killed: %s", target, exchange.outcome.pid, error)
+            return []
+        return killer.outcome.out.shown(4096).text.split() if done else []
 
 
 _KILL = f"""

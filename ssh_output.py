@@ -60,6 +60,11 @@ def visible(text: str) -> str:
     return text.translate(_VISIBLE)
 
 
+def one_line(text: str) -> str:
+    """Make every control character visible, tab and newline too: for a name, which stands on one line."""
+    return visible(text).replace("\n", "\\x0a").replace("\t", "\\x09")
+
+
 _CONTROLS = (*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _VISIBLE = {
     code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"

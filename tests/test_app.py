@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Awaitable, Callable
@@ -88,6 +89,7 @@ def test_every_tool_is_described_for_a_model(tools: list[Tool]) -> None:
         assert tool.title
         assert tool.output_schema is not None
         assert tool.annotations is not None
+        assert tool.annotations.read_only_hint is not None
         assert tool.annotations.read_only_hint or tool.annotations.destructive_hint is not None
         assert tool.annotations.open_world_hint is not None
         assert "Return" in (tool.description or "") or tool.name in (
@@ -121,6 +123,25 @@ def test_answers_have_fields_and_a_text(call: Call) -> None:
     assert result.is_error is False
     assert result.structured_content["exit_code"] == 3
     assert text(result).startswith("hi\n[exit code 3")
+
+
+def test_control_characters_are_visible_in_every_text(call: Call, tmp_path: Path) -> None:
+    path = tmp_path / "a\x1b[2Jb\nc"
+    content = "\x1b[31mred\r\n"
+    texts = [
+        text(call("ssh_write_file", path=str(path), content=content)),
+        text(call("ssh_read_file", path=str(path))),
+        text(call("ssh_edit_file", path=str(path), edits=[{"old_text": "red", "new_text": "blue"}])),
+        text(call("ssh_edit_file", path=str(path), edits=[{"old_text": "bluet", "new_text": "x"}])),
+        text(call("ssh_list_directory", path=str(tmp_path))),
+        text(call("ssh_execute", command="printf '\\033[1m\\r\\n'; printf '\\007' >&2")),
+        text(call("ssh_read_file", path="/no\x1bwhere")),
+    ]
+    for shown in texts:
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", shown)
+        assert "\\x" in shown
+    assert path.read_text() == "\x1b[31mblue\n"
+    assert call("ssh_read_file", path=str(path)).structured_content["content"] == "\x1b[31mblue\r\n"
 
 
 def test_files_go_all_the_way(call: Call, tmp_path: Path) -> None:

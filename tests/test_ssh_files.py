@@ -5,16 +5,19 @@ import hashlib
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from conftest import ORDINARY_UID, Server, nobody_cancels
+from relay import Relay
 from ssh_answers import EditedFile, FileContent, Listing, WrittenFile
 from ssh_edits import Edit
-from ssh_errors import ArgumentError, ConnectionLostError, EditError, FileError
+from ssh_errors import ArgumentError, ConnectionLostError, EditError, FileError, SSHError
 from ssh_files import Files
 from ssh_pool import Pool
 
@@ -592,6 +595,29 @@ def test_account_with_sftp_alone_has_the_file_tools(own_sshd: Callable[..., Serv
     assert tools.write("file", "x").atomic
     assert tools.read("file").content == "x"
     pool.close()
+
+
+@pytest.mark.parametrize("tool", ["read", "write", "list"])
+def test_frozen_wire_is_an_error_within_fifteen_seconds_of_use(sshd: Server, tool: str) -> None:
+    relay = Relay(sshd.port)
+    known = sshd.folder / f"known_hosts_{relay.port}"
+    known.write_text(sshd.known_hosts.read_text().replace(f":{sshd.port}", f":{relay.port}"))
+    settings = sshd.settings(ssh_known_hosts=known)
+    pool = Pool(settings)
+    tools = Tools(Files(pool, settings), replace(sshd, port=relay.port))
+    assert tools.write("frozen", "x").size == 1
+    relay.freeze()
+    started = time.monotonic()
+    calls: dict[str, Callable[[], object]] = {
+        "read": lambda: tools.read("frozen"),
+        "write": lambda: tools.write("frozen", "y"),
+        "list": lambda: tools.list(),
+    }
+    with pytest.raises(SSHError):
+        calls[tool]()
+    assert time.monotonic() - started < 15.5
+    pool.close()
+    relay.close()
 
 
 def test_killed_file_server_is_replaced(own_sshd: Callable[..., Server]) -> None:
