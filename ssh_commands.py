@@ -215,19 +215,32 @@ class Commands:
 
 
 _KILL = f"""
-g=
-if read -r s 2>/dev/null </proc/PID/stat; then set -- ${{s##*) }}; g=$3
+stat_of() {{
+  {{ read -r s <"$1"; }} 2>/dev/null || return
+  p=${{1#/proc/}}; p=${{p%/stat}}; s=${{s##*) }}
+}}
+if stat_of /proc/PID/stat; then set -- $s; g=$3
 else g=$(ps -o pgid= -p PID 2>/dev/null); fi
-if [ "$(($g + 0))" -eq PID ]; then t=-PID; else t=PID; fi
+t=-PID
+if [ "$(($g + 0))" -ne PID ]; then
+  t=PID more=1
+  while [ -n "$more" ]; do
+    more=
+    for f in /proc/[0-9]*/stat; do
+      stat_of "$f" || continue
+      set -- $s
+      case " $t " in *" $p "*) continue ;; esac
+      case " $t " in *" $2 "*) t="$t $p" more=1 ;; esac
+    done
+  done
+fi
 alive() {{
-  kill -s 0 -- "$t" 2>/dev/null || return
-  if ! [ -e /proc/self/stat ]; then echo PID; return; fi
+  if ! [ -e /proc/self/stat ]; then kill -s 0 -- $t 2>/dev/null && echo PID; return; fi
   for f in /proc/[0-9]*/stat; do
-    {{ read -r s <"$f"; }} 2>/dev/null || continue
-    p=${{f#/proc/}}; p=${{p%/stat}}
-    set -- ${{s##*) }}
+    stat_of "$f" || continue
+    set -- $s
     case $1 in Z|X) continue ;; esac
-    if [ "$t" = "-$3" ] || [ "$t" = "$p" ]; then echo "$p"; fi
+    case " $t " in " -$3 "|*" $p "*) echo "$p" ;; esac
   done
 }}
 gone() {{
@@ -238,16 +251,17 @@ gone() {{
   [ -z "$(alive)" ]
 }}
 tens='1 2 3 4 5 6 7 8 9 10'
-kill -s TERM -- "$t" 2>/dev/null
+kill -s TERM -- $t 2>/dev/null
 if gone "{" ".join(["$tens"] * _TERM_SECONDS)}"; then echo TERM; exit; fi
-kill -s KILL -- "$t" 2>/dev/null
+kill -s KILL -- $t 2>/dev/null
 if gone "$tens"; then echo KILL; exit; fi
 echo KILL $(alive)
 """
-"""Ends a process group: TERM, KILL after two seconds, and a look at /proc whether any is left that is no zombie.
+"""Ends a command: TERM, KILL after two seconds, and a look at /proc whether anything is left that is no zombie.
 
-An init that reaps late, or never as in many containers, leaves zombies that `kill -0` still finds. PID stands for
-the process id of the command's shell, which leads its group except under servers that make no session for it.
+PID stands for the process id of the command's shell. It leads a process group of its own under OpenSSH; where it
+does not (dropbear), the shell and what descends from it are ended, since the group is the connection's. An init
+that reaps late, or never as in many containers, leaves zombies that `kill -0` still finds.
 """
 
 

@@ -97,16 +97,17 @@ class Server:
         self.known_hosts.write_text(f"[127.0.0.1]:{self.port} {public[0]} {public[1]}\n")
 
     def start(self) -> None:
-        sshd = program("sshd", "openssh-server")
+        self.run([program("sshd", "openssh-server"), "-D", "-e", "-f", str(self.config)])
+
+    def run(self, command: list[str]) -> None:
+        """Start the server program and wait until it listens."""
         wrapper = {
             "LD_PRELOAD": "libnss_wrapper.so",
             "NSS_WRAPPER_PASSWD": str(self.folder / "passwd"),
             "NSS_WRAPPER_GROUP": "/etc/group",
         }
         with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [sshd, "-D", "-e", "-f", str(self.config)], stderr=log, env=os.environ | wrapper
-            )
+            self.process = subprocess.Popen(command, stderr=log, env=os.environ | wrapper)
 
         def listens() -> bool:
             assert self.process.poll() is None, (self.folder / "log").read_text()
@@ -207,6 +208,34 @@ def own_sshd(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     yield make
     for server in servers:
         server.stop()
+
+
+@pytest.fixture
+def dropbear(tmp_path: Path) -> Iterator[Server]:
+    """A dropbear server with the same accounts."""
+    folder = tmp_path / "dropbear"
+    folder.mkdir()
+    make_accounts(folder)
+    keygen(folder / "id")
+    for name in ("tester", "ordinary"):
+        keys = folder / name / ".ssh" / "authorized_keys"
+        keys.parent.mkdir(mode=0o700)
+        shutil.copy(folder / "id.pub", keys)
+        if name == "ordinary":
+            os.chown(keys.parent, ORDINARY_UID, -1)
+            os.chown(keys, ORDINARY_UID, -1)
+    server = Server(folder, free_port(), None, folder / "none")  # type: ignore[arg-type]
+    key_program = program("dropbearkey", "dropbear-bin")
+    subprocess.run([key_program, "-t", "ed25519", "-f", folder / "key"], check=True, capture_output=True)
+    shown = subprocess.run(
+        [key_program, "-y", "-f", folder / "key"], check=True, capture_output=True, text=True
+    )
+    (public,) = (line.split() for line in shown.stdout.splitlines() if line.startswith("ssh-"))
+    server.known_hosts.write_text(f"[127.0.0.1]:{server.port} {public[0]} {public[1]}\n")
+    command = [program("dropbear", "dropbear-bin"), "-F", "-E", "-r", str(folder / "key")]
+    server.run([*command, "-p", f"127.0.0.1:{server.port}"])
+    yield server
+    server.stop()
 
 
 @pytest.fixture

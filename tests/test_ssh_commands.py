@@ -224,6 +224,22 @@ def test_timed_out_command_is_killed_in_every_login_shell(run: Run, account: str
     assert not running(marker)
 
 
+@pytest.mark.parametrize("account", ["tester", "ordinary"])
+def test_dropbear_runs_and_kills_commands_without_groups(dropbear: Server, account: str) -> None:
+    pool = Pool(dropbear.settings())
+    commands = Commands(pool, dropbear.settings())
+    target = dropbear.account(account)
+    marker = f"{os.getpid()}{time.monotonic_ns()}"
+    result = commands.run(target, "cat; echo err >&2; exit 3", stdin="in", cancelled=nobody_cancels)
+    assert (result.stdout, result.stderr, result.exit_code) == ("in", "err\n", 3)
+    for command in (f"sleep 30.{marker} | cat", f"(sleep 30.{marker}; true) & wait"):
+        result = commands.run(target, command, cancelled=nobody_cancels, timeout=0.5)
+        assert (result.status, result.note) == ("killed", None)
+        assert not running(marker)
+    assert pool.open_targets() == {target: 1}
+    pool.close()
+
+
 def test_exit_code_of_a_command_that_ends_itself_when_killed_is_kept(run: Run) -> None:
     result = run("trap 'echo cleaned; exit 9' TERM; sleep 30 & wait", timeout=0.5)
     assert (result.status, result.exit_code, result.stdout) == ("killed", 9, "cleaned\n")
