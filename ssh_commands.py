@@ -43,6 +43,7 @@ _SCRIPT_BYTES = 1_000_000
 _READ_LINE = 'IFS= read -r c && eval "$(printf %b "$c")"'
 _FOREIGN_READ_LINE = f"exec /bin/sh -c '{_READ_LINE}'"
 _MOST_ARGUMENT_BYTES = 64 * 1024
+_MOST_PID_DIGITS = 10
 
 Dialect = Literal["unknown", "posix", "foreign"]
 
@@ -99,7 +100,7 @@ class Commands:
         nothing was run. When `cancelled` raises, the command is killed first.
         """
         started_at = time.monotonic()
-        task = _Task(command, cwd, dict(env or {}), stdin.encode())
+        task = _Task(command, cwd, dict(env or {}), _sendable("input", stdin))
         outcome = self._run(target, task, started_at + timeout, cancelled, self._budget)
         head, tail = share(self._budget, outcome.out, outcome.err)
         ended = outcome.exit_signal is not None or outcome.killed
@@ -147,6 +148,8 @@ class Commands:
                 outcome = self._attempt(target, task, dialect, deadline, cancelled, budget)
             if outcome.answered:
                 self._dialects[target] = "posix" if dialect == "unknown" else dialect
+            else:
+                self._dialects.pop(target, None)
         if outcome.refused:
             raise ArgumentError(
                 f"the working directory {task.cwd} cannot be entered on {target}; nothing was run"
@@ -314,8 +317,15 @@ class _Task:
 
 
 def _no_nul(what: str, text: str) -> None:
-    if "\0" in text:
+    if b"\0" in _sendable(what, text):
         raise ArgumentError(f"{what} holds a NUL character, which no shell can take; nothing was run")
+
+
+def _sendable(what: str, text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise ArgumentError(f"{what} holds half a character (a lone surrogate); nothing was run") from None
 
 
 def _quoted(text: str) -> str:
@@ -335,7 +345,7 @@ def _encoded(text: str) -> bytes:
     """Encode for `printf %b` (XCU printf): all but printable ASCII as octal, backslash and quote too."""
     return b"".join(
         bytes([byte]) if 32 <= byte < 127 and byte not in b"\\'" else b"\\0%03o" % byte
-        for byte in text.encode("utf-8", "surrogateescape")
+        for byte in text.encode()
     )
 
 
@@ -387,7 +397,7 @@ class _Exchange:
         self._err.feed(err)
         if self.outcome.pid is None and self.outcome.refused is None and self._out.said is not None:
             said = self._out.said.decode("ascii", "replace")
-            if said.isdecimal():
+            if said.isdecimal() and len(said) <= _MOST_PID_DIGITS:
                 self.outcome.pid = int(said)
             else:
                 self.outcome.refused = said

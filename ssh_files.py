@@ -37,6 +37,7 @@ MOST_WRITTEN_BYTES: Final = 32 * 1024 * 1024
 _COUNTED_BYTES = 64 * 1024 * 1024
 _TAIL_BLOCK_BYTES = 256 * 1024
 _QUEUE_SECONDS = 30.0
+_READ_SECONDS = 120.0
 _MOST_LINKS = 20
 
 _KINDS = {
@@ -75,7 +76,7 @@ class Files:
             place = self._regular(sftp, target, path)
             handle = sftp.open(place.real, ssh_sftp.READ).handle()
             try:
-                chunks = _checked(sftp.chunks(handle, 0, None), cancelled)
+                chunks = _checked(sftp.chunks(handle, 0, None), cancelled, path)
                 size = place.found.size or 0
                 if start_line >= 1:
                     window, seen = _forward(chunks, Lines(start_line, max_lines, self._most_read))
@@ -95,7 +96,7 @@ class Files:
             place = self._regular(sftp, target, path)
             handle = sftp.open(place.real, ssh_sftp.READ).handle()
             try:
-                parts = _checked(sftp.chunks(handle, offset, offset + max_bytes), cancelled)
+                parts = _checked(sftp.chunks(handle, offset, offset + max_bytes), cancelled, path)
                 data = b"".join(parts)
                 rest = sftp.read(handle, offset + len(data), 1).data()
             finally:
@@ -249,7 +250,11 @@ class Files:
         except StatusError as error:
             raise FileError(_sentence(error, target, path, verb)) from None
         except ConnectionLostError as error:
-            tail = "" if verb in ("read", "list") else "; the file is the old one or the new one, whole"
+            tail = (
+                ""
+                if verb in ("read", "list")
+                else "; whether it was done is unknown: read it before you try again"
+            )
             raise ConnectionLostError(f"could not {verb} {path} on {target}: {error}{tail}") from None
 
     @contextmanager
@@ -397,19 +402,22 @@ def _demand_regular(attributes: Attributes, target: Target, path: str) -> None:
 
 
 def _forward(chunks: Iterator[bytes], lines: Lines) -> tuple[Window, bytes]:
-    """Take chunks until the window is full; also return what may not hold a NUL."""
-    seen = bytearray()
+    """Take chunks until the window is full or one holds a NUL; also return the last one."""
     for chunk in chunks:
-        if b"\0" in chunk:
-            seen += b"\0"
-        if not lines.take(chunk):
-            return lines.window(at_end=False), bytes(seen)
-    return lines.window(at_end=True), bytes(seen)
+        if b"\0" in chunk or not lines.take(chunk):
+            return lines.window(at_end=False), chunk
+    return lines.window(at_end=True), b""
 
 
-def _checked(chunks: Iterator[bytes], cancelled: Cancelled) -> Iterator[bytes]:
+def _checked(chunks: Iterator[bytes], cancelled: Cancelled, path: str) -> Iterator[bytes]:
+    """Pass chunks on until the reader is gone or has waited too long."""
+    deadline = time.monotonic() + _READ_SECONDS
     for chunk in chunks:
         cancelled()
+        if time.monotonic() > deadline:
+            raise FileError(
+                f"reading {path} so far takes over {_READ_SECONDS:.0f} s; ask for its end, or for bytes by offset"
+            )
         yield chunk
 
 

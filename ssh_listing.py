@@ -8,6 +8,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import translate
+from itertools import islice
 from re import compile as compile_pattern
 from typing import Final, Literal
 
@@ -58,12 +59,13 @@ class Walk:
     def run(self) -> None:
         """Fill `found`. Raises StatusError when the root itself cannot be read."""
         matches = compile_pattern(translate(self.pattern)).fullmatch if self.pattern else None
-        level = [b""]
+        level, seen = [b""], 0
         for _ in range(self.depth):
             below: list[bytes] = []
             for start in range(0, len(level), _FOLDERS_AT_ONCE):
                 for entry in self._entries(level[start : start + _FOLDERS_AT_ONCE]):
-                    if len(self.found) >= MOST_ENTRIES:
+                    seen += 1
+                    if seen > MOST_ENTRIES:
                         self.full = True
                         return
                     if entry.is_folder:
@@ -124,7 +126,7 @@ def hard_links(sftp: SFTP, folder: bytes, name: bytes) -> int:
     SFTP's attributes lack it; OpenSSH shows it in the long name of a directory's entry.
     """
     try:
-        for found in names_of(sftp, sftp.open_directory(folder).handle()):
+        for found in islice(names_of(sftp, sftp.open_directory(folder).handle()), MOST_ENTRIES):
             if found.name == name:
                 match = _LONGNAME.match(found.longname)
                 return int(match[1]) if match else 1

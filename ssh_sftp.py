@@ -348,7 +348,7 @@ class SFTP:
             if not ahead:
                 return
             at, length, reply = ahead.pop(0)
-            data = reply.data()
+            data = reply.data()[:length]
             if not data:
                 return
             yield data

@@ -11,9 +11,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import ssh_sftp
-from ssh_errors import ConnectionLostError
+from ssh_errors import ConnectionLostError, FileError
 from ssh_listing import hard_links
 from ssh_sftp import SFTP, Attributes, StatusError
+
+_MOST_KEPT_BYTES = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,12 @@ def _write_in_place(sftp: SFTP, place: Place, content: bytes, mode: int | None) 
     """Overwrite a file where it stands; put the old bytes back when that fails."""
     handle = sftp.open(place.real, ssh_sftp.WRITE).handle()
     try:
-        old = bytes_of(sftp, place.real)
+        old = bytes_of(sftp, place.real, _MOST_KEPT_BYTES + 1)
+        if len(old) > _MOST_KEPT_BYTES:
+            raise FileError(
+                f"{place.shown} can only be overwritten in place (it has several names, another owner, or a folder "
+                "you may not write to), and is too big for a copy to fall back on; use a command"
+            )
         try:
             sftp.write_all(handle, content)
             sftp.fsetstat(handle, Attributes(size=len(content))).done()

@@ -9,8 +9,10 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,9 +155,15 @@ def make_accounts(folder: Path) -> None:
     os.chown(folder / "ordinary", ORDINARY_UID, -1)
     lines.append(f"ordinary:*:{ORDINARY_UID}:{ORDINARY_UID}::{folder}/ordinary:/bin/sh")
     (folder / "passwd").write_text("\n".join(lines) + "\n")
-    for parent in (folder, *folder.parents):
-        if parent.stat().st_uid == os.getuid():
-            parent.chmod(parent.stat().st_mode | 0o011)
+
+
+@contextmanager
+def open_folder() -> Iterator[Path]:
+    """A temporary folder that other users may pass through, as pytest's own may not be."""
+    with tempfile.TemporaryDirectory(prefix="ssh-mcp-test-") as name:
+        folder = Path(name)
+        folder.chmod(0o711)
+        yield folder
 
 
 def make_server(folder: Path, *lines: str) -> Server:
@@ -189,11 +197,12 @@ Subsystem sftp internal-sftp
 
 
 @pytest.fixture(scope="session")
-def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def sshd() -> Iterator[Server]:
     """One sshd with OpenSSH's default limits for all tests that leave it as it is."""
-    server = make_server(tmp_path_factory.mktemp("sshd"))
-    yield server
-    server.stop()
+    with open_folder() as folder:
+        server = make_server(folder)
+        yield server
+        server.stop()
 
 
 @pytest.fixture
@@ -211,10 +220,15 @@ def own_sshd(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
 
 @pytest.fixture
-def dropbear(tmp_path: Path) -> Iterator[Server]:
+def dropbear() -> Iterator[Server]:
     """A dropbear server with the same accounts."""
-    folder = tmp_path / "dropbear"
-    folder.mkdir()
+    with open_folder() as folder:
+        server = make_dropbear(folder)
+        yield server
+        server.stop()
+
+
+def make_dropbear(folder: Path) -> Server:
     make_accounts(folder)
     keygen(folder / "id")
     for name in ("tester", "ordinary"):
@@ -234,8 +248,7 @@ def dropbear(tmp_path: Path) -> Iterator[Server]:
     server.known_hosts.write_text(f"[127.0.0.1]:{server.port} {public[0]} {public[1]}\n")
     command = [program("dropbear", "dropbear-bin"), "-F", "-E", "-r", str(folder / "key")]
     server.run([*command, "-p", f"127.0.0.1:{server.port}"])
-    yield server
-    server.stop()
+    return server
 
 
 @pytest.fixture

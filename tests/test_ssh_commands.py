@@ -154,6 +154,12 @@ def test_nul_in_a_command_is_an_error_before_anything_runs(run: Run) -> None:
         run("echo a\0b")
 
 
+@pytest.mark.parametrize("arguments", [{"stdin": "\ud800"}, {"env": {"A": "\ud800"}}, {"cwd": "\udc80"}])
+def test_half_a_character_is_an_error_before_anything_runs(run: Run, arguments: dict[str, object]) -> None:
+    with pytest.raises(ArgumentError, match="surrogate"):
+        run("true", **arguments)
+
+
 def test_background_process_does_not_hold_the_call(run: Run) -> None:
     started = time.monotonic()
     assert run("sleep 20 & echo x").stdout == "x\n"

@@ -180,6 +180,11 @@ def test_file_with_nul_bytes_is_refused_as_text(tools: Tools, tmp_path: Path) ->
     path.write_bytes(b"a\0b")
     with pytest.raises(FileError, match="base64"):
         tools.read(path)
+    with path.open("wb") as file:
+        file.truncate(10 * 1024**3)
+    for start_line in (1, 1_000_000, -1):
+        with pytest.raises(FileError, match="base64"):
+            tools.read(path, start_line=start_line)
 
 
 def test_bytes_that_are_no_utf8_show_as_replacement(tools: Tools, tmp_path: Path) -> None:
