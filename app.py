@@ -42,6 +42,7 @@ from ssh_system import SystemInfo, SystemReports
 
 _MOST_CALLS_AT_ONCE = 256
 _ERROR_CHARACTERS = 1000
+_FINISH_SECONDS = 3.0
 
 P = ParamSpec("P")
 A = TypeVar("A", bound="Answer")
@@ -67,9 +68,9 @@ class Services:
         self.systems = SystemReports(self.commands.script)
 
     def close(self) -> None:
-        """End what waiting calls run, then all connections."""
+        """End what waiting calls run, let files be finished for a moment, then close all connections."""
         self.commands.stop()
-        self.pool.close()
+        self.pool.close(_FINISH_SECONDS)
 
 
 _services: Services | None = None

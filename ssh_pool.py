@@ -240,6 +240,12 @@ class _TargetPool:
             self._discard(member)
 
     @property
+    def in_use(self) -> bool:
+        """Whether anything is lent."""
+        with self._books:
+            return any(not member.idle for member in self._members)
+
+    @property
     def size(self) -> int:
         """Connections that are open or being opened."""
         with self._books:
@@ -470,12 +476,18 @@ class Pool:
             pools = list(self._targets.values())
         return {pool.target: size for pool in pools if (size := pool.size)}
 
-    def close(self) -> None:
-        """Close everything; whoever waits gets PoolClosedError, and so does whoever comes later."""
+    def close(self, grace_seconds: float = 0) -> None:
+        """Close everything; whoever waits gets PoolClosedError, and so does whoever comes later.
+
+        What is lent may be given back within `grace_seconds`: a file that is being written is better finished.
+        """
         with self._changed:
             self._closed = True
             pools = list(self._targets.values())
             self._changed.notify_all()
+        deadline = time.monotonic() + grace_seconds
+        while any(pool.in_use for pool in pools) and time.monotonic() < deadline:
+            time.sleep(0.02)
         for pool in pools:
             pool.close()
         if self._janitor is not None:

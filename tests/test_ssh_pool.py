@@ -265,6 +265,20 @@ def test_closing_wakes_waiters_with_a_named_error(
         pass
 
 
+def test_closing_with_grace_lets_what_is_lent_be_given_back(
+    sshd: Server, open_pool: Callable[[Settings], Pool]
+) -> None:
+    pool = open_pool(sshd.settings())
+    with ThreadPoolExecutor() as threads:
+        with pool.standing(sshd.target, SFTP, soon(), nobody_cancels) as sftp:
+            closing = threads.submit(pool.close, 20)
+            wait_for(lambda: pool._closed)
+            assert isinstance(sftp, SFTP)
+            assert sftp.real_path(b".").path() == str(sshd.home).encode()
+            assert not closing.done()
+        closing.result(10)
+
+
 def test_idle_connections_are_closed(
     own_sshd: Callable[..., Server], open_pool: Callable[[Settings], Pool]
 ) -> None:
