@@ -84,12 +84,12 @@ def _ssh() -> Services:
 
 @asynccontextmanager
 async def _lifespan(_: FastMCP[None]) -> AsyncIterator[None]:
-    """Keep the services while the server runs; SIGTERM ends it as the end of stdin does."""
+    """Keep the services while the server runs; signals end it as the end of stdin does."""
     global _services
     anyio.to_thread.current_default_thread_limiter().total_tokens = _MOST_CALLS_AT_ONCE
     services = _services = Services(settings.load())
     try:
-        with _ended_by_sigterm(services):
+        with _ended_by_signals(services):
             yield
     finally:
         _services = None
@@ -97,8 +97,8 @@ async def _lifespan(_: FastMCP[None]) -> AsyncIterator[None]:
 
 
 @contextmanager
-def _ended_by_sigterm(services: Services) -> Iterator[None]:
-    """On SIGTERM close everything and exit.
+def _ended_by_signals(services: Services) -> Iterator[None]:
+    """On SIGTERM and SIGINT close everything and exit.
 
     The process cannot end the ordinary way: a thread of the MCP SDK is waiting for a line on stdin.
     """
@@ -107,18 +107,19 @@ def _ended_by_sigterm(services: Services) -> Iterator[None]:
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        threading.Thread(target=finish, name="stop").start()
+        threading.Thread(target=finish, args=(0 if number == signal.SIGTERM else 128 + number,)).start()
 
-    def finish() -> None:
+    def finish(exit_status: int) -> None:
         services.close()
         logging.shutdown()
-        os._exit(0)
+        os._exit(exit_status)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _PlainErrors(Middleware):

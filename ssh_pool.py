@@ -124,9 +124,7 @@ class _TargetPool:
             while not waiter.served.wait(min(_POLL_SECONDS, max(0.0, deadline - time.monotonic()))):
                 cancelled()
                 if time.monotonic() >= deadline:
-                    raise BusyError(
-                        f"{self.target}: no free session in time; nothing was run. Try again later"
-                    )
+                    raise self._too_late()
                 self._serve()
         except BaseException:
             self._give_up(waiter)
@@ -385,6 +383,13 @@ class _TargetPool:
             waiter.error = error or UnreachableError(f"{self.target} could not be connected to")
             waiter.served.set()
         self._serve()
+
+    def _too_late(self) -> SSHError:
+        with self._books:
+            connected = bool(self._members)
+        if connected:
+            return BusyError(f"{self.target}: no free session in time; nothing was run. Try again later")
+        return UnreachableError(f"{self.target} could not be connected to in time; nothing was run")
 
     def _give_up(self, waiter: _Waiter) -> None:
         with self._books:

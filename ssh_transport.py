@@ -427,6 +427,7 @@ def _log_in(target: Target, wire: _Wire, settings: Settings, keys: Keys, deadlin
         _authenticate(target, transport, keys, deadline)
         return Connection(target, transport, wire)
     except BaseException:
+        transport.packetizer.complete_handshake()  # ends its timer, a thread that would hold up the process's end
         transport.close()
         wire.close()
         raise

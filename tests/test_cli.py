@@ -108,7 +108,7 @@ def started(environment: dict[str, str]) -> Iterator[Callable[[str], "subprocess
                 stream.close()
 
 
-@pytest.mark.parametrize("ending", ["end of stdin", "SIGTERM"])
+@pytest.mark.parametrize("ending", ["end of stdin", "SIGTERM", "SIGINT"])
 def test_server_that_ends_leaves_no_process(
     started: Callable[[str], "subprocess.Popen[bytes]"], ending: str, sshd: Server
 ) -> None:
@@ -116,11 +116,11 @@ def test_server_that_ends_leaves_no_process(
     connections = set(sshd.session_pids())
     process = started(marker)
     assert process.stdin is not None
-    if ending == "SIGTERM":
-        process.send_signal(signal.SIGTERM)
-    else:
+    if ending == "end of stdin":
         process.stdin.close()
-    assert process.wait(20) == 0
+    else:
+        process.send_signal(signal.Signals[ending])
+    assert process.wait(20) == (130 if ending == "SIGINT" else 0)
     assert not process_runs(f"sleep 60.{marker}")
     wait_for(lambda: set(sshd.session_pids()) <= connections)
     assert process.stdout is not None

@@ -164,3 +164,70 @@ def test_example_file_names_every_setting_and_loads() -> None:
     names = {line.partition("=")[0].lower() for line in example.read_text().splitlines() if "=" in line[:40]}
     built = {name for name, field in Settings.model_fields.items() if field.description}
     assert built <= names
+
+
+def test_file_named_by_argument_is_the_only_one_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write(tmp_path / "config" / "ssh-mcp-server" / ".env", "SSH_DEFAULT_USER=configured")
+    monkeypatch.setenv("SSH_MCP_ENV_FILE", str(write(tmp_path / "named", "SSH_DEFAULT_PORT=23")))
+    values = load(write(tmp_path / "argument", "SSH_DEFAULT_HOST=web1"))
+    assert values.ssh_default_host == "web1"
+    assert values.ssh_default_port == 22
+    assert values.ssh_default_user != "configured"
+
+
+def test_empty_value_in_the_environment_leaves_the_file_its_say(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SSH_DEFAULT_HOST", "")
+    assert load(write(tmp_path / "env", "SSH_DEFAULT_HOST=web1")).ssh_default_host == "web1"
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o604, 0o620])
+def test_secret_is_refused_whoever_else_may_use_the_file(tmp_path: Path, mode: int) -> None:
+    with pytest.raises(SettingsError, match="chmod 600"):
+        load(write(tmp_path / "env", "SSH_KEY_PASSPHRASE=hunter2", mode))
+
+
+def test_file_without_secrets_may_be_read_by_all(tmp_path: Path) -> None:
+    assert load(write(tmp_path / "env", "SSH_DEFAULT_HOST=web1", 0o644)).ssh_default_host == "web1"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("READ_ONLY", "true"),
+        ("ALLOWED_COMMANDS", "systemctl status"),
+        ("ALLOWED_PATHS", "/srv:/etc"),
+        ("CONFIRM", "destructive"),
+    ],
+)
+def test_restriction_in_the_environment_stops_the_start(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError, match=f"^{variable} is set.*unset it"):
+        load()
+
+
+@pytest.mark.parametrize("variable", ["SSH_KEY_PATH", "SSH_KNOWN_HOSTS"])
+def test_home_of_an_account_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "~no-such-account/file")
+    with pytest.raises(SettingsError, match=f"^{variable} .*~no-such-account/file"):
+        load()
+
+
+def test_settings_file_in_a_home_that_is_not_there_is_told() -> None:
+    with pytest.raises(SettingsError, match="~no-such-account/env"):
+        load(Path("~no-such-account/env"))
+
+
+def test_value_of_several_lines_is_told_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSH_DEFAULT_HOST", "web1\nweb2")
+    with pytest.raises(SettingsError, match=r"^SSH_DEFAULT_HOST is [^\n]*host name[^\n]*\Z"):
+        load()
+
+
+def test_file_that_is_no_text_is_told(tmp_path: Path) -> None:
+    (tmp_path / "env").write_bytes(b"SSH_DEFAULT_HOST=\xff\xfe\n")
+    with pytest.raises(SettingsError, match="UTF-8"):
+        load(tmp_path / "env")

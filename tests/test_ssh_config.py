@@ -1,10 +1,13 @@
 """known_hosts, compared with what ssh-keygen says of the same file."""
 
 import base64
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from conftest import keygen, program
 from ssh_config import HostKey, KnownHosts, UnknownHostKeyError
@@ -160,3 +163,93 @@ def test_file_that_cannot_be_written_is_told(tmp_path: Path, keys: list[Path]) -
 def test_file_that_cannot_be_read_is_told(tmp_path: Path, keys: list[Path]) -> None:
     with pytest.raises(HostKeyError, match="SSH_KNOWN_HOSTS"):
         KnownHosts(tmp_path).verify("web1", 22, key(keys[0]))
+
+
+pieces = st.text(alphabet="ab*?.", min_size=1, max_size=4)
+patterns = st.builds(
+    lambda negated, name, port: ("!" if negated else "") + (f"[{name}]:{port}" if port else name),
+    st.booleans(),
+    pieces,
+    st.sampled_from([None, 22, 2222]),
+)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(patterns, min_size=1, max_size=3), st.text(alphabet="ab.", min_size=1, max_size=4), st.booleans()
+)
+def test_any_names_match_as_ssh_keygen_says(
+    tmp_path_factory: pytest.TempPathFactory, keys: list[Path], listed: list[str], host: str, usual: bool
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any_known_hosts"
+    path.write_text(line(",".join(listed), key(keys[0])))
+    port = 22 if usual else 2222
+
+    def found(asked: str) -> bool:
+        command = [program("ssh-keygen", "openssh-client"), "-F", asked, "-f", str(path)]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    wanted = found(host) if usual else found(f"[{host}]:2222") or found(host)
+    assert bool(KnownHosts(path).key_types(host, port)) == wanted
+
+
+def test_other_key_of_the_entry_without_port_is_unknown_as_openssh_says(
+    tmp_path: Path, keys: list[Path]
+) -> None:
+    # sshconnect.c, check_host_key(), HOST_NEW: "checking without port identifier" can only accept.
+    (tmp_path / "known").write_text(line("web1", key(keys[0])))
+    with pytest.raises(UnknownHostKeyError):
+        KnownHosts(tmp_path / "known").verify("web1", 2222, key(keys[1]))
+
+
+def test_other_key_of_the_entry_with_port_is_changed(tmp_path: Path, keys: list[Path]) -> None:
+    (tmp_path / "known").write_text(line("[web1]:2222", key(keys[0])) + line("web1", key(keys[1])))
+    with pytest.raises(HostKeyError, match="changed"):
+        KnownHosts(tmp_path / "known").verify("web1", 2222, key(keys[1]))
+
+
+@pytest.mark.parametrize("separator", ["\v", "\f", "\x1c", "\x85", "\u2028"])
+def test_only_a_newline_ends_a_line(tmp_path: Path, keys: list[Path], separator: str) -> None:
+    hidden = line("web1", key(keys[1]))
+    (tmp_path / "known").write_text(line("web2", key(keys[0])).rstrip("\n") + separator + hidden)
+    with pytest.raises(UnknownHostKeyError):
+        KnownHosts(tmp_path / "known").verify("web1", 22, key(keys[1]))
+
+
+@pytest.mark.parametrize("kind", ["ssh-rsa", "SSH-ED25519"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_line_whose_key_is_none_is_passed_over(
+    tmp_path: Path, keys: list[Path], kind: str, whole: bool
+) -> None:
+    broken = HostKey(kind, key(keys[0]).blob if whole else b"\0\0\0")
+    (tmp_path / "known").write_text(line("web1", broken))
+    known = KnownHosts(tmp_path / "known")
+    assert known.key_types("web1", 22) == []
+    with pytest.raises(UnknownHostKeyError):
+        known.verify("web1", 22, key(keys[1]))
+
+
+@pytest.mark.parametrize("port", [22, 2222])
+def test_advice_about_a_changed_key_removes_it(tmp_path: Path, keys: list[Path], port: int) -> None:
+    path = tmp_path / "known hosts"
+    known = KnownHosts(path)
+    known.add("web1", port, key(keys[0]))
+    with pytest.raises(HostKeyError) as raised:
+        known.verify("web1", port, key(keys[1]))
+    command = shlex.split(str(raised.value).partition("then: ")[2])
+    # Without -f ssh-keygen would change the file of whoever runs the tests.
+    assert command[:2] == ["ssh-keygen", "-R"]
+    assert command[-2:] == ["-f", str(path)]
+    subprocess.run(command, check=True, capture_output=True)
+    assert known.key_types("web1", port) == []
+
+
+def test_recording_keeps_what_the_file_holds(tmp_path: Path, keys: list[Path]) -> None:
+    path = tmp_path / "known"
+    before = "# mine\ngarbage\n" + line("web1", key(keys[0]))
+    path.write_text(before)
+    path.chmod(0o644)
+    KnownHosts(path).add("web2", 22, key(keys[1]))
+    assert path.read_text().startswith(before)
+    assert path.read_text().count("\n") == before.count("\n") + 1
+    assert path.stat().st_mode & 0o777 == 0o644

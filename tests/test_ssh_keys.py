@@ -1,12 +1,19 @@
 """Keys of every kind and form, and what is said of those that cannot be used."""
 
+import contextlib
+import gc
 import os
+import socket
 import subprocess
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, x25519
+from paramiko import SSHException
 
 from conftest import keygen, program, wait_for
 from settings import Settings, Target
@@ -149,3 +156,112 @@ def test_advice_names_what_was_tried() -> None:
     assert "ssh-keygen -t ed25519" in keys.advice(TARGET, [])
     assert "/a/key" in keys.advice(TARGET, ["/a/key"])
     assert "authorized_keys" in keys.advice(TARGET, ["/a/key"])
+
+
+def sign(authority: Path, path: Path, identity: str) -> str:
+    """Make the certificate beside a key; return its base64."""
+    public = path.with_name(f"{path.name}.pub")
+    subprocess.run(["ssh-keygen", "-q", "-s", authority, "-I", identity, "-n", "me", public], check=True)
+    return path.with_name(f"{path.name}-cert.pub").read_text().split()[1]
+
+
+def shown_certificate(keys: Keys) -> str:
+    with keys.offered() as offer:
+        ((_, key),) = offer
+    return key.public_blob.key_blob.hex() if key.public_blob else ""
+
+
+def test_certificate_that_was_renewed_is_shown(tmp_path: Path) -> None:
+    authority, path = keygen(tmp_path / "authority"), keygen(tmp_path / "key")
+    keys = Keys(Settings(ssh_key_path=path))
+    assert shown_certificate(keys) == ""
+    for identity in ("monday", "tuesday"):
+        sign(authority, path, identity)
+        assert identity.encode().hex() in shown_certificate(keys)
+
+
+def test_default_key_has_its_certificate(tmp_path: Path) -> None:
+    (tmp_path / ".ssh").mkdir()
+    sign(keygen(tmp_path / "authority"), keygen(tmp_path / ".ssh" / "id_ed25519"), "me")
+    ((_, key),) = offered()
+    assert key.public_blob.key_type == "ssh-ed25519-cert-v01@openssh.com"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"garbage\n", b"ssh-ed25519-cert-v01@openssh.com AAAA x\n", b"\xff\xfe"]
+)
+def test_broken_certificate_is_passed_over_as_openssh_does(tmp_path: Path, content: bytes) -> None:
+    path = keygen(tmp_path / "key")
+    (tmp_path / "key-cert.pub").write_bytes(content)
+    ((_, key),) = offered(ssh_key_path=path)
+    assert key.public_blob is None
+
+
+def test_broken_default_key_leaves_the_others(tmp_path: Path) -> None:
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / ".ssh" / "id_ed25519").write_text("garbage")
+    keygen(tmp_path / ".ssh" / "id_rsa", "-t", "ecdsa")
+    assert [Path(name).name for name, _ in offered()] == ["id_rsa"]
+
+
+@pytest.mark.parametrize("passphrase", [None, "hunter2"])
+@pytest.mark.parametrize("kind", ["dsa", "x25519", "ed448", "secp256k1"])
+def test_type_that_is_not_used_here_is_told(tmp_path: Path, kind: str, passphrase: str | None) -> None:
+    makers: dict[str, Callable[[], Any]] = {
+        "dsa": lambda: dsa.generate_private_key(1024),
+        "x25519": x25519.X25519PrivateKey.generate,
+        "ed448": ed448.Ed448PrivateKey.generate,
+        "secp256k1": lambda: ec.generate_private_key(ec.SECP256K1()),
+    }
+    key = makers[kind]()
+    path = tmp_path / "key"
+    path.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
+    path.chmod(0o600)
+    with pytest.raises(LoginError, match="Ed25519, ECDSA or RSA") as raised:
+        offered(ssh_key_path=path, ssh_key_passphrase=passphrase)
+    assert "hunter2" not in str(raised.value)
+
+
+def test_folder_in_place_of_a_key_is_told(tmp_path: Path) -> None:
+    with pytest.raises(LoginError, match=r"SSH_KEY_PATH.*cannot be read"):
+        offered(ssh_key_path=tmp_path)
+
+
+@pytest.mark.parametrize("passphrase", [None, "hunter2"])
+def test_key_that_was_cut_short_is_told(tmp_path: Path, passphrase: str | None) -> None:
+    path = keygen(tmp_path / "key")
+    begin, *_, end = path.read_text().splitlines()
+    path.write_text(f"{begin}\nb3BlbnNzaC1rZXktdjEA\n{end}\n")
+    with pytest.raises(LoginError, match="no private key") as raised:
+        offered(ssh_key_path=path, ssh_key_passphrase=passphrase)
+    assert "hunter2" not in str(raised.value)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # paramiko leaks its socket
+def test_agent_that_is_gone_leaves_the_default_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SSH_AUTH_SOCK", str(tmp_path / "gone"))
+    (tmp_path / ".ssh").mkdir()
+    keygen(tmp_path / ".ssh" / "id_ed25519")
+    assert [Path(name).name for name, _ in offered()] == ["id_ed25519"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # paramiko leaks its socket
+def test_agent_that_hangs_up_leaves_the_default_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".ssh").mkdir()
+    keygen(tmp_path / ".ssh" / "id_ed25519")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "agent"))
+        listener.listen()
+        hanging_up = threading.Thread(target=lambda: listener.accept()[0].close())
+        hanging_up.start()
+        monkeypatch.setenv("SSH_AUTH_SOCK", str(tmp_path / "agent"))
+        names: list[str] = []
+        with contextlib.suppress(OSError, SSHException):
+            names = [Path(name).name for name, _ in offered()]
+        hanging_up.join(10)
+    gc.collect()  # the leaked socket warns in here, not in the next test
+    assert names == ["id_ed25519"]

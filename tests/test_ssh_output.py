@@ -1,6 +1,7 @@
 """What of much output is shown: nothing split, nothing miscounted."""
 
 import re
+import unicodedata
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -83,3 +84,45 @@ def test_control_characters_are_made_visible(text: str) -> None:
 
 def test_terminal_escapes_are_made_visible() -> None:
     assert visible("\x1b[31mred\x1b[0m\tand\r\n\x9b") == "\\x1b[31mred\\x1b[0m\tand\\x0d\n\\x9b"
+
+
+@given(st.text(alphabet="aé€😀", max_size=40), chunk_sizes, st.integers(1, 12), st.integers(0, 12))
+def test_no_character_is_split_however_small_the_limit(
+    text: str, sizes: list[int], budget: int, limit: int
+) -> None:
+    data = text.encode()
+    shown = kept(budget, data, sizes).shown(limit)
+    assert "\ufffd" not in shown.text
+    assert sum(len(part.encode()) for part in parts(shown)) + shown.omitted == len(data)
+    assert len(data) - shown.omitted <= min(limit, budget)
+
+
+@given(st.text(alphabet="aé€😀", max_size=80), st.text(alphabet="aé€😀", max_size=80), st.integers(1, 60))
+def test_shares_are_heads_and_tails(out: str, err: str, budget: int) -> None:
+    texts = [out, err]
+    both = share(budget, kept(budget, out.encode(), [3]), kept(budget, err.encode(), [5]))
+    for text, shown in zip(texts, both, strict=True):
+        head, tail = (parts(shown)[0], parts(shown)[-1])
+        assert text.startswith(head)
+        assert text.endswith(tail)
+        assert "\ufffd" not in shown.text
+    assert sum(len(text.encode()) - shown.omitted for text, shown in zip(texts, both, strict=True)) <= budget
+
+
+@given(st.lists(st.integers(0, 200), max_size=60), st.integers(1, 50))
+def test_memory_is_bounded_whatever_the_chunks(sizes: list[int], budget: int) -> None:
+    taken = Kept(budget)
+    for size in sizes:
+        taken.add(b"x" * size)
+        assert len(taken._head) + len(taken._tail) <= 6 * budget
+    assert taken.total == sum(sizes)
+
+
+@given(st.text())
+def test_visible_text_holds_no_control_character(text: str) -> None:
+    assert {char for char in visible(text) if unicodedata.category(char) == "Cc"} <= {"\t", "\n"}
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["C"]) | st.sampled_from("\t\n")))
+def test_text_without_controls_stays_as_it_is(text: str) -> None:
+    assert visible(text) == text

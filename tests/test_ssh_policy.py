@@ -4,7 +4,7 @@ import string
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from settings import Settings, SettingsError, Target
@@ -114,4 +114,70 @@ def test_only_harmless_characters_get_through(host: str, user: str) -> None:
         return
     assert set(target.host + target.user) <= HARMLESS
     assert not target.host.startswith("-")
+    assert not target.user.startswith("-")
+
+
+def test_empty_names_are_none() -> None:
+    assert reach().target("", "", None) == Target("deploy", "web1", 2222)
+
+
+@pytest.mark.parametrize("zone", ["$(id)", ";id", "a b", "a\nb", "a\0", "-x", "\x1b[2J", "a/../b"])
+def test_what_is_no_zone_of_an_address_is_an_error(zone: str) -> None:
+    with pytest.raises(ArgumentError):
+        reach("*@*:*").target(f"fe80::1%{zone}", None, None)
+
+
+@pytest.mark.parametrize("host", ["a" * 254, "a " * 2000])
+def test_error_about_a_long_name_still_says_what_to_give(host: str) -> None:
+    with pytest.raises(ArgumentError, match="a host name or an IP address") as raised:
+        reach().target(host, None, None)
+    assert len(str(raised.value)) <= 1000
+
+
+@pytest.mark.parametrize("allowed", ["a:0", "a:65536", "a:٢٢", "[::1", "[::1]22"])
+def test_pattern_that_cannot_be_meant_stops_the_start(allowed: str) -> None:
+    with pytest.raises(SettingsError, match="SSH_ALLOWED_HOSTS"):
+        reach(allowed)
+
+
+def test_one_bad_pattern_among_good_ones_stops_the_start() -> None:
+    with pytest.raises(SettingsError, match="'b c'"):
+        reach("a,b c,d")
+
+
+fragments = st.sampled_from(
+    [
+        "fe80::1",
+        "%",
+        "::",
+        "[",
+        "]",
+        "10.0.0.1",
+        "web1",
+        "-",
+        ".",
+        "@",
+        ":",
+        "*",
+        "$(id)",
+        " ",
+        "\n",
+        "\0",
+        "é",
+    ]
+)
+names = st.builds(
+    str.__add__, st.sampled_from(["", "fe80::1%", "[", "-"]), st.lists(fragments, max_size=3).map("".join)
+)
+
+
+@given(names, st.just("me") | names)
+@example("fe80::1%$(id)", "me")
+def test_only_harmless_pieces_get_through(host: str, user: str) -> None:
+    try:
+        target = reach("*@*:*").target(host, user, None)
+    except ArgumentError:
+        return
+    assert set(target.host + target.user) <= HARMLESS | {"%"}
+    assert not target.host.startswith(("-", "."))
     assert not target.user.startswith("-")
