@@ -45,10 +45,12 @@ class Target:
 def host_token(text: str) -> str:
     """Return `text` in lower case if it is a host name, an alias or an IP address, else raise ValueError."""
     host = text.strip().removeprefix("[").removesuffix("]").lower()
-    try:
-        return str(ipaddress.ip_address(host))
-    except ValueError:
-        pass
+    address, _, zone = host.partition("%")
+    if _HOST_CHARACTERS.issuperset(zone) and not zone.startswith("-"):
+        try:
+            return str(ipaddress.ip_address(address + (f"%{zone}" if zone else "")))
+        except ValueError:
+            pass
     if not host or len(host) > 253 or host.startswith(("-", ".")) or not _HOST_CHARACTERS.issuperset(host):
         raise ValueError("a host name or an IP address")
     return host
@@ -70,17 +72,25 @@ def _os_user() -> str:
 
 
 def _expanded(path: Path) -> Path:
-    return path.expanduser()
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError("there is no such home directory") from None
 
 
-def _not_built(value: object) -> None:
+def _not_built(*off: str) -> BeforeValidator:
     """Refuse a restriction that this version would not enforce: silence would be taken for protection."""
-    if str(value).strip().lower() not in ("", "false", "0", "no", "off", "never", "none"):
-        raise ValueError("this version does not enforce it yet; unset it")
+
+    def refuse(value: object) -> None:
+        if value is not None and str(value).strip().lower() not in ("", *off):
+            raise ValueError("this version does not enforce it yet; unset it")
+
+    return BeforeValidator(refuse)
 
 
 ExpandedPath = Annotated[Path, AfterValidator(_expanded)]
-NotBuilt = Annotated[None, BeforeValidator(_not_built)]
+NotBuilt = Annotated[None, _not_built()]
+NotBuiltSwitch = Annotated[None, _not_built("false", "0", "no", "off", "never")]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -124,12 +134,12 @@ class Settings(BaseSettings):
     ] = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
 
     ssh_config: NotBuilt = None
-    ssh_sudo: NotBuilt = None
+    ssh_sudo: NotBuiltSwitch = None
     allowed_commands: NotBuilt = None
     allowed_paths: NotBuilt = None
-    read_only: NotBuilt = None
+    read_only: NotBuiltSwitch = None
     rate_limit: NotBuilt = None
-    confirm: NotBuilt = None
+    confirm: NotBuiltSwitch = None
     audit_log: NotBuilt = None
 
     @classmethod
@@ -153,7 +163,10 @@ def env_file(named: Path | None = None) -> Path | None:
     if named is None and (text := os.environ.get("SSH_MCP_ENV_FILE")):
         named = Path(text)
     if named is not None:
-        path = named.expanduser()
+        try:
+            path = _expanded(named)
+        except ValueError:
+            path = named
         if not path.is_file():
             raise SettingsError(f"the settings file {path} does not exist; create it or name another one")
         return path
@@ -176,7 +189,9 @@ def _file_values(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        values = {name.lower(): value for name, value in dotenv_values(path).items() if value}
+        values = {
+            name.lower(): value for name, value in dotenv_values(path, interpolate=False).items() if value
+        }
         mode = path.stat().st_mode
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(

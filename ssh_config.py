@@ -10,6 +10,8 @@ import binascii
 import hashlib
 import hmac
 import os
+import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -65,6 +67,7 @@ class KnownHosts:
         known = self._known(host, port)
         if any(line.key == key for line in known):
             return
+        known = [line for line in known if _matches(line.names, where)]
         if not known:
             scan = f"ssh-keyscan -p {port} {host}" if port != 22 else f"ssh-keyscan {host}"
             raise UnknownHostKeyError(
@@ -75,7 +78,7 @@ class KnownHosts:
         raise HostKeyError(
             f"the host key of {where} has changed: it shows {key.fingerprint}, but {self._path} line "
             f"{old.number} has {old.key.fingerprint}. Somebody may be in between. If the machine was set up "
-            f'anew, compare the fingerprints, then: ssh-keygen -R "{where}"'
+            f'anew, compare the fingerprints, then: ssh-keygen -R "{where}" -f {shlex.quote(str(self._path))}'
         )
 
     def add(self, host: str, port: int, key: HostKey) -> None:
@@ -97,6 +100,7 @@ class KnownHosts:
             ) from None
 
     def _known(self, host: str, port: int) -> list[_Line]:
+        """Return the lines that may vouch for a host: those for its port, or else those that name no port."""
         plain = [line for line in self._lines() if not line.marker]
         exact = [line for line in plain if _matches(line.names, _name(host, port))]
         return exact or [line for line in plain if _matches(line.names, host)]
@@ -108,16 +112,21 @@ class KnownHosts:
             return
         except OSError as error:
             raise HostKeyError(f"SSH_KNOWN_HOSTS: {self._path} cannot be read: {error.strerror}") from None
-        for number, line in enumerate(text.splitlines(), 1):
-            fields = line.split()
+        for number, line in enumerate(text.split("\n"), 1):
+            fields = [field for field in re.split(r"[ \t\r]+", line) if field]
             marker = fields.pop(0) if fields and fields[0].startswith("@") else ""
-            if len(fields) < 3 or fields[0].startswith("#"):
-                continue
-            try:
-                blob = base64.b64decode(fields[2], validate=True)
-            except binascii.Error:
-                continue
-            yield _Line(number, marker, fields[0], HostKey(fields[1], blob))
+            if len(fields) >= 3 and not fields[0].startswith("#") and (key := _key(fields[1], fields[2])):
+                yield _Line(number, marker, fields[0], key)
+
+
+def _key(kind: str, text: str) -> HostKey | None:
+    """Return a key whose blob is one of that type, else None: OpenSSH passes such lines over."""
+    try:
+        blob = base64.b64decode(text, validate=True)
+    except binascii.Error:
+        return None
+    name = kind.encode()
+    return HostKey(kind, blob) if blob.startswith(len(name).to_bytes(4, "big") + name) else None
 
 
 class UnknownHostKeyError(HostKeyError):

@@ -9,7 +9,9 @@ import os
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 
 import paramiko
@@ -20,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from settings import Settings, Target
 from ssh_errors import LoginError
 
+_CURVES = ("secp256r1", "secp384r1", "secp521r1")
 _DEFAULT_NAMES = ("id_ed25519", "id_ecdsa", "id_rsa")
 
 
@@ -30,7 +33,7 @@ class Keys:
         self._path = settings.ssh_key_path
         secret = settings.ssh_key_passphrase
         self._passphrase = secret.get_secret_value().encode() if secret else None
-        self._loaded: dict[tuple[Path, int], paramiko.PKey] = {}
+        self._loaded: dict[tuple[Path, bytes, bytes], paramiko.PKey] = {}
         self._loaded_lock = threading.Lock()
 
     @contextmanager
@@ -42,9 +45,15 @@ class Keys:
         if self._path is not None:
             yield iter([(str(self._path), self._load(self._path))])
             return
-        agent = paramiko.Agent()
         try:
-            yield self._found(agent)
+            agent = paramiko.Agent()
+        except (OSError, paramiko.SSHException):  # an agent that hangs up holds no keys
+            yield self._default_keys()
+            return
+        try:
+            yield chain(
+                ((f"the agent's {key.get_name()} key", key) for key in agent.get_keys()), self._default_keys()
+            )
         finally:
             agent.close()
 
@@ -61,9 +70,8 @@ class Keys:
             f"{target.user} there, or name another key with SSH_KEY_PATH"
         )
 
-    def _found(self, agent: paramiko.Agent) -> Iterator[tuple[str, paramiko.PKey]]:
-        for key in agent.get_keys():
-            yield f"the agent's {key.get_name()} key", key
+    def _default_keys(self) -> Iterator[tuple[str, paramiko.PKey]]:
+        """Yield the usual keys that are there and can be used."""
         for name in _DEFAULT_NAMES:
             path = Path("~/.ssh").expanduser() / name
             if path.is_file():
@@ -83,20 +91,19 @@ class Keys:
             raise LoginError(
                 f"the key {path} may be read by others, so it is not used; run: chmod 600 {path}"
             )
-        with self._loaded_lock:
-            kept = self._loaded.get((path, status.st_mtime_ns))
-        if kept is None:
-            kept = self._parse(path, data)
-            with self._loaded_lock:
-                self._loaded[path, status.st_mtime_ns] = kept
-        return kept
-
-    def _parse(self, path: Path, data: bytes) -> paramiko.PKey:
-        key = _paramiko_key(path, self._decrypted(path, data))
         certificate = path.with_name(f"{path.name}-cert.pub")
-        if certificate.is_file():
-            key.load_certificate(str(certificate))
-        return key
+        beside = certificate.read_bytes() if certificate.is_file() else b""
+        version = (path, sha256(data).digest(), sha256(beside).digest())
+        with self._loaded_lock:
+            kept = self._loaded.get(version)
+        if kept is None:
+            kept = _paramiko_key(path, self._decrypted(path, data))
+            if beside:
+                with suppress(ValueError, paramiko.SSHException):  # OpenSSH passes a broken one over, too
+                    kept.load_certificate(str(certificate))
+            with self._loaded_lock:
+                self._loaded[version] = kept
+        return kept
 
     def _decrypted(self, path: Path, data: bytes) -> object:
         """Try OpenSSH's form, then PEM; each with the passphrase, then without."""
@@ -122,7 +129,7 @@ class Keys:
 def _paramiko_key(path: Path, key: object) -> paramiko.PKey:
     if isinstance(key, ed25519.Ed25519PrivateKey):
         kind: type[paramiko.PKey] = paramiko.Ed25519Key
-    elif isinstance(key, ec.EllipticCurvePrivateKey):
+    elif isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name in _CURVES:
         kind = paramiko.ECDSAKey
     elif isinstance(key, rsa.RSAPrivateKey):
         kind = paramiko.RSAKey

@@ -41,7 +41,7 @@ class Lines:
         """Take the next bytes; return whether more are needed to fill the window and to know what follows it."""
         self.size += len(chunk)
         self._hash.update(chunk)
-        self._last = chunk[-1:]
+        self._last = chunk[-1:] or self._last
         rest = self._skip(chunk)
         self._kept += rest
         return len(self._kept) <= self._max_bytes and self._kept.count(b"\n") <= self._max_lines

@@ -56,7 +56,7 @@ class Reach:
             )
         except ValueError as error:
             raise ArgumentError(
-                f"{host!r}, user {user!r}, port {port!r} is no target: give {error}"[:300]
+                f"{named[:100]!r}, user {(user or '')[:100]!r}, port {port} is no target: give {error}"
             ) from None
         if not any(pattern.allows(target) for pattern in self._patterns):
             raise RefusedError(
@@ -77,15 +77,15 @@ def _glob(pattern: str, text: str) -> bool:
 
 def _pattern(text: str, settings: Settings) -> _Pattern:
     user, at, rest = text.rpartition("@")
-    host, port = _split_port(rest)
     try:
-        literal = host.replace("*", "x").replace("?", "x")
-        host = host.strip("[]").lower() if literal != host else host_token(host)
+        host, port = _split_port(rest)
+        literal = _literal(host)
+        host = host.lower() if literal != host else host_token(host)
         host_token(literal)
         if at:
-            user_token(user.replace("*", "x").replace("?", "x"))
-        if port and not port.replace("*", "1").replace("?", "1").isdecimal():
-            raise ValueError("a port")
+            user_token(_literal(user))
+        if port is not None:
+            _check_port(port)
     except ValueError:
         raise SettingsError(
             f"SSH_ALLOWED_HOSTS holds {text!r}; give comma-separated patterns [user@]host[:port]"
@@ -93,11 +93,27 @@ def _pattern(text: str, settings: Settings) -> _Pattern:
     return _Pattern(user if at else settings.ssh_default_user, host, port or str(settings.ssh_default_port))
 
 
-def _split_port(text: str) -> tuple[str, str]:
+def _literal(pattern: str) -> str:
+    """Return a text that the pattern matches, to be checked in its place."""
+    return pattern.replace("*", "1").replace("?", "1")
+
+
+def _check_port(port: str) -> None:
+    digits = _literal(port)
+    if not (digits.isascii() and digits.isdecimal()) or (digits == port and not 1 <= int(port) <= 65535):
+        raise ValueError("a port")
+
+
+def _split_port(text: str) -> tuple[str, str | None]:
+    """Split `host`, `host:port`, `[address]`, `[address]:port` or a bare IPv6 address."""
     if text.startswith("["):
-        host, _, rest = text[1:].partition("]")
-        return host, rest.removeprefix(":")
+        host, closing, rest = text[1:].partition("]")
+        if not closing or (rest and not rest.startswith(":")):
+            raise ValueError("an address in brackets")
+        return host, rest[1:] if rest else None
+    if "]" in text:
+        raise ValueError("a host")
     if text.count(":") == 1:
         host, _, port = text.partition(":")
         return host, port
-    return text, ""
+    return text, None

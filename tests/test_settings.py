@@ -124,8 +124,18 @@ def test_restriction_that_nothing_enforces_stops_the_start(
 ) -> None:
     with pytest.raises(SettingsError, match=f"{variable} is set"):
         load(write(tmp_path / "env", f"{variable}=1"))
-    monkeypatch.setenv(variable, "false")
-    load()
+    monkeypatch.setenv(variable, "no")
+    if variable in ("SSH_SUDO", "READ_ONLY", "CONFIRM"):
+        load()
+    else:
+        with pytest.raises(SettingsError, match=f"{variable} is set"):
+            load()
+
+
+def test_secret_is_taken_as_it_stands(tmp_path: Path) -> None:
+    secret = load(write(tmp_path / "env", "SSH_KEY_PASSPHRASE='a${HOME}b'")).ssh_key_passphrase
+    assert secret is not None
+    assert secret.get_secret_value() == "a${HOME}b"
 
 
 def test_secret_that_others_may_read_stops_the_start(tmp_path: Path) -> None:
