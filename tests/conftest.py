@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,8 +131,16 @@ class Server:
 
     def cut(self) -> None:
         """End every connection from the server's side."""
-        for pid in self.session_pids():
-            os.kill(pid, signal.SIGKILL)
+        done = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True)
+        parents = {
+            int(pid): int(parent) for pid, parent in (line.split() for line in done.stdout.splitlines())
+        }
+        doomed = {self.process.pid}
+        while more := {pid for pid, parent in parents.items() if parent in doomed} - doomed:
+            doomed |= more
+        for pid in doomed - {self.process.pid}:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 SHELLS = {"tester": "bash", "dash": "dash", "zsh": "zsh", "ksh": "ksh93", "fish": "fish", "tcsh": "tcsh"}
