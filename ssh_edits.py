@@ -347,7 +347,7 @@ class _Diff:
             first = self._source.line_at(max(0, change.start - 1))
             last = min(self._source.line_count, self._source.line_at(change.end) + 1)
             growth = len(change.text) - (change.end - change.start)
-            if block is not None and first <= block[1]:
+            if block is not None and first < max(block[1], 1):  # an empty file has one place and no line
                 block = (block[0], max(block[1], last), block[2] + growth)
                 continue
             if block is not None:
