@@ -185,7 +185,10 @@ class Reply:
 
     def path(self) -> bytes:
         """Wait for the one name of a REALPATH or READLINK."""
-        return self.names()[0].name
+        names = self.names()
+        if not names:
+            raise StatusError(FAILURE, "no name in the answer")
+        return names[0].name
 
 
 class _Reader:
