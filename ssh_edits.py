@@ -4,17 +4,18 @@ Invariants:
 
 - Every edit speaks of the file as it was before the call, by its text and by its line numbers alike. All are
   applied or none; edits whose places overlap are refused.
-- Whatever an edit does not name stays, byte for byte: encoding, BOM, line endings, a missing final newline.
+- Whatever an edit does not name stays, byte for byte: encoding, BOM, line endings, a missing final newline (unless
+  whole-line edits leave an empty line last: that one is there through its newline alone).
 - A line ends with a newline, a carriage return before it belongs to the ending; nothing else ends a line.
-- Time grows with the file's size, not with its square: the diff is made around the edits alone.
+- Time grows with the file's size, not with its square: the diff is made of the edits' places alone.
 """
 
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import SequenceMatcher
-from itertools import pairwise
+from itertools import groupby, islice, pairwise
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -25,7 +26,8 @@ from ssh_near import nearest
 _BOM = "\ufeff"
 _DIFF_CHARACTERS = 20_000
 _DIFF_CONTEXT = 3
-_MATCHED_LINES = 2_000
+_COMPARED_LINES = 250_000
+_LISTED_LINES = 10
 _NEWLINE = re.compile(r"\r?\n")
 
 
@@ -53,6 +55,15 @@ class Edited:
     edits_applied: int
 
 
+@dataclass
+class _Span:
+    """Characters `start` to `end`, changed by edits side by side, which made them `growth` more."""
+
+    start: int
+    end: int = 0
+    growth: int = 0
+
+
 @dataclass(frozen=True)
 class _Change:
     """Characters `start` to `end` become `text`."""
@@ -66,6 +77,7 @@ class _Change:
 
 def apply_edits(content: bytes, edits: Sequence[Edit], path: str) -> Edited:
     """Apply all edits to a file's content. Raises EditError when one does not fit; `path` is for its words."""
+    path = _shown(path)
     if not edits:
         raise EditError(f"{path}: no edits were given")
     source = _Source(content, path)
@@ -81,12 +93,11 @@ def apply_edits(content: bytes, edits: Sequence[Edit], path: str) -> Edited:
         if other.start < one.end:
             first, second = sorted((one.edit, other.edit))
             raise EditError(f"{path}: edits {first} and {second} overlap; nothing was changed. Join them")
-    placed, text = source.with_changes(changes)
+    spans, text = source.with_changes(changes)
     if text == source.text:
         raise EditError(f"{path}: the edits change nothing")
-    return Edited(
-        source.encoded(text), "".join(_bounded(_Diff(source, placed, text, path).lines())), len(edits)
-    )
+    diff = "".join(_bounded(_Diff(source, spans, text, path).lines()))
+    return Edited(source.encoded(text), diff, len(edits))
 
 
 class _Source:
@@ -116,32 +127,34 @@ class _Source:
         return self.starts[line] if line < self.line_count else len(self.text)
 
     def line_at(self, offset: int) -> int:
-        """Which line (from 0) the character at `offset` is on."""
-        return max(0, bisect_right(self.starts, offset) - 1)
+        """Which line (from 0) `offset` is on; the end of the text is on one of its own unless that ends bare."""
+        if offset == len(self.text) and not self.ends_bare:
+            return self.line_count
+        return bisect_right(self.starts, offset) - 1
 
-    def with_changes(self, changes: Sequence[_Change]) -> tuple[list[_Change], str]:
-        """Return the changes, with the newlines that whole lines lack before them, and the text they make."""
-        placed: list[_Change] = []
-        parts: list[str] = []
-        at, last = 0, ""
+    def lines(self, first: int, last: int) -> list[str]:
+        """Lines `first` to `last` (from 0, the latter left out), each with its ending."""
+        return _split(self.text[self.start(first) : self.start(last)])
+
+    def with_changes(self, changes: Sequence[_Change]) -> tuple[list[_Span], str]:
+        """Return where the text changes, and the new one, with the newlines that whole lines lack before them."""
+        spans: list[_Span] = []
+        parts = [""]
+        at = 0
         for change in changes:
-            kept = self.text[at : change.start]
-            last = kept or last
-            if change.whole_lines and change.text and last and not last.endswith("\n"):
-                change = replace(change, text=self.newline + change.text)
-            last = change.text or last
-            parts += [kept, change.text]
-            placed.append(change)
-            at = change.end
-        return placed, self._as_bare_as_before("".join([*parts, self.text[at:]]), placed)
-
-    def _as_bare_as_before(self, text: str, placed: Sequence[_Change]) -> str:
-        """Take the final newline off again that whole lines at the end brought; an empty last line keeps its own."""
-        touched = any(change.whole_lines and change.end == len(self.text) for change in placed)
-        if not (self.ends_bare and touched and text.endswith("\n")):
-            return text
-        bare = text.removesuffix("\n").removesuffix("\r")
-        return bare if bare and not bare.endswith("\n") else text
+            if at < change.start or not spans:
+                spans.append(_Span(change.start))
+            if at < change.start:
+                parts.append(self.text[at : change.start])
+            bare = parts[-1] != "" and not parts[-1].endswith("\n")
+            new = self.newline + change.text if change.whole_lines and change.text and bare else change.text
+            if new:
+                parts.append(new)
+            spans[-1].end = at = change.end
+            spans[-1].growth += len(new) - (change.end - change.start)
+        text = "".join([*parts, self.text[at:]])
+        touched = any(change.whole_lines and change.end == len(self.text) for change in changes)
+        return spans, _unended(text) if self.ends_bare and touched else text
 
     def encoded(self, text: str) -> bytes:
         return ((_BOM if self.bom else "") + text).encode("utf-8", "surrogateescape")
@@ -234,30 +247,34 @@ class _Placing:
         self._demand(
             0 <= after <= count, f"there is no line {after} to insert after; the file has {count} lines"
         )
-        text = self._whole_lines(self._edit.new_text or "")
+        new_text = self._edit.new_text or ""
+        text = self._whole_lines(new_text) if count else _NEWLINE.sub("\n", new_text)
         at = self._source.start(after)
-        if not count:
-            text = _NEWLINE.sub("\n", self._edit.new_text or "")
         return _Change(at, at, text, self._number, whole_lines=True)
 
     def _replacements(self, old_text: str) -> list[_Change]:
         source = self._source
-        pattern = r"\r?\n".join(re.escape(line) for line in _NEWLINE.split(old_text))
+        ending = r"\r?\n" if "\r" in source.text else r"\n"  # a mere literal is searched for in linear time
+        pattern = ending.join(re.escape(line) for line in _NEWLINE.split(old_text))
         found = list(re.finditer(pattern, source.text))
         if not found:
             near = nearest(source.text, source.starts, old_text)
             raise EditError(f"{self._name}: old_text is not in the file; nothing was changed. {near}"[:1000])
         if len(found) > 1 and not self._edit.replace_all:
-            lines = ", ".join(str(source.line_at(match.start()) + 1) for match in found[:10])
-            more = ", ..." if len(found) > 10 else ""
             raise EditError(
-                f"{self._name}: old_text occurs {len(found)} times (lines {lines}{more}); nothing was changed. Add "
-                "lines around it until it is unique, or set replace_all"
+                f"{self._name}: old_text occurs {len(found)} times ({self._line_numbers(found)}); nothing was changed. "
+                "Add lines around it until it is unique, or set replace_all"
             )
         return [
             _Change(match.start(), match.end(), self._replacement(match[0]), self._number, whole_lines=False)
             for match in found
         ]
+
+    def _line_numbers(self, found: Sequence[re.Match[str]]) -> str:
+        numbers = groupby(self._source.line_at(match.start()) + 1 for match in found)
+        lines = [str(number) for number, _ in islice(numbers, _LISTED_LINES + 1)]
+        more = ", ..." if len(lines) > _LISTED_LINES else ""
+        return f"line{'s' if len(lines) > 1 else ''} {', '.join(lines[:_LISTED_LINES])}{more}"
 
     def _replacement(self, matched: str) -> str:
         """Return new_text with the line endings of what it replaces, further ones with the file's."""
@@ -265,85 +282,119 @@ class _Placing:
         return _NEWLINE.sub(lambda _: next(endings, self._source.newline), self._edit.new_text or "")
 
 
-class _Diff:
-    """A unified diff, made around the changes alone."""
+@dataclass(frozen=True)
+class _Spot:
+    """Lines that become others, and where (from 0) they stand in the old text and in the new."""
 
-    def __init__(self, source: _Source, changes: Sequence[_Change], text: str, path: str) -> None:
+    old_at: int
+    old: list[str]
+    new_at: int
+    new: list[str]
+
+    @property
+    def old_end(self) -> int:
+        return self.old_at + len(self.old)
+
+
+class _Diff:
+    """A unified diff, made of the changes' places alone."""
+
+    def __init__(self, source: _Source, spans: Sequence[_Span], text: str, path: str) -> None:
         self._source = source
-        self._changes = changes
+        self._spans = spans
         self._text = text
         self._path = path
-        endings = set(_NEWLINE.findall(source.text)) | set(_NEWLINE.findall(text))
-        self._shows_cr = len(endings) > 1
+        windows = source.text.count("\r\n") + text.count("\r\n")
+        self._shows_cr = 0 < windows < source.text.count("\n") + text.count("\n")
+        self._compared = 0
 
     def lines(self) -> Iterator[str]:
         """Yield the diff's lines, each with its newline."""
-        path = _shown(self._path).replace("\n", "\\n")
+        path = self._path.replace("\n", "\\n").replace("\r", "\\r")
         yield f"--- {path}\n"
         yield f"+++ {path}\n"
-        drift = 0
-        old_drift = 0
-        for first, last, growth in self._regions():
-            old = self._source.text[self._source.start(first) : self._source.start(last)]
-            begin = self._source.start(first) + drift
+        together: list[_Spot] = []
+        for spot in self._spots():
+            if together and spot.old_at - together[-1].old_end > 2 * _DIFF_CONTEXT:
+                yield from self._hunk(together)
+                together = []
+            together.append(spot)
+        yield from self._hunk(together)
+
+    def _hunk(self, spots: Sequence[_Spot]) -> Iterator[str]:
+        first = max(0, spots[0].old_at - _DIFF_CONTEXT)
+        last = min(self._source.line_count, spots[-1].old_end + _DIFF_CONTEXT)
+        new_first = spots[0].new_at - (spots[0].old_at - first)
+        new_length = last - first + sum(len(spot.new) - len(spot.old) for spot in spots)
+        yield f"@@ -{_range(first, last - first)} +{_range(new_first, new_length)} @@\n"
+        for spot in spots:
+            yield from self._signed(" ", self._source.lines(first, spot.old_at))
+            yield from self._signed("-", spot.old)
+            yield from self._signed("+", spot.new)
+            first = spot.old_end
+        yield from self._signed(" ", self._source.lines(first, last))
+
+    def _spots(self) -> Iterator[_Spot]:
+        grown = lines_grown = 0
+        for first, last, growth in self._blocks():
             at_end = last == self._source.line_count
-            end = len(self._text) if at_end else self._source.start(last) + drift + growth
-            new = self._text[begin:end]
-            yield from self._hunks(_split(old), _split(new), first, first + old_drift)
-            drift += growth
-            old_drift += len(_split(new)) - len(_split(old))
+            end = len(self._text) if at_end else self._source.start(last) + grown + growth
+            old = self._source.lines(first, last)
+            new = _split(self._text[self._source.start(first) + grown : end])
+            yield from self._compare(_Spot(first, old, first + lines_grown, new))
+            grown += growth
+            lines_grown += len(new) - len(old)
 
-    def _regions(self) -> Iterator[tuple[int, int, int]]:
-        """Yield spans of lines that hold changes and their context, and how many characters each grows by."""
+    def _blocks(self) -> Iterator[tuple[int, int, int]]:
+        """Yield runs of lines that hold changes, and how many characters each grows by."""
         count = self._source.line_count
-        region: tuple[int, int, int] | None = None
-        for change in self._changes:
-            first = max(0, self._source.line_at(max(0, change.start - 1)) - _DIFF_CONTEXT)
-            last = min(count, self._source.line_at(change.end) + 1 + _DIFF_CONTEXT)
-            growth = len(change.text) - (change.end - change.start)
-            if region is not None and first <= region[1]:
-                region = (region[0], max(region[1], last), region[2] + growth)
+        block: tuple[int, int, int] | None = None
+        for span in self._spans:
+            # a missing final newline may be kept at the cost of the line before
+            takes_before = self._source.ends_bare and span.end == len(self._source.text)
+            first = self._source.line_at(max(0, span.start - takes_before))
+            last = min(count, self._source.line_at(span.end) + 1)
+            if block is not None and (first < block[1] or block[1] == count):
+                block = (block[0], max(block[1], last), block[2] + span.growth)
                 continue
-            if region is not None:
-                yield region
-            region = (first, last, growth)
-        if region is not None:
-            yield region
+            if block is not None:
+                yield block
+            block = (first, last, span.growth)
+        if block is not None:
+            yield block
 
-    def _hunks(self, old: list[str], new: list[str], old_at: int, new_at: int) -> Iterator[str]:
-        for group in _opcodes(old, new):
-            i1, i2, j1, j2 = group[0][1], group[-1][2], group[0][3], group[-1][4]
-            yield f"@@ -{_range(old_at + i1, i2 - i1)} +{_range(new_at + j1, j2 - j1)} @@\n"
-            for tag, a1, a2, b1, b2 in group:
-                if tag == "equal":
-                    yield from (self._line(" ", line) for line in old[a1:a2])
-                    continue
-                yield from (self._line("-", line) for line in old[a1:a2])
-                yield from (self._line("+", line) for line in new[b1:b2])
+    def _compare(self, spot: _Spot) -> Iterator[_Spot]:
+        """Yield what differs in a spot, line by line as long as there is little to compare."""
+        old, new = spot.old, spot.new
+        tail = _alike(old[::-1], new[::-1])
+        old, new = old[: len(old) - tail], new[: len(new) - tail]
+        head = _alike(old, new)
+        old, new = old[head:], new[head:]
+        old_at, new_at = spot.old_at + head, spot.new_at + head
+        self._compared += len(old) * len(new)
+        if self._compared > _COMPARED_LINES:
+            if old or new:
+                yield _Spot(old_at, old, new_at, new)
+            return
+        for tag, a1, a2, b1, b2 in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+            if tag != "equal":
+                yield _Spot(old_at + a1, old[a1:a2], new_at + b1, new[b1:b2])
 
-    def _line(self, sign: str, line: str) -> str:
-        body = line.removesuffix("\n")
-        if body.endswith("\r") and body != line:
-            body = body[:-1] + ("\\r" if self._shows_cr else "")
-        missing = "" if line.endswith("\n") else "\\ No newline at end of file\n"
-        return f"{sign}{_shown(body)}\n{missing}"
+    def _signed(self, sign: str, lines: Sequence[str]) -> Iterator[str]:
+        for line in lines:
+            body = line.removesuffix("\n")
+            if body != line and not self._shows_cr:
+                body = body.removesuffix("\r")
+            shown = _shown(body).replace("\r", "\\r")
+            yield f"{sign}{shown}\n"
+            if not line.endswith("\n"):
+                yield "\\ No newline at end of file\n"
 
 
-def _opcodes(old: list[str], new: list[str]) -> Iterator[list[tuple[str, int, int, int, int]]]:
-    if len(old) + len(new) <= _MATCHED_LINES:
-        yield from SequenceMatcher(None, old, new, autojunk=False).get_grouped_opcodes(_DIFF_CONTEXT)
-        return
-    head = next(
-        (n for n, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new))
-    )
-    most = min(len(old), len(new)) - head
-    tail = next((n for n in range(most) if old[-1 - n] != new[-1 - n]), most)
-    a, b = max(0, head - _DIFF_CONTEXT), min(tail, _DIFF_CONTEXT)
-    yield [
-        ("equal", a, head, a, head),
-        ("replace", head, len(old) - tail, head, len(new) - tail),
-        ("equal", len(old) - tail, len(old) - tail + b, len(new) - tail, len(new) - tail + b),
-    ]
+def _alike(one: Sequence[str], other: Sequence[str]) -> int:
+    """Return how many lines two texts have in common at the beginning."""
+    shorter = min(len(one), len(other))
+    return next((n for n in range(shorter) if one[n] != other[n]), shorter)
 
 
 def _range(start: int, length: int) -> str:
@@ -351,6 +402,12 @@ def _range(start: int, length: int) -> str:
     if length == 1:
         return str(start + 1)
     return f"{start + 1 if length else start},{length}"
+
+
+def _unended(text: str) -> str:
+    """Return the text without its final newline, unless that is all there is of its last line."""
+    bare = text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
+    return bare if bare and not bare.endswith("\n") else text
 
 
 def _split(text: str) -> list[str]:

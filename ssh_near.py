@@ -1,7 +1,8 @@
 """Where in a text a passage was probably meant to be: for whoever quoted it not quite right.
 
-Pure, and bounded: lines that stand in both vote for where the passage would begin; without one, the line most like
-its longest line is looked for among those that share a word with it.
+Pure, and bounded: lines that stand in both vote for where the passage would begin, the rare ones first and the very
+common ones only when there is no other; without any, the line most like its longest line is looked for among those
+that share a word with it.
 """
 
 import re
@@ -11,6 +12,7 @@ from difflib import SequenceMatcher
 
 _SHOWN_CHARACTERS = 700
 _CANDIDATES = 200
+_COMMON = 10_000
 _QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
 _WORD = re.compile(r"\w{3,}")
 
@@ -35,10 +37,15 @@ def _by_votes(lines: Sequence[str], wanted: Sequence[str]) -> int | None:
     for index, line in enumerate(wanted):
         if norm := _plain(line):
             places.setdefault(norm, []).append(index)
-    votes: Counter[int] = Counter()
+    found: dict[str, list[int]] = {}
     for index, line in enumerate(lines):
-        for place in places.get(_plain(line), ()):
-            votes[index - place] += 1
+        if (norm := _plain(line)) in places:
+            found.setdefault(norm, []).append(index)
+    votes: Counter[int] = Counter()
+    for norm, indexes in sorted(found.items(), key=lambda item: len(item[1]) * len(places[item[0]])):
+        if votes and len(indexes) * len(places[norm]) > _COMMON:
+            break
+        votes.update(index - place for index in indexes[:_COMMON] for place in places[norm])
     if not votes:
         return None
     most = max(votes.values())
