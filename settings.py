@@ -68,7 +68,7 @@ def _os_user() -> str:
     try:
         return getpass.getuser()
     except (OSError, KeyError):
-        return "root"
+        return ""  # no account name: the operator is asked for one
 
 
 def _expanded(path: Path) -> Path:

@@ -17,6 +17,7 @@ Invariants:
 """
 
 import logging
+import re
 import secrets
 import threading
 import time
@@ -43,7 +44,6 @@ _SCRIPT_BYTES = 1_000_000
 _READ_LINE = 'IFS= read -r c && eval "$(printf %b "$c")"'
 _FOREIGN_READ_LINE = f"exec /bin/sh -c '{_READ_LINE}'"
 _MOST_ARGUMENT_BYTES = 64 * 1024
-_MOST_PID_DIGITS = 10
 
 Dialect = Literal["unknown", "posix", "foreign"]
 
@@ -55,7 +55,8 @@ class _Outcome:
     out: Kept
     err: Kept
     pid: int | None = None
-    refused: str | None = None
+    started: bool = False
+    refused: bool = False
     exit_status: int | None = None
     exit_signal: str | None = None
     killed: bool = False
@@ -63,13 +64,9 @@ class _Outcome:
     note: str | None = None
 
     @property
-    def started(self) -> bool:
-        return self.pid is not None
-
-    @property
     def answered(self) -> bool:
         """Whether a shell has read what was sent, and run it or said why not."""
-        return self.started or self.refused is not None
+        return self.started or self.refused
 
 
 class Commands:
@@ -144,8 +141,10 @@ class Commands:
             dialect = self._dialects.get(target, "unknown")
             outcome = self._attempt(target, task, dialect, deadline, cancelled, budget)
             if not (outcome.answered or outcome.lost) and dialect == "unknown":
-                dialect = "foreign"
-                outcome = self._attempt(target, task, dialect, deadline, cancelled, budget)
+                probe = _Task(":", None, {}, b"")
+                if self._attempt(target, probe, "foreign", deadline, cancelled, budget).answered:
+                    dialect = "foreign"
+                    outcome = self._attempt(target, task, dialect, deadline, cancelled, budget)
             if outcome.answered:
                 self._dialects[target] = "posix" if dialect == "unknown" else dialect
             else:
@@ -157,7 +156,8 @@ class Commands:
         if not (outcome.started or outcome.lost):
             said = visible((outcome.out.shown(300).text + outcome.err.shown(300).text).strip())
             raise SSHError(
-                f"{target} ended the session before the command was run (exit status {outcome.exit_status})"
+                f"{target} ended the session without a sign that the command was run (exit status "
+                f"{outcome.exit_status}); look before you try again"
                 + (f": {said[:300]}" if said else "; see the account's login shell and rc files")
             )
         return outcome
@@ -193,10 +193,10 @@ class Commands:
         outcome = exchange.outcome
         if not outcome.started:
             exchange.finish(time.monotonic() + _START_SECONDS, lambda: None, until_started=True)
-        said = self._killed(target, exchange) if outcome.started else []
+        said = self._killed(target, exchange) if (outcome.pid or 0) > 1 else []
         if not said:
             outcome.lost = True
-            outcome.note = f"process group {outcome.pid} may still be running" if outcome.started else None
+            outcome.note = f"process {outcome.pid} may still be running" if outcome.pid else None
             return
         outcome.killed = True
         exchange.signal_sent = said[0]
@@ -300,13 +300,12 @@ class _Task:
 
     def _steps(self, foreign: bool) -> str:
         """Return what the shell evaluates."""
+        mark = f"{self.mark[:16]}''{self.mark[16:]}"  # in two parts: what echoes the steps must not show it
         steps = ["unset c"]
         if self.cwd is not None:
-            steps.append(
-                f"cd -- {_directory(self.cwd)} >/dev/null 2>&1 || {{ echo {self.mark} no; exit 1; }}"
-            )
+            steps.append(f"cd -- {_directory(self.cwd)} >/dev/null 2>&1 || {{ echo {mark} no; exit 1; }}")
         steps += [f"export {name}={_quoted(value)}" for name, value in self.env.items()]
-        steps.append(f"echo {self.mark} $$; echo {self.mark} >&2")
+        steps.append(f"echo {mark} $$; echo {mark} >&2")
         if self.by_sh and not foreign:
             steps.append(f"exec /bin/sh -c {_quoted(self.command)}")
         elif foreign and not self.by_sh:
@@ -361,8 +360,8 @@ class _Exchange:
         self._session = session
         self._input = memoryview(stdin)
         self._fed = False
-        self._out = _Marked(task.mark.encode(), self.outcome.out)
-        self._err = _Marked(task.mark.encode(), self.outcome.err)
+        self._out = _Marked(task.mark, rb" (\d{1,10}|no)", self.outcome.out)
+        self._err = _Marked(task.mark, b"()", self.outcome.err)
         self._grace: _Grace | None = None
 
     def finish(self, deadline: float, check: Cancelled, *, until_started: bool = False) -> bool:
@@ -395,12 +394,13 @@ class _Exchange:
         out, err = self._session.read()
         self._out.feed(out)
         self._err.feed(err)
-        if self.outcome.pid is None and self.outcome.refused is None and self._out.said is not None:
-            said = self._out.said.decode("ascii", "replace")
-            if said.isdecimal() and len(said) <= _MOST_PID_DIGITS:
-                self.outcome.pid = int(said)
-            else:
-                self.outcome.refused = said
+        if not self.outcome.answered:
+            said = self._out.said or b""
+            self.outcome.refused = said == b"no"
+            self.outcome.pid = int(said) if said.isdigit() else None
+            self.outcome.started = self.outcome.pid is not None or self._err.said is not None
+        elif self.outcome.pid is None and self._out.said is not None and self._out.said.isdigit():
+            self.outcome.pid = int(self._out.said)
         return len(out) + len(err)
 
     def _over(self, moved: int) -> bool:
@@ -452,9 +452,9 @@ _FLOOD_BYTES = 256 * 1024
 class _Marked:
     """One stream: what comes before the mark belongs to rc files, what comes after it to the command."""
 
-    def __init__(self, mark: bytes, kept: Kept) -> None:
+    def __init__(self, mark: str, word: bytes, kept: Kept) -> None:
         self.said: bytes | None = None
-        self._mark = mark
+        self._line = re.compile(mark.encode() + word + rb"\r?\n")
         self._kept = kept
         self._before = bytearray()
 
@@ -463,13 +463,11 @@ class _Marked:
             self._kept.add(data)
             return
         self._before += data
-        start = self._before.find(self._mark)
-        end = self._before.find(b"\n", start) if start >= 0 else -1
-        if end >= 0:
-            self.said = bytes(self._before[start + len(self._mark) : end]).strip()
-            self._kept.add(bytes(self._before[end + 1 :]))
+        if found := self._line.search(self._before):
+            self.said = found[1]
+            self._kept.add(bytes(self._before[found.end() :]))
             self._before.clear()
-        elif start < 0:
+        else:
             del self._before[: -64 * 1024]
 
     def finish(self, started: bool) -> None:

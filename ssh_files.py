@@ -27,7 +27,7 @@ from ssh_answers import EditedFile, FileContent, Listing, WrittenFile, iso_time,
 from ssh_edits import Edit, apply_edits
 from ssh_errors import ArgumentError, BusyError, ConnectionLostError, FileError
 from ssh_lines import Lines, Window, tail_start
-from ssh_listing import MOST_ENTRIES, Found, Walk, entry
+from ssh_listing import Found, Walk, entry
 from ssh_pool import Cancelled, Pool
 from ssh_sftp import SFTP, Attributes, NoSFTPError, StatusError, path_bytes, shown_name
 from ssh_writes import Place, bytes_of, make_folders, new_path, replace_file
@@ -138,7 +138,9 @@ class Files:
             raise ArgumentError(f"{path}: content is over 32 MiB; write it in parts with append")
         with self._sftp(target, path, "write", cancelled) as sftp:
             place = self._place(sftp, target, path)
-            with self._alone(target, place.real, cancelled):
+            with self._alone(target, place.real, cancelled) as waited:
+                if waited:
+                    place = _same(self._place(sftp, target, path), place, target)
                 self._check_before(sftp, target, place, expected_sha256, overwrite=overwrite or append)
                 if place.existing is None and create_parents:
                     make_folders(sftp, place.folder)
@@ -173,7 +175,9 @@ class Files:
         """Apply all edits or none. Raises EditError for edits that do not fit, else FileError."""
         with self._sftp(target, path, "edit", cancelled) as sftp:
             place = self._regular(sftp, target, path)
-            with self._alone(target, place.real, cancelled):
+            with self._alone(target, place.real, cancelled) as waited:
+                if waited:
+                    place = _same(self._regular(sftp, target, path), place, target)
                 before = self._whole(sftp, target, place)
                 _check_hash(target, place, before, expected_sha256)
                 edited = apply_edits(before, edits, place.shown)
@@ -226,7 +230,7 @@ class Files:
         total = len(walk.found)
         more = offset + len(page) < total
         notes = [f"{walk.unreadable} folders could not be read"] if walk.unreadable else []
-        notes += [f"the walk stopped after {MOST_ENTRIES} entries"] if walk.full else []
+        notes += [f"the walk stopped after {walk.seen} names; list a part of it"] if walk.full else []
         return Listing(
             path=shown_name(root),
             entries=entries,
@@ -258,11 +262,13 @@ class Files:
             raise ConnectionLostError(f"could not {verb} {path} on {target}: {error}{tail}") from None
 
     @contextmanager
-    def _alone(self, target: Target, real: bytes, cancelled: Cancelled) -> Iterator[None]:
-        """Wait until no other call changes this file, and keep others waiting meanwhile."""
+    def _alone(self, target: Target, real: bytes, cancelled: Cancelled) -> Iterator[bool]:
+        """Wait until no other call changes this file, and keep others waiting meanwhile; yield whether one did."""
         deadline = time.monotonic() + _QUEUE_SECONDS
+        waited = False
         with self._changed:
             while (target, real) in self._changing:
+                waited = True
                 cancelled()
                 if time.monotonic() > deadline:
                     raise BusyError(
@@ -271,7 +277,7 @@ class Files:
                 self._changed.wait(0.25)
             self._changing.add((target, real))
         try:
-            yield
+            yield waited
         finally:
             with self._changed:
                 self._changing.discard((target, real))
@@ -382,6 +388,13 @@ class Files:
         if place.existing is None:
             raise FileError(f"{place.shown} is not there on {target}, so it has not the expected_sha256")
         _check_hash(target, place, self._whole(sftp, target, place), expected_sha256)
+
+
+def _same(now: Place, before: Place, target: Target) -> Place:
+    """Return the place as it is now, after another call has changed what is there."""
+    if now.real != before.real:
+        raise FileError(f"{before.shown} on {target} was moved by another call meanwhile; try again")
+    return now
 
 
 def _check_hash(target: Target, place: Place, content: bytes, expected: str | None) -> None:

@@ -5,6 +5,7 @@ is bounded: a walk stops at `MOST_ENTRIES` and says so.
 """
 
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import translate
@@ -18,10 +19,11 @@ from ssh_pool import Cancelled
 from ssh_sftp import SFTP, Name, Reply, StatusError, shown_name
 
 MOST_ENTRIES: Final = 200_000
+_WALK_SECONDS: Final = 60.0
 _FOLDERS_AT_ONCE: Final = 32
 _READS_AHEAD: Final = 2
 
-_LONGNAME = compile_pattern(rb"[-a-zA-Z?][-rwxsStTlL]{9}[.+@]?\s+(\d+)\s+(\S+)\s+(\S+)\s+\d+\s")
+_LONGNAME = compile_pattern(rb"[-a-zA-Z?][-rwxsStTlL]{9}[.+@]?\s+(\d{1,10})\s+(\S+)\s+(\S+)\s+\d+\s")
 
 
 @dataclass(frozen=True)
@@ -55,24 +57,35 @@ class Walk:
     found: list[Found] = field(default_factory=list)
     unreadable: int = 0
     full: bool = False
+    seen: int = 0
+    look_again_at: float = 0.0
+    deadline: float = field(default_factory=lambda: time.monotonic() + _WALK_SECONDS)
 
     def run(self) -> None:
         """Fill `found`. Raises StatusError when the root itself cannot be read."""
         matches = compile_pattern(translate(self.pattern)).fullmatch if self.pattern else None
-        level, seen = [b""], 0
+        level = [b""]
         for _ in range(self.depth):
             below: list[bytes] = []
             for start in range(0, len(level), _FOLDERS_AT_ONCE):
                 for entry in self._entries(level[start : start + _FOLDERS_AT_ONCE]):
-                    seen += 1
-                    if seen > MOST_ENTRIES:
-                        self.full = True
-                        return
                     if entry.is_folder:
                         below.append(entry.relative)
                     if matches is None or matches(shown_name(entry.name.name)):
                         self.found.append(entry)
+                if self.full:
+                    return
             level = below
+
+    def _seen_enough(self) -> bool:
+        """Count a name, whether it is shown or not; look now and then whether the caller is still there."""
+        self.seen += 1
+        now = time.monotonic()
+        if now >= self.look_again_at:
+            self.cancelled()
+            self.look_again_at = now + 0.25
+        self.full = self.seen > MOST_ENTRIES or now > self.deadline
+        return self.full
 
     def _entries(self, folders: list[bytes]) -> Iterator[Found]:
         opening = [(folder, self.sftp.open_directory(_join(self.root, folder))) for folder in folders]
@@ -86,6 +99,8 @@ class Walk:
                 self.unreadable += 1
                 continue
             for name in names_of(self.sftp, handle):
+                if self._seen_enough():
+                    return
                 if name.name not in (b".", b"..") and (self.show_hidden or not name.name.startswith(b".")):
                     yield Found(_join(folder, name.name), name)
 

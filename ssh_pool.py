@@ -348,7 +348,12 @@ class _TargetPool:
 
     def _start_opening(self) -> None:
         name = f"ssh-open-{self.target}"
-        threading.Thread(target=self._open, name=name, daemon=True).start()
+        try:
+            threading.Thread(target=self._open, name=name, daemon=True).start()
+        except RuntimeError:  # the system grants no further thread
+            self._opened(
+                None, UnreachableError(f"{self.target}: this machine has no thread left to connect with")
+            )
 
     def _open(self) -> None:
         """Open one connection; owns the place in `_opening` that was taken for it."""

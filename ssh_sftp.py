@@ -26,7 +26,7 @@ from ssh_transport import Session
 ANSWER_SECONDS: Final = 14.0
 CHUNK_BYTES: Final = 32 * 1024
 IN_FLIGHT: Final = 64
-_MOST_PACKET_BYTES: Final = 16 * 1024 * 1024
+_MOST_PACKET_BYTES: Final = 1024 * 1024
 
 READ: Final = 0x01
 WRITE: Final = 0x02
@@ -60,13 +60,16 @@ def path_bytes(text: str) -> bytes:
 
     Raises ArgumentError for what cannot be a path.
     """
-    path = b"".join(
-        bytes([int(part[2:], 16)]) if _ESCAPE.fullmatch(part) else part.encode("utf-8", "replace")
-        for part in re.split(f"({_ESCAPE.pattern})", text)
-    )
+    try:
+        path = b"".join(
+            bytes([int(part[2:], 16)]) if _ESCAPE.fullmatch(part) else part.encode()
+            for part in re.split(f"({_ESCAPE.pattern})", text)
+        )
+    except UnicodeEncodeError:
+        path = b""
     if not path or b"\0" in path:
         raise ArgumentError(
-            f"{text[:100]!r} is no path; give an absolute one, or one relative to the login directory"
+            f"{text[:100]!a} is no path; give an absolute one, or one relative to the login directory"
         )
     if path == b"~":
         return b"."

@@ -42,6 +42,7 @@ logging.getLogger("paramiko").addHandler(logging.NullHandler())
 
 _WINDOW_BYTES = 16 * 1024 * 1024
 _PACKET_BYTES = 256 * 1024
+_MOST_PACKET_BYTES = _PACKET_BYTES + 64 * 1024
 _STALL_SECONDS = 12.0
 _BUSY_SILENCE_SECONDS = 4.0
 _IDLE_SILENCE_SECONDS = 30.0
@@ -75,6 +76,13 @@ class _Packetizer(Packetizer):  # type: ignore[misc]
     def _check_keepalive(self) -> None:
         if self.on_silence is not None:
             self.on_silence()
+
+    def read_all(self, n: int, check_rekey: bool = False) -> bytes:
+        """Read `n` bytes; a peer that announces more than a packet may hold is not listened to."""
+        if n > _MOST_PACKET_BYTES:
+            raise paramiko.SSHException("a packet is longer than any may be")
+        data: bytes = super().read_all(n, check_rekey)
+        return data
 
     def write_all(self, out: bytes) -> None:
         """Write everything, or close the connection and raise EOFError."""

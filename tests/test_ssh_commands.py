@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 
@@ -313,6 +314,31 @@ def test_account_without_a_shell_is_told_apart(own_sshd: Callable[..., Server]) 
     pool = Pool(server.settings())
     with pytest.raises(SSHError, match="This account is closed"):
         Commands(pool, server.settings()).run(server.target, "echo ran", cancelled=nobody_cancels)
+    pool.close()
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    ['sh -c "$SSH_ORIGINAL_COMMAND" >/dev/null', 'sh -c "$SSH_ORIGINAL_COMMAND" >/dev/null 2>&1'],
+)
+def test_command_whose_output_is_swallowed_is_run_once(own_sshd: Callable[..., Server], wrapper: str) -> None:
+    server = own_sshd(f"ForceCommand {wrapper}")
+    count = server.home / "count"
+    pool = Pool(server.settings())
+    commands = Commands(pool, server.settings())
+    with suppress(SSHError):
+        commands.run(server.target, f"echo run >> {count}; exit 4", cancelled=nobody_cancels)
+    assert count.read_text() == "run\n"
+    pool.close()
+
+
+def test_echoed_command_line_is_not_taken_for_an_answer(own_sshd: Callable[..., Server]) -> None:
+    server = own_sshd('ForceCommand echo "$SSH_ORIGINAL_COMMAND"; exec sh -xc "$SSH_ORIGINAL_COMMAND"')
+    pool = Pool(server.settings())
+    commands = Commands(pool, server.settings())
+    for _ in range(2):
+        result = commands.run(server.target, "echo out; exit 5", cancelled=nobody_cancels)
+        assert (result.stdout, result.exit_code) == ("out\n", 5)
     pool.close()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ORDINARY_UID, Server, nobody_cancels
+from conftest import ORDINARY_UID, Server, nobody_cancels, wait_for
 from relay import Relay
 from ssh_answers import EditedFile, FileContent, Listing, WrittenFile
 from ssh_edits import Edit
@@ -466,6 +466,27 @@ def test_calls_that_change_one_file_go_one_after_the_other(tools: Tools, tmp_pat
     with ThreadPoolExecutor(16) as threads:
         list(threads.map(add, range(1, 31)))
     assert sorted(int(line) for line in path.read_text().split()) == list(range(31))
+
+
+def test_call_that_waited_its_turn_keeps_what_it_finds_then(
+    sshd: Server, pool: Pool, tools: Tools, tmp_path: Path
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    path.chmod(0o644)
+    files = Files(pool, sshd.settings())
+    with ThreadPoolExecutor() as threads:
+        with files._alone(sshd.target, str(path).encode(), nobody_cancels):
+            writing = threads.submit(files.write, sshd.target, str(path), b"new", cancelled=nobody_cancels)
+            wait_for(lambda: files._changed._waiters)  # type: ignore[attr-defined]
+            path.chmod(0o600)
+        assert writing.result(20).mode == "0600"
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_lone_surrogate_is_no_path(tools: Tools) -> None:
+    with pytest.raises(ArgumentError):
+        tools.write("/tmp/\ud800", "x")
 
 
 # Editing
