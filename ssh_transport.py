@@ -11,7 +11,8 @@ Invariants:
 Borrowed from Paramiko's private parts, checked with 5.1.0 (`tests/test_ssh_transport.py` fails when one moves):
 `Packetizer._check_keepalive` (called while the peer is silent), `Transport._preferred_ciphers`,
 `._preferred_macs`, `._preferred_keys`, `._channel_handler_table`, `._send_user_message`, `._parse_newkeys`;
-`Channel.in_buffer`, `.in_stderr_buffer`, `.status_event`, `.remote_chanid`; `Message.packet`.
+`Channel._handle_close`, `.eof_received`, `.in_buffer`, `.in_stderr_buffer`, `.status_event`, `.remote_chanid`;
+`Message.packet`.
 """
 
 import logging
@@ -25,6 +26,7 @@ from typing import Any
 
 import paramiko
 from paramiko.common import (
+    MSG_CHANNEL_CLOSE,
     MSG_CHANNEL_REQUEST,
     MSG_CHANNEL_WINDOW_ADJUST,
     cMSG_CHANNEL_REQUEST,
@@ -120,6 +122,59 @@ def _window_adjust(channel: paramiko.Channel, message: paramiko.Message) -> None
     channel.status_event.set()
 
 
+class _Gate:
+    """Keeps a channel's CLOSE behind whatever is being sent on that channel.
+
+    Paramiko makes a message under the channel's lock and sends it afterwards, so its reading thread can answer a
+    CLOSE in between; OpenSSH and dropbear hang up on who then names a channel that is gone. Waiting for each other
+    would deadlock during a key exchange. So whoever wants to close while others send leaves it to the last of them.
+    """
+
+    def __init__(self, channel: paramiko.Channel) -> None:
+        self._channel = channel
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._ending: Callable[[], None] | None = None
+        self._shut = False
+
+    def __enter__(self) -> bool:
+        """Return whether the channel may still be sent on."""
+        with self._lock:
+            self._inside += 1
+            return not self._shut
+
+    def __exit__(self, *exc: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            ending = self._take_ending()
+        if ending is not None:
+            ending()
+
+    def close(self, ending: Callable[[], None]) -> None:
+        """Let nobody send any more, and call `ending` when nobody does."""
+        with self._lock:
+            self._shut = True
+            self._ending = self._ending or ending
+            taken = self._take_ending()
+        if taken is not None:
+            taken()
+
+    def _take_ending(self) -> Callable[[], None] | None:
+        if self._inside or self._ending is None:
+            return None
+        ending, self._ending = self._ending, None
+        self._channel.eof_received = True  # so that reading what is left acknowledges nothing
+        return ending
+
+
+def _close(channel: paramiko.Channel, message: paramiko.Message) -> None:
+    gate: _Gate | None = getattr(channel, "gate", None)
+    if gate is None:
+        channel._handle_close(message)
+    else:
+        gate.close(lambda: channel._handle_close(message))
+
+
 class _Transport(paramiko.Transport):  # type: ignore[misc]
     _preferred_ciphers = (
         "aes128-gcm@openssh.com",
@@ -136,6 +191,7 @@ class _Transport(paramiko.Transport):  # type: ignore[misc]
     )
     _channel_handler_table = {  # noqa: RUF012
         **paramiko.Transport._channel_handler_table,
+        MSG_CHANNEL_CLOSE: _close,
         MSG_CHANNEL_REQUEST: _channel_request,
         MSG_CHANNEL_WINDOW_ADJUST: _window_adjust,
     }
@@ -197,6 +253,8 @@ class Session:
     def __init__(self, channel: paramiko.Channel) -> None:
         self._channel = channel
         self._wake = _Wake()
+        self._gate = _Gate(channel)
+        channel.gate = self._gate
         channel.exit_signal = None
         channel.status_event = self._wake
         channel.in_buffer.set_event(self._wake)
@@ -216,22 +274,23 @@ class Session:
         When the window is full, wait for it to open, and return 0 when it does not in time.
         """
         self._channel.settimeout(wait_seconds)
-        try:
-            return int(self._channel.send(data))
-        except TimeoutError:
-            return 0
-        except _SOCKET_ERRORS:
-            return 0
+        with self._gate as is_open:
+            try:
+                return int(self._channel.send(data)) if is_open else 0
+            except _SOCKET_ERRORS:
+                return 0
 
     def send_eof(self) -> None:
         """Say that no more input comes."""
-        with suppress(*_SOCKET_ERRORS):
-            self._channel.shutdown_write()
+        with self._gate as is_open, suppress(*_SOCKET_ERRORS):
+            if is_open:
+                self._channel.shutdown_write()
 
     def read(self, limit: int = 1 << 20) -> tuple[bytes, bytes]:
         """Return what has arrived of stdout and stderr, at most `limit` bytes of each, without waiting."""
-        out = self._channel.recv(limit) if self._channel.recv_ready() else b""
-        err = self._channel.recv_stderr(limit) if self._channel.recv_stderr_ready() else b""
+        with self._gate:
+            out = self._channel.recv(limit) if self._channel.recv_ready() else b""
+            err = self._channel.recv_stderr(limit) if self._channel.recv_stderr_ready() else b""
         return out, err
 
     def wait(self, seconds: float) -> None:
@@ -279,7 +338,7 @@ class Session:
     def close(self) -> None:
         """Close the channel. What runs on the other side is not ended by this."""
         with suppress(*_SOCKET_ERRORS):
-            self._channel.close()
+            self._gate.close(self._channel.close)
 
     def _request(self, kind: str, argument: str) -> None:
         message = paramiko.Message()
@@ -288,8 +347,9 @@ class Session:
         message.add_string(kind)
         message.add_boolean(True)
         message.add_string(argument)
-        with suppress(*_SOCKET_ERRORS):  # the channel is closed then, which says it all
-            self._channel.transport._send_user_message(message)
+        with self._gate as is_open, suppress(*_SOCKET_ERRORS):
+            if is_open:  # else the channel is closed, which says it all
+                self._channel.transport._send_user_message(message)
 
 
 class Connection:

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -566,5 +566,5 @@ def test_diff_turns_the_old_text_into_the_new(body: list[str], ends: bool, edits
     try:
         result = apply_edits(content.encode(), edits, "/file")
     except EditError:
-        assume(False)
+        return  # refused as a whole: no diff to look at
     assert applied(content, result.diff) == result.content.decode()

@@ -2,6 +2,7 @@
 
 import inspect
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import paramiko
 import pytest
@@ -66,3 +67,15 @@ def test_rekeying_under_load_loses_nothing(sshd: Server, pool: Pool, monkeypatch
     result = commands.run(sshd.target, "wc -c", stdin="x" * 20_000_000, cancelled=nobody_cancels)
     assert result.stdout.strip() == "20000000"
     assert pool.open_targets() == {sshd.target: 1}
+
+
+def test_nothing_is_sent_after_a_channel_was_closed(pool: Pool, sshd: Server) -> None:
+    """OpenSSH hangs up on an EOF for a channel that is gone, and every call on the connection is lost with it."""
+    commands = Commands(pool, sshd.settings())
+
+    def run(number: int) -> str:
+        return commands.run(sshd.target, f"echo {number}", cancelled=nobody_cancels).stdout
+
+    with ThreadPoolExecutor(50) as threads:
+        for _ in range(10):
+            assert list(threads.map(run, range(50))) == [f"{number}\n" for number in range(50)]
