@@ -394,13 +394,10 @@ class _Exchange:
         out, err = self._session.read()
         self._out.feed(out)
         self._err.feed(err)
-        if not self.outcome.answered:
-            said = self._out.said or b""
-            self.outcome.refused = said == b"no"
-            self.outcome.pid = int(said) if said.isdigit() else None
-            self.outcome.started = self.outcome.pid is not None or self._err.said is not None
-        elif self.outcome.pid is None and self._out.said is not None and self._out.said.isdigit():
-            self.outcome.pid = int(self._out.said)
+        said = self._out.said or b""
+        self.outcome.refused = said == b"no"
+        self.outcome.pid = int(said) if said.isdigit() else None
+        self.outcome.started = self.outcome.pid is not None or self._err.said is not None
         return len(out) + len(err)
 
     def _over(self, moved: int) -> bool:

@@ -134,7 +134,7 @@ class _Gate:
         self._channel = channel
         self._lock = threading.Lock()
         self._inside = 0
-        self._ending: Callable[[], None] | None = None
+        self._endings: list[Callable[[], None]] = []
         self._shut = False
 
     def __enter__(self) -> bool:
@@ -146,28 +146,27 @@ class _Gate:
     def __exit__(self, *exc: object) -> None:
         with self._lock:
             self._inside -= 1
-            ending = self._take_ending()
-        if ending is not None:
-            ending()
+        self._end()
 
     def close(self, ending: Callable[[], None]) -> None:
         """Let nobody send any more, and call `ending` when nobody does."""
         with self._lock:
             self._shut = True
-            self._ending = self._ending or ending
-            taken = self._take_ending()
-        if taken is not None:
-            taken()
+            self._endings.append(ending)
+        self._end()
 
-    def _take_ending(self) -> Callable[[], None] | None:
-        if self._inside or self._ending is None:
-            return None
-        ending, self._ending = self._ending, None
-        self._channel.eof_received = True  # so that reading what is left acknowledges nothing
-        return ending
+    def _end(self) -> None:
+        with self._lock:
+            if self._inside or not self._endings:
+                return
+            endings, self._endings = self._endings, []
+            self._channel.eof_received = True  # so that reading what is left acknowledges nothing
+        for ending in endings:
+            ending()
 
 
 def _close(channel: paramiko.Channel, message: paramiko.Message) -> None:
+    """Answer the server's CLOSE behind what is being sent; at once when no session was made of the channel yet."""
     gate: _Gate | None = getattr(channel, "gate", None)
     if gate is None:
         channel._handle_close(message)
@@ -271,7 +270,8 @@ class Session:
     def send(self, data: bytes | memoryview, wait_seconds: float = 0.0) -> int:
         """Send what the remote window takes and return how many bytes that was.
 
-        When the window is full, wait for it to open, and return 0 when it does not in time.
+        When the window is full, wait for it to open, and return 0 when it does not in time; the channel is not
+        closed before that.
         """
         self._channel.settimeout(wait_seconds)
         with self._gate as is_open:

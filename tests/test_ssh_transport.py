@@ -2,14 +2,15 @@
 
 import inspect
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import paramiko
 import pytest
-from paramiko.common import MSG_CHANNEL_REQUEST, MSG_CHANNEL_WINDOW_ADJUST
+from paramiko.common import MSG_CHANNEL_REQUEST, MSG_CHANNEL_WINDOW_ADJUST, cMSG_CHANNEL_EOF
 from paramiko.packet import Packetizer
 
-from conftest import Server, nobody_cancels
+from conftest import Server, nobody_cancels, wait_for
 from ssh_commands import Commands
 from ssh_pool import Pool
 from ssh_transport import _Transport
@@ -79,3 +80,24 @@ def test_nothing_is_sent_after_a_channel_was_closed(pool: Pool, sshd: Server) ->
     with ThreadPoolExecutor(50) as threads:
         for _ in range(10):
             assert list(threads.map(run, range(50))) == [f"{number}\n" for number in range(50)]
+
+
+def test_channel_is_closed_behind_what_is_still_being_sent(
+    pool: Pool, sshd: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = _Transport._send_user_message
+
+    def late(self: _Transport, message: paramiko.Message) -> None:
+        if threading.current_thread() is not self and message.asbytes().startswith(cMSG_CHANNEL_EOF):
+            time.sleep(1)  # the server's CLOSE comes meanwhile
+        send(self, message)
+
+    monkeypatch.setattr(_Transport, "_send_user_message", late)
+    with pool.session(sshd.target, time.monotonic() + 20, nobody_cancels) as session:
+        session.exec("true")
+        session.send_eof()
+        wait_for(lambda: session.closed)
+        assert session.exit_status == 0
+        commands = Commands(pool, sshd.settings())
+        assert commands.run(sshd.target, "echo on", cancelled=nobody_cancels).stdout == "on\n"
+        assert session.connected
