@@ -57,12 +57,18 @@ class SessionRefusedError(Exception):
 
 
 class _Wire(socket.socket):
-    """A TCP socket that remembers when the peer was last heard."""
+    """A TCP socket that remembers when the peer was last heard, and whether it hung up."""
 
     heard_at = 0.0
+    hung_up = False
 
     def recv(self, *args: Any) -> bytes:
-        data = super().recv(*args)
+        try:
+            data = super().recv(*args)
+        except ConnectionError:
+            self.hung_up = True
+            raise
+        self.hung_up = not data
         self.heard_at = time.monotonic()
         return data
 
@@ -99,6 +105,7 @@ class _Packetizer(Packetizer):  # type: ignore[misc]
                     raise EOFError from None
                 continue
             except OSError:
+                self._wire.hung_up = True
                 raise EOFError from None
             rest = rest[sent:]
             deadline = time.monotonic() + _STALL_SECONDS
@@ -509,8 +516,8 @@ def _exchange_keys(target: Target, transport: _Transport, settings: Settings, de
     try:
         transport.start_client(timeout=left)
     except _SOCKET_ERRORS as error:
-        if not transport.remote_version and time.monotonic() < deadline:
-            raise _HungUpError from None
+        if not transport.remote_version:
+            raise _no_banner(target, transport.sock) from None
         if isinstance(error, paramiko.ssh_exception.IncompatiblePeer):
             raise UnreachableError(
                 f"{target} offers no key exchange, cipher or host key type that is still safe; update its SSH server"
@@ -519,9 +526,7 @@ def _exchange_keys(target: Target, transport: _Transport, settings: Settings, de
             f"{target}: the SSH key exchange failed; try again, or see its sshd log"
         ) from None
     if not transport.initial_kex_done:
-        raise UnreachableError(
-            f"{target} accepts connections but does not answer; is its SSH server overloaded?"
-        )
+        raise _silent(target)
     shown = transport.get_remote_server_key()
     key = HostKey(shown.get_name(), shown.asbytes())
     try:
@@ -530,6 +535,20 @@ def _exchange_keys(target: Target, transport: _Transport, settings: Settings, de
         if settings.ssh_host_key_policy != "accept-new":
             raise
         known_hosts.add(target.host, target.port, key)
+
+
+def _no_banner(target: Target, wire: _Wire) -> Exception:
+    if wire.hung_up:
+        return _HungUpError()
+    if wire.heard_at:
+        return UnreachableError(f"{target}: what answers there is no SSH server; check the port")
+    return _silent(target)
+
+
+def _silent(target: Target) -> UnreachableError:
+    return UnreachableError(
+        f"{target} accepts connections but does not answer; is its SSH server overloaded?"
+    )
 
 
 def _authenticate(target: Target, transport: _Transport, keys: Keys, deadline: float) -> None:

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 
 import pytest
@@ -350,24 +350,44 @@ def test_wrong_key_is_told_with_its_path(sshd: Server, open_pool: Callable[[Sett
         echo(open_pool(settings), settings, sshd.target)
 
 
-def test_server_that_is_none_is_told_apart(sshd: Server, open_pool: Callable[[Settings], Pool]) -> None:
+@pytest.mark.parametrize("patience", [0.3, 0.45, 0.6])
+@pytest.mark.parametrize(
+    ("said", "lingers", "told"),
+    [
+        (b"", 0.0, r"hangs up.*is this an SSH server"),
+        (b"", 0.3, r"hangs up.*is this an SSH server|does not answer.*SSH server overloaded"),
+        (b"220 mail.example ESMTP\r\n" * 101, 9.0, "no SSH server; check the port"),
+        (b"", 9.0, r"does not answer.*SSH server overloaded"),
+    ],
+)
+def test_server_that_is_none_is_told_apart(
+    sshd: Server, open_pool: Callable[[Settings], Pool], said: bytes, lingers: float, told: str, patience: float
+) -> None:
+    """What is told depends on what the other end did, not on when within the time it did it."""
     import socket
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    over = threading.Event()
 
-        def hang_up() -> None:
+    def serve(peer: socket.socket) -> None:
+        with peer:
+            peer.sendall(said)
+            over.wait(lingers)
+
+    def accept(listener: socket.socket) -> None:
+        with suppress(OSError):
             while True:
-                try:
-                    listener.accept()[0].close()
-                except OSError:
-                    return
+                threading.Thread(target=serve, args=listener.accept()[:1], daemon=True).start()
 
-        threading.Thread(target=hang_up, daemon=True).start()
-        settings = sshd.settings(ssh_connect_timeout=1)
-        with pytest.raises(UnreachableError, match="SSH server"):
-            echo(open_pool(settings), settings, Target("tester", "127.0.0.1", port))
-        listener.close()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, args=(listener,), daemon=True).start()
+        settings = sshd.settings(ssh_connect_timeout=patience)
+        target = Target("tester", "127.0.0.1", listener.getsockname()[1])
+        try:
+            with pytest.raises(UnreachableError, match=told):
+                echo(open_pool(settings), settings, target)
+        finally:
+            over.set()
+            listener.shutdown(socket.SHUT_RDWR)
 
 
 def test_unknown_host_name_is_told(sshd: Server, open_pool: Callable[[Settings], Pool]) -> None:
