@@ -361,7 +361,12 @@ def test_wrong_key_is_told_with_its_path(sshd: Server, open_pool: Callable[[Sett
     ],
 )
 def test_server_that_is_none_is_told_apart(
-    sshd: Server, open_pool: Callable[[Settings], Pool], said: bytes, lingers: float, told: str, patience: float
+    sshd: Server,
+    open_pool: Callable[[Settings], Pool],
+    said: bytes,
+    lingers: float,
+    told: str,
+    patience: float,
 ) -> None:
     """What is told depends on what the other end did, not on when within the time it did it."""
     import socket
