@@ -1,36 +1,38 @@
 """Running one command: sent once, drained without deadlock, ended when its own process has ended, killed on time.
 
-How a command travels. The exec request holds a constant that reads one line from stdin and runs what it decodes to.
-That line changes into `cwd`, exports `env`, prints a mark with the shell's process id on both streams, and hands
-the command line to the account's own login shell. So nothing an rc file prints is taken for the command's output,
-and the process group to kill is known.
+How a command travels. A shell on the other side reads one encoded line (`ssh_shells`), which prints a mark with the
+shell's process id on both streams and hands the command line to the account's own login shell. So nothing an rc file
+prints is taken for the command's output, and the process group to kill is known. On a warm shell that is one round
+trip; without one, a session is opened first.
 
 A POSIX login shell reads the line itself. Another one (fish, tcsh) cannot, prints no mark and ends; then `/bin/sh`
-reads the line and starts `$SHELL -c COMMAND`. Which of the two a target needs is found out once; a login shell
-known to be a POSIX one then gets the line in the exec request, which saves waiting for stdin to open.
+reads the line and starts `$SHELL -c COMMAND`. Which of the two a target needs is found out once; only a target of
+which that is known gets warm shells.
 
 Invariants:
 
-- A command line is handed to a shell at most once. What was cut off after it was sent is `lost`, not run again.
+- A command line is run at most once. What was cut off after it was sent is `lost`, not run again. It is sent a
+  second time only when a warm shell that had greeted ended in order without the mark: that one never read it.
 - `stdin` is the caller's input and then its end, never ours.
 - Bytes kept in memory are bounded, whatever a command prints; bytes counted are true.
 """
 
 import logging
 import re
-import secrets
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from functools import partial
 
 from settings import Settings, Target
 from ssh_answers import CommandResult
 from ssh_errors import ArgumentError, ConnectionLostError, SSHError
 from ssh_output import Kept, share, visible
 from ssh_pool import Cancelled, Pool
+from ssh_shells import Dialect, Task, sendable, start_ahead
 from ssh_transport import Session
+from ssh_warm import Prepare
 
 _log = logging.getLogger("ssh_mcp_server.commands")
 
@@ -41,11 +43,10 @@ _KILL_SECONDS = 8.0
 _START_SECONDS = 10.0
 _SCRIPT_BYTES = 1_000_000
 
-_READ_LINE = 'IFS= read -r c && eval "$(printf %b "$c")"'
-_FOREIGN_READ_LINE = f"exec /bin/sh -c '{_READ_LINE}'"
-_MOST_ARGUMENT_BYTES = 64 * 1024
-
-Dialect = Literal["unknown", "posix", "foreign"]
+_AHEAD: dict[Dialect, Prepare] = {
+    "posix": partial(start_ahead, dialect="posix"),
+    "foreign": partial(start_ahead, dialect="foreign"),
+}
 
 
 @dataclass
@@ -61,6 +62,7 @@ class _Outcome:
     exit_signal: str | None = None
     killed: bool = False
     lost: bool = False
+    unread: bool = False
     note: str | None = None
 
     @property
@@ -97,7 +99,7 @@ class Commands:
         nothing was run. When `cancelled` raises, the command is killed first.
         """
         started_at = time.monotonic()
-        task = _Task(command, cwd, dict(env or {}), _sendable("input", stdin))
+        task = Task(command, cwd, dict(env or {}), sendable("input", stdin))
         outcome = self._run(target, task, started_at + timeout, cancelled, self._budget)
         head, tail = share(self._budget, outcome.out, outcome.err)
         ended = outcome.exit_signal is not None or outcome.killed
@@ -121,7 +123,7 @@ class Commands:
 
         Raises what `run` raises, and SSHError when it does not end well.
         """
-        task = _Task(text, None, {}, b"", by_sh=True)
+        task = Task(text, None, {}, b"", by_sh=True)
         outcome = self._run(target, task, time.monotonic() + timeout, cancelled, _SCRIPT_BYTES)
         if outcome.lost or outcome.killed:
             raise ConnectionLostError(f"{target} did not answer within {timeout:.0f} s")
@@ -135,19 +137,22 @@ class Commands:
         self._running.wait_for_none(timeout)
 
     def _run(
-        self, target: Target, task: "_Task", deadline: float, cancelled: Cancelled, budget: int
+        self, target: Target, task: Task, deadline: float, cancelled: Cancelled, budget: int
     ) -> _Outcome:
         with self._running:
             dialect = self._dialects.get(target, "unknown")
-            outcome = self._attempt(target, task, dialect, deadline, cancelled, budget)
+            outcome = self._attempt(target, task, dialect, deadline, cancelled, budget, warm=True)
+            if outcome.unread:
+                outcome = self._attempt(target, task, dialect, deadline, cancelled, budget)
             if not (outcome.answered or outcome.lost) and dialect == "unknown":
-                probe = _Task(":", None, {}, b"")
+                probe = Task(":", None, {}, b"")
                 if self._attempt(target, probe, "foreign", deadline, cancelled, budget).answered:
                     dialect = "foreign"
                     outcome = self._attempt(target, task, dialect, deadline, cancelled, budget)
-            if outcome.answered:
+            if outcome.answered and target not in self._dialects:
                 self._dialects[target] = "posix" if dialect == "unknown" else dialect
-            else:
+                self._pool.expect(target, _AHEAD[self._dialects[target]])
+            elif not outcome.answered:
                 self._dialects.pop(target, None)
         if outcome.refused:
             raise ArgumentError(
@@ -165,19 +170,22 @@ class Commands:
     def _attempt(
         self,
         target: Target,
-        task: "_Task",
+        task: Task,
         dialect: Dialect,
         deadline: float,
         cancelled: Cancelled,
         budget: int,
+        *,
+        warm: bool = False,
     ) -> _Outcome:
         def check() -> None:
             cancelled()
             if self._stopping.is_set():
                 raise SSHError(f"{target}: the server is stopping; the command was ended")
 
-        with self._pool.session(target, deadline, check) as session:
-            exchange = _Exchange(session, task, dialect, budget)
+        prepare = _AHEAD.get(dialect) if warm else None
+        with self._pool.prepared_session(target, prepare, deadline, check) as (session, greeting):
+            exchange = _Exchange(session, task, dialect, budget, greeting)
             try:
                 timed_out = not exchange.finish(deadline, check)
             except BaseException:
@@ -205,7 +213,7 @@ class Commands:
 
     def _killed(self, target: Target, exchange: "_Exchange") -> list[str]:
         """Return the signal that ended the group and the processes that none did; nothing when that is unknown."""
-        task = _Task(_KILL.replace("PID", str(exchange.outcome.pid)), None, {}, b"", by_sh=True)
+        task = Task(_KILL.replace("PID", str(exchange.outcome.pid)), None, {}, b"", by_sh=True)
         deadline = time.monotonic() + _KILL_SECONDS
         try:
             with self._pool.session(target, deadline, lambda: None, control=True) as session:
@@ -268,96 +276,22 @@ that reaps late, or never as in many containers, leaves zombies that `kill -0` s
 """
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What is to be run, and what it gets."""
-
-    command: str
-    cwd: str | None
-    env: dict[str, str]
-    stdin: bytes
-    by_sh: bool = False
-    mark: str = field(default_factory=lambda: secrets.token_hex(16))
-
-    def __post_init__(self) -> None:
-        for name, value in self.env.items():
-            if not (name.isascii() and name.isidentifier()):
-                raise ArgumentError(f"env: {name!r} is no variable name; nothing was run")
-            _no_nul(f"the value of {name} in env", value)
-        _no_nul("the command", self.command)
-        _no_nul("cwd", self.cwd or "")
-
-    def request(self, dialect: Dialect) -> tuple[str, bytes]:
-        """Return the exec request, and what goes to stdin.
-
-        A login shell that is known to be a POSIX one gets the steps in the request itself, which saves a round
-        trip; but no environment, which others could read in the process list, and nothing too long for it.
-        """
-        steps = _encoded(self._steps(dialect == "foreign"))
-        if dialect == "posix" and not self.env and len(steps) <= _MOST_ARGUMENT_BYTES:
-            return f"eval \"$(printf %b '{steps.decode()}')\"", self.stdin
-        return _FOREIGN_READ_LINE if dialect == "foreign" else _READ_LINE, steps + b"\n" + self.stdin
-
-    def _steps(self, foreign: bool) -> str:
-        """Return what the shell evaluates."""
-        mark = f"{self.mark[:16]}''{self.mark[16:]}"  # in two parts: what echoes the steps must not show it
-        steps = ["unset c"]
-        if self.cwd is not None:
-            steps.append(f"cd -- {_directory(self.cwd)} >/dev/null 2>&1 || {{ echo {mark} no; exit 1; }}")
-        steps += [f"export {name}={_quoted(value)}" for name, value in self.env.items()]
-        steps.append(f"echo {mark} $$; echo {mark} >&2")
-        if self.by_sh and not foreign:
-            steps.append(f"exec /bin/sh -c {_quoted(self.command)}")
-        elif foreign and not self.by_sh:
-            steps.append(f'exec "${{SHELL:-/bin/sh}}" -c {_quoted(self.command)}')
-        else:
-            steps.append(f"eval {_quoted(self.command)}")
-        return "\n".join(steps)
-
-
-def _no_nul(what: str, text: str) -> None:
-    if b"\0" in _sendable(what, text):
-        raise ArgumentError(f"{what} holds a NUL character, which no shell can take; nothing was run")
-
-
-def _sendable(what: str, text: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        raise ArgumentError(f"{what} holds half a character (a lone surrogate); nothing was run") from None
-
-
-def _quoted(text: str) -> str:
-    """Quote for a POSIX shell (XCU 2.2.2)."""
-    return "'" + text.replace("'", "'\\''") + "'"
-
-
-def _directory(path: str) -> str:
-    if path == "~":
-        return '"$HOME"'
-    if path.startswith("/"):
-        return _quoted(path)
-    return '"$HOME"/' + _quoted(path.removeprefix("~/"))
-
-
-def _encoded(text: str) -> bytes:
-    """Encode for `printf %b` (XCU printf): all but printable ASCII as octal, backslash and quote too."""
-    return b"".join(
-        bytes([byte]) if 32 <= byte < 127 and byte not in b"\\'" else b"\\0%03o" % byte
-        for byte in text.encode()
-    )
-
-
 class _Exchange:
     """One command on one session: feeds stdin, drains both streams, notices the end."""
 
-    def __init__(self, session: Session, task: _Task, dialect: Dialect, budget: int) -> None:
-        request, stdin = task.request(dialect)
-        session.exec(request)
+    def __init__(
+        self, session: Session, task: Task, dialect: Dialect, budget: int, greeting: bytes | None = None
+    ) -> None:
+        if greeting is None:
+            request, stdin = task.request(dialect)
+            session.exec(request)
+        else:
+            stdin = task.line(dialect)
         self.dialect = dialect
         self.outcome = _Outcome(Kept(budget), Kept(budget))
         self.signal_sent: str | None = None
         self._session = session
+        self._greeting = greeting
         self._input = memoryview(stdin)
         self._fed = False
         self._out = _Marked(task.mark, rb" (\d{1,10}|no)", self.outcome.out)
@@ -412,6 +346,13 @@ class _Exchange:
 
     def _conclude(self) -> None:
         outcome = self.outcome
+        outcome.unread = (
+            self._greeting is not None
+            and not outcome.answered
+            and self._session.exited
+            and self._session.connected
+            and self._out.greeted_with(self._greeting)
+        )
         self._out.finish(outcome.started)
         self._err.finish(outcome.started)
         outcome.exit_status = self._session.exit_status
@@ -466,6 +407,10 @@ class _Marked:
             self._before.clear()
         else:
             del self._before[: -64 * 1024]
+
+    def greeted_with(self, greeting: bytes) -> bool:
+        """Whether all that came, without a mark, ends in this line: what reads the streams shows what is printed."""
+        return self.said is None and self._before.endswith(greeting)
 
     def finish(self, started: bool) -> None:
         """Without a mark at the end of a command that was not run, what there is explains why."""

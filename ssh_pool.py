@@ -1,424 +1,24 @@
 """Connections that many threads share: opened when needed, lent by the session, retired when dead or idle.
 
-Invariants:
-
-- A target has at most `SSH_MAX_CONNECTIONS` connections, those being opened included and those on their way out
-  not; all targets together at most `SSH_MAX_TOTAL_CONNECTIONS`. `_OPENING_AT_ONCE` of a target are being opened
-  at most.
-- Every member's `sessions` counts its open channels: those lent, and the standing one (SFTP) if there is one.
-  It never exceeds what the server is known to grant.
-- Waiting callers are served in the order in which they came; each has a deadline and is woken by `close`.
-- State changes under the target's lock; everything that takes time (opening, closing) happens outside of it, and
-  one target's lock is never held while another's is wanted.
-- A session is lent before anything was sent on it: whoever gets an exception from `session` knows that nothing was.
+All targets together have at most `SSH_MAX_TOTAL_CONNECTIONS`; the one that was idle longest makes way. What holds for
+the connections of one target stands in `ssh_lending`. Knows Paramiko's connections; knows no tool.
 """
 
-import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from math import ceil
-from typing import Protocol
 
 from settings import Settings, Target
-from ssh_errors import BusyError, ConnectionLostError, PoolClosedError, SSHError, UnreachableError
+from ssh_errors import BusyError, PoolClosedError
 from ssh_keys import Keys
-from ssh_transport import Connection, Session, SessionRefusedError, connect, jittered
+from ssh_lending import Cancelled, Standing, TargetPool
+from ssh_transport import Connection, Session, connect
+from ssh_warm import Prepare
 
-_log = logging.getLogger("ssh_mcp_server.pool")
+__all__ = ["Cancelled", "Pool", "Standing"]
 
-_SESSIONS = 10
-_OPENING_AT_ONCE = 3
-_ANSWER_SECONDS = 4.0
-_RELEARN_SECONDS = 60.0
 _POLL_SECONDS = 0.25
-
-Cancelled = Callable[[], None]
-"""Called now and then by whoever waits; raises when nobody wants the answer any more."""
-
-
-class Standing(Protocol):
-    """What is kept open on a connection between calls, on a session of its own."""
-
-    @property
-    def usable(self) -> bool:
-        """Whether the next call may use it."""
-
-    def close(self) -> None:
-        """Close it and its session."""
-
-
-@dataclass(eq=False)
-class _Member:
-    """A connection and the pool's books about it."""
-
-    connection: Connection
-    idle_seconds: float
-    sessions: int = 0
-    users: int = 0
-    idle_since: float = field(default_factory=time.monotonic)
-    proven: bool = False
-    retiring: bool = False
-    standing: "Future[Standing] | None" = None
-
-    @property
-    def lends(self) -> bool:
-        return not self.retiring and self.connection.alive
-
-    @property
-    def idle(self) -> bool:
-        return self.users == 0
-
-    def enter(self) -> None:
-        self.users += 1
-        self.connection.in_use = True
-
-    def leave(self) -> None:
-        self.users -= 1
-        self.connection.in_use = self.users > 0
-        self.idle_since = time.monotonic()
-
-
-@dataclass(eq=False)
-class _Waiter:
-    """A caller in the queue; gets a member with a session reserved on it, or an error."""
-
-    control: bool
-    served: threading.Event = field(default_factory=threading.Event)
-    member: _Member | None = None
-    error: SSHError | None = None
-
-
-class _TargetPool:
-    """The connections of one target, and who waits for them."""
-
-    def __init__(self, target: Target, pool: "Pool") -> None:
-        self.target = target
-        self._pool = pool
-        self._books = threading.Lock()
-        self._members: list[_Member] = []
-        self._waiters: deque[_Waiter] = deque()
-        self._opening = 0
-        self._open_again_at = 0.0
-        self._granted = _SESSIONS
-        self._learned_at = 0.0
-        self._closed = False
-
-    def reserve(self, deadline: float, cancelled: Cancelled, *, control: bool) -> _Member:
-        """Return a member with one of its sessions reserved, in the order of arrival."""
-        waiter = _Waiter(control)
-        with self._books:
-            if self._closed:
-                raise PoolClosedError(f"{self.target}: the server is stopping")
-            if control:
-                self._waiters.appendleft(waiter)
-            else:
-                self._waiters.append(waiter)
-        self._serve()
-        try:
-            while not waiter.served.wait(min(_POLL_SECONDS, max(0.0, deadline - time.monotonic()))):
-                cancelled()
-                if time.monotonic() >= deadline:
-                    raise self._too_late()
-                self._serve()
-        except BaseException:
-            self._give_up(waiter)
-            raise
-        if waiter.error is not None:
-            raise type(waiter.error)(*waiter.error.args)
-        assert waiter.member is not None  # noqa: S101 - served means one or the other
-        return waiter.member
-
-    def open_session(
-        self, deadline: float, cancelled: Cancelled, *, control: bool = False
-    ) -> tuple[_Member, Session]:
-        """Return a member and a fresh session on it; moves to another connection when one turns out dead."""
-        while True:
-            member = self.reserve(deadline, cancelled, control=control)
-            try:
-                left = max(0.1, deadline - time.monotonic())
-                session = member.connection.open_session(min(_ANSWER_SECONDS, left))
-            except SessionRefusedError:
-                self.refused(member)
-            except ConnectionLostError:
-                _log.info("%s: a connection does not answer; moving to another", self.target)
-                member.retiring = True
-                self.release(member)
-            except BaseException:
-                self.release(member)
-                raise
-            else:
-                member.proven = True
-                return member, session
-
-    def release(self, member: _Member) -> None:
-        """Take back a session that was reserved."""
-        with self._books:
-            member.sessions -= 1
-            member.leave()
-        self._serve()
-
-    def refused(self, member: _Member) -> None:
-        """Note that the server opened no session for a reservation, and take that back.
-
-        Raises UnreachableError when the server opens no session at all.
-        """
-        with self._books:
-            others = member.sessions - 1
-            self._granted = max(1, min(self._granted, others))
-            self._learned_at = time.monotonic()
-            member.retiring |= others == 0
-        _log.info("%s grants %d sessions on a connection", self.target, self._granted)
-        self.release(member)
-        if others == 0 and not member.proven:
-            raise UnreachableError(
-                f"{self.target} lets you log in but opens no session; see MaxSessions in its sshd_config"
-            )
-
-    @contextmanager
-    def standing(
-        self, make: Callable[[Session], Standing], deadline: float, cancelled: Cancelled
-    ) -> Iterator[Standing]:
-        """Lend what `make` keeps open on a connection, shared with other callers."""
-        member, future = self._standing_member(make, deadline, cancelled)
-        try:
-            yield _result(future, deadline, cancelled, self.target)
-        finally:
-            with self._books:
-                member.leave()
-            self._serve()
-
-    def close_idle(self) -> bool:
-        """Close what is idle, let the busy ones go when they are done; return whether any is still open."""
-        with self._books:
-            for member in self._members:
-                member.retiring = True
-        self._serve()
-        with self._books:
-            return bool(self._members)
-
-    def expire(self) -> None:
-        """Retire members that were idle for too long."""
-        now = time.monotonic()
-        with self._books:
-            for member in self._members:
-                if member.idle and now - member.idle_since > member.idle_seconds:
-                    member.retiring = True
-        self._serve()
-
-    def evict_idle(self) -> bool:
-        """Retire the member that was idle longest; return whether there was one."""
-        with self._books:
-            idle = [member for member in self._members if member.idle and not member.retiring]
-            if idle:
-                min(idle, key=lambda member: member.idle_since).retiring = True
-        self._serve()
-        return bool(idle)
-
-    def idle_since(self) -> float | None:
-        """Return since when this target's longest idle member is idle, or None."""
-        with self._books:
-            return min((m.idle_since for m in self._members if m.idle and not m.retiring), default=None)
-
-    def close(self) -> None:
-        """Close every connection and fail everybody who waits."""
-        with self._books:
-            self._closed = True
-            members, self._members = self._members, []
-            waiters, self._waiters = list(self._waiters), deque()
-        for waiter in waiters:
-            waiter.error = PoolClosedError(f"{self.target}: the server is stopping")
-            waiter.served.set()
-        for member in members:
-            self._discard(member)
-
-    @property
-    def in_use(self) -> bool:
-        """Whether anything is lent."""
-        with self._books:
-            return any(not member.idle for member in self._members)
-
-    @property
-    def size(self) -> int:
-        """Connections that are open or being opened."""
-        with self._books:
-            return len(self._members) + self._opening
-
-    # From here on: how the queue moves.
-
-    def _serve(self) -> None:
-        """Give free sessions to who waits, retire what is dead or unwanted, open what is missing."""
-        served: list[_Waiter] = []
-        with self._books:
-            gone = [m for m in self._members if not m.connection.alive or (m.retiring and m.idle)]
-            self._members = [m for m in self._members if m not in gone]
-            self._drop_broken_standings()
-            while self._waiters and (member := self._free_member(self._waiters[0].control)):
-                waiter = self._waiters.popleft()
-                member.sessions += 1
-                member.enter()
-                waiter.member = member
-                served.append(waiter)
-            unwanted = self._standing_in_the_way()
-            missing = self._missing()
-            self._opening += missing
-        for waiter in served:
-            waiter.served.set()
-        for member in gone:
-            self._discard(member)
-        if unwanted is not None:
-            unwanted.close()
-            self._serve()
-        for _ in range(missing):
-            self._start_opening()
-
-    def _free_member(self, control: bool) -> _Member | None:
-        limit = self._limit(control)
-        free = [m for m in self._members if m.lends and m.sessions < limit]
-        return min(free, key=lambda m: m.sessions, default=None)
-
-    def _limit(self, control: bool) -> int:
-        """How many sessions a member may have: one is kept for killing, which must not wait for what it kills."""
-        if self._granted < _SESSIONS and time.monotonic() - self._learned_at > _RELEARN_SECONDS:
-            self._granted += 1
-            self._learned_at = time.monotonic()
-        return self._granted if control else max(1, self._granted - 1)
-
-    def _missing(self) -> int:
-        """How many more connections to start opening now."""
-        if not self._waiters or time.monotonic() < self._open_again_at:
-            return 0
-        wanted = ceil(len(self._waiters) / self._limit(control=False)) - self._opening
-        staying = sum(not member.retiring for member in self._members)
-        room = self._pool.max_connections - staying - self._opening
-        return max(0, min(wanted, room, _OPENING_AT_ONCE - self._opening))
-
-    def _standing_in_the_way(self) -> Standing | None:
-        """Take an unused standing session down when somebody waits and nothing else can be had."""
-        full = len(self._members) + self._opening >= self._pool.max_connections
-        if not (self._waiters and full and not self._opening):
-            return None
-        for member in self._members:
-            if member.idle and member.standing is not None and member.standing.done():
-                standing = member.standing.result()
-                member.standing = None
-                member.sessions -= 1
-                return standing
-        return None
-
-    def _drop_broken_standings(self) -> None:
-        for member in self._members:
-            future = member.standing
-            if future is not None and future.done() and (future.exception() or not future.result().usable):
-                member.standing = None
-                member.sessions -= 1
-
-    def _standing_member(
-        self, make: Callable[[Session], Standing], deadline: float, cancelled: Cancelled
-    ) -> tuple[_Member, "Future[Standing]"]:
-        """Return a member, entered, whose standing session exists or is being made by one caller for all."""
-        while True:
-            with self._books:
-                self._drop_broken_standings()
-                for member in self._members:
-                    if member.lends and member.standing is not None:
-                        member.enter()
-                        return member, member.standing
-            member, session = self.open_session(deadline, cancelled)
-            future: Future[Standing] = Future()
-            with self._books:
-                ours = member.standing is None
-                if ours:
-                    member.standing = future
-            if not ours:
-                session.close()
-                self.release(member)
-                continue
-            try:
-                future.set_result(make(session))
-            except BaseException as error:
-                session.close()
-                future.set_exception(error)
-            return member, future
-
-    def _start_opening(self) -> None:
-        name = f"ssh-open-{self.target}"
-        try:
-            threading.Thread(target=self._open, name=name, daemon=True).start()
-        except RuntimeError:  # the system grants no further thread
-            self._opened(
-                None, UnreachableError(f"{self.target}: this machine has no thread left to connect with")
-            )
-
-    def _open(self) -> None:
-        """Open one connection; owns the place in `_opening` that was taken for it."""
-        error: SSHError | None = None
-        member: _Member | None = None
-        try:
-            self._pool.make_room(self)
-            started = time.monotonic()
-            connection = self._pool.connect(self.target)
-            _log.info("%s: connected in %.2f s", self.target, time.monotonic() - started)
-            member = _Member(connection, jittered(self._pool.idle_seconds))
-        except SSHError as failure:
-            error = failure
-            _log.warning("%s", failure)
-        finally:
-            self._opened(member, error)
-
-    def _opened(self, member: _Member | None, error: SSHError | None) -> None:
-        failed: list[_Waiter] = []
-        with self._books:
-            self._opening -= 1
-            if member is not None and not self._closed:
-                self._members.append(member)
-                member = None
-            elif not any(m.lends for m in self._members) and not self._opening:
-                failed, self._waiters = list(self._waiters), deque()
-            else:
-                self._open_again_at = time.monotonic() + jittered(0.5)
-        if member is not None:
-            self._discard(member)
-        for waiter in failed:
-            waiter.error = error or UnreachableError(f"{self.target} could not be connected to")
-            waiter.served.set()
-        self._serve()
-
-    def _too_late(self) -> SSHError:
-        with self._books:
-            connected = bool(self._members)
-        if connected:
-            return BusyError(f"{self.target}: no free session in time; nothing was run. Try again later")
-        return UnreachableError(f"{self.target} could not be connected to in time; nothing was run")
-
-    def _give_up(self, waiter: _Waiter) -> None:
-        with self._books:
-            if waiter in self._waiters:
-                self._waiters.remove(waiter)
-        if waiter.member is not None:
-            self.release(waiter.member)
-
-    def _discard(self, member: _Member) -> None:
-        member.connection.close()
-        _log.info("%s: connection closed", self.target)
-        self._pool.changed()
-
-
-def _result(future: "Future[Standing]", deadline: float, cancelled: Cancelled, target: Target) -> Standing:
-    while True:
-        try:
-            return future.result(timeout=min(_POLL_SECONDS, max(0.0, deadline - time.monotonic())))
-        except FutureTimeoutError:
-            cancelled()
-            if time.monotonic() >= deadline:
-                raise ConnectionLostError(f"{target} does not answer") from None
-        except SSHError as error:
-            raise type(error)(*error.args) from None
 
 
 class Pool:
@@ -431,7 +31,7 @@ class Pool:
         self._settings = settings
         self._keys = Keys(settings)
         self._changed = threading.Condition()
-        self._targets: dict[Target, _TargetPool] = {}
+        self._targets: dict[Target, TargetPool] = {}
         self._closed = False
         self._janitor: threading.Thread | None = None
 
@@ -451,6 +51,28 @@ class Pool:
         finally:
             session.close()
             pool.release(member)
+
+    @contextmanager
+    def prepared_session(
+        self, target: Target, prepare: Prepare | None, deadline: float, cancelled: Cancelled
+    ) -> Iterator[tuple[Session, bytes | None]]:
+        """Lend a session that `prepare` was called on before, with its greeting; a fresh one and None without one.
+
+        How many are prepared ahead follows from how many callers came for one lately. Raises what `session` raises.
+        """
+        pool = self._of(target)
+        member, session, greeting = pool.prepared_session(prepare, deadline, cancelled)
+        try:
+            yield session, greeting
+        finally:
+            session.close()
+            pool.release(member)
+
+    def expect(self, target: Target, prepare: Prepare) -> None:
+        """Have a session prepared for the next caller of a target that had one."""
+        with self._changed:
+            pool = self._targets[target]
+        pool.expect(prepare)
 
     @contextmanager
     def standing(
@@ -512,7 +134,7 @@ class Pool:
         with self._changed:
             self._changed.notify_all()
 
-    def make_room(self, pool: _TargetPool) -> None:
+    def make_room(self, pool: TargetPool) -> None:
         """Wait until another connection fits under the total; the longest idle one makes way.
 
         Raises BusyError when nothing becomes free within the time that a connection may take.
@@ -534,11 +156,11 @@ class Pool:
                 with self._changed:
                     self._changed.wait(_POLL_SECONDS)
 
-    def _of(self, target: Target) -> _TargetPool:
+    def _of(self, target: Target) -> TargetPool:
         with self._changed:
             if self._closed:
                 raise PoolClosedError(f"{target}: the server is stopping")
-            pool = self._targets.setdefault(target, _TargetPool(target, self))
+            pool = self._targets.setdefault(target, TargetPool(target, self))
             if self._janitor is None:
                 self._janitor = threading.Thread(target=self._sweep, name="ssh-pool-janitor", daemon=True)
                 self._janitor.start()

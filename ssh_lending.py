@@ -1,0 +1,560 @@
+"""The connections of one target: which of them lends a session to whom, when one is opened, and when one is closed.
+
+Invariants:
+
+- A target has at most `SSH_MAX_CONNECTIONS` connections, those being opened included and those on their way out
+  not. `_OPENING_AT_ONCE` are being opened at most.
+- Every member's `sessions` counts its open channels: those lent, the standing one (SFTP) if there is one, and those
+  prepared ahead of need. It never exceeds what the server is known to grant.
+- A prepared session is never in the way: none is opened while somebody waits, none takes the last free session of
+  a connection or the one that SFTP needs, and one that nobody came for is closed after a minute.
+- Waiting callers are served in the order in which they came; each has a deadline and is woken by `close`.
+- State changes under the target's lock; everything that takes time (opening, closing) happens outside of it, and
+  one target's lock is never held while another's is wanted.
+- A session is lent before its caller sent anything on it: whoever gets an exception instead knows that nothing was.
+- Threads: one for each connection being opened, and one that prepares sessions while the target is busy.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Protocol
+
+from settings import Target
+from ssh_errors import BusyError, ConnectionLostError, PoolClosedError, SSHError, UnreachableError
+from ssh_transport import Connection, Session, SessionRefusedError, jittered
+from ssh_warm import Demand, Prepare, Prepared, best
+
+_log = logging.getLogger("ssh_mcp_server.pool")
+
+_SESSIONS = 10
+_OPENING_AT_ONCE = 3
+_ANSWER_SECONDS = 4.0
+_RELEARN_SECONDS = 60.0
+_POLL_SECONDS = 0.25
+
+Cancelled = Callable[[], None]
+"""Called now and then by whoever waits; raises when nobody wants the answer any more."""
+
+
+class Standing(Protocol):
+    """What is kept open on a connection between calls, on a session of its own."""
+
+    @property
+    def usable(self) -> bool:
+        """Whether the next call may use it."""
+
+    def close(self) -> None:
+        """Close it and its session."""
+
+
+class Opener(Protocol):
+    """Who opens a target's connections, and keeps the total in bounds."""
+
+    max_connections: int
+    idle_seconds: float
+
+    def connect(self, target: Target) -> Connection:
+        """Open a connection. Raises UnreachableError and its kinds."""
+
+    def make_room(self, pool: "TargetPool") -> None:
+        """Wait until another connection fits under the total. Raises BusyError when none does."""
+
+    def changed(self) -> None:
+        """Note that a connection was closed."""
+
+
+@dataclass(eq=False)
+class _Member:
+    """A connection and the pool's books about it."""
+
+    connection: Connection
+    idle_seconds: float
+    sessions: int = 0
+    users: int = 0
+    idle_since: float = field(default_factory=time.monotonic)
+    proven: bool = False
+    retiring: bool = False
+    standing: "Future[Standing] | None" = None
+    prepared: list[Prepared] = field(default_factory=list)
+
+    @property
+    def lends(self) -> bool:
+        return not self.retiring and self.connection.alive
+
+    @property
+    def idle(self) -> bool:
+        return self.users == 0
+
+    def enter(self) -> None:
+        self.users += 1
+        self.connection.in_use = True
+
+    def leave(self) -> None:
+        self.users -= 1
+        self.connection.in_use = self.users > 0
+        self.idle_since = time.monotonic()
+
+
+@dataclass(eq=False)
+class _Waiter:
+    """A caller in the queue; gets a member with a session reserved on it, or an error."""
+
+    control: bool
+    prepare: Prepare | None = None
+    served: threading.Event = field(default_factory=threading.Event)
+    member: _Member | None = None
+    prepared: Prepared | None = None
+    error: SSHError | None = None
+
+
+class TargetPool:
+    """The connections of one target, and who waits for them."""
+
+    def __init__(self, target: Target, opener: "Opener") -> None:
+        self.target = target
+        self._opener = opener
+        self._books = threading.Lock()
+        self._members: list[_Member] = []
+        self._waiters: deque[_Waiter] = deque()
+        self._opening = 0
+        self._open_again_at = 0.0
+        self._granted = _SESSIONS
+        self._learned_at = 0.0
+        self._closed = False
+        self._demand = Demand()
+        self._stock_changed = threading.Condition(self._books)
+        self._stocking = False
+
+    def reserve(
+        self, deadline: float, cancelled: Cancelled, *, control: bool, prepare: Prepare | None = None
+    ) -> tuple[_Member, Prepared | None]:
+        """Return a member with one of its sessions reserved, or a prepared one, in the order of arrival."""
+        waiter = _Waiter(control, prepare)
+        with self._books:
+            if self._closed:
+                raise PoolClosedError(f"{self.target}: the server is stopping")
+            if control:
+                self._waiters.appendleft(waiter)
+            else:
+                self._waiters.append(waiter)
+        self._serve()
+        try:
+            while not waiter.served.wait(min(_POLL_SECONDS, max(0.0, deadline - time.monotonic()))):
+                cancelled()
+                if time.monotonic() >= deadline:
+                    raise self._too_late()
+                self._serve()
+        except BaseException:
+            self._give_up(waiter)
+            raise
+        if waiter.error is not None:
+            raise type(waiter.error)(*waiter.error.args)
+        assert waiter.member is not None  # noqa: S101 - served means one or the other
+        return waiter.member, waiter.prepared
+
+    def open_session(
+        self, deadline: float, cancelled: Cancelled, *, control: bool = False
+    ) -> tuple[_Member, Session]:
+        """Return a member and a fresh session on it; moves to another connection when one turns out dead."""
+        while True:
+            member, _ = self.reserve(deadline, cancelled, control=control)
+            if session := self._opened_on(member, deadline):
+                return member, session
+
+    def prepared_session(
+        self, prepare: Prepare | None, deadline: float, cancelled: Cancelled
+    ) -> tuple[_Member, Session, bytes | None]:
+        """Return a member and a prepared session on it with its greeting, or a fresh session where there is none."""
+        while True:
+            member, prepared = self.reserve(deadline, cancelled, control=False, prepare=prepare)
+            if prepared is not None:
+                return member, prepared.session, prepared.greeting
+            if session := self._opened_on(member, deadline):
+                return member, session, None
+
+    def _opened_on(self, member: _Member, deadline: float) -> Session | None:
+        """Open a session that was reserved; None, and the reservation taken back, when that cannot be had there."""
+        try:
+            left = max(0.1, deadline - time.monotonic())
+            session = member.connection.open_session(min(_ANSWER_SECONDS, left))
+        except SessionRefusedError:
+            self.refused(member)
+        except ConnectionLostError:
+            _log.info("%s: a connection does not answer; moving to another", self.target)
+            member.retiring = True
+            self.release(member)
+        except BaseException:
+            self.release(member)
+            raise
+        else:
+            member.proven = True
+            return session
+        return None
+
+    def expect(self, prepare: Prepare) -> None:
+        """Have a session prepared for the next caller."""
+        with self._books:
+            self._demand.note(prepare, found_ready=False)
+        self._serve()
+
+    def release(self, member: _Member) -> None:
+        """Take back a session that was reserved."""
+        with self._books:
+            member.sessions -= 1
+            member.leave()
+        self._serve()
+
+    def refused(self, member: _Member) -> None:
+        """Note that the server opened no session for a reservation, and take that back.
+
+        Raises UnreachableError when the server opens no session at all.
+        """
+        with self._books:
+            others = member.sessions - 1
+            self._granted = max(1, min(self._granted, others))
+            self._learned_at = time.monotonic()
+            member.retiring |= others == 0
+        _log.info("%s grants %d sessions on a connection", self.target, self._granted)
+        self.release(member)
+        if others == 0 and not member.proven:
+            raise UnreachableError(
+                f"{self.target} lets you log in but opens no session; see MaxSessions in its sshd_config"
+            )
+
+    @contextmanager
+    def standing(
+        self, make: Callable[[Session], Standing], deadline: float, cancelled: Cancelled
+    ) -> Iterator[Standing]:
+        """Lend what `make` keeps open on a connection, shared with other callers."""
+        member, future = self._standing_member(make, deadline, cancelled)
+        try:
+            yield _result(future, deadline, cancelled, self.target)
+        finally:
+            with self._books:
+                member.leave()
+            self._serve()
+
+    def close_idle(self) -> bool:
+        """Close what is idle, let the busy ones go when they are done; return whether any is still open."""
+        with self._books:
+            for member in self._members:
+                member.retiring = True
+        self._serve()
+        with self._books:
+            return bool(self._members)
+
+    def expire(self) -> None:
+        """Retire members that were idle for too long."""
+        now = time.monotonic()
+        with self._books:
+            for member in self._members:
+                if member.idle and now - member.idle_since > member.idle_seconds:
+                    member.retiring = True
+        self._serve()
+
+    def evict_idle(self) -> bool:
+        """Retire the member that was idle longest; return whether there was one."""
+        with self._books:
+            idle = [member for member in self._members if member.idle and not member.retiring]
+            if idle:
+                min(idle, key=lambda member: member.idle_since).retiring = True
+        self._serve()
+        return bool(idle)
+
+    def idle_since(self) -> float | None:
+        """Return since when this target's longest idle member is idle, or None."""
+        with self._books:
+            return min((m.idle_since for m in self._members if m.idle and not m.retiring), default=None)
+
+    def close(self) -> None:
+        """Close every connection and fail everybody who waits."""
+        with self._books:
+            self._closed = True
+            members, self._members = self._members, []
+            waiters, self._waiters = list(self._waiters), deque()
+            self._stock_changed.notify()
+        for waiter in waiters:
+            waiter.error = PoolClosedError(f"{self.target}: the server is stopping")
+            waiter.served.set()
+        for member in members:
+            self._discard(member)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether anything is lent."""
+        with self._books:
+            return any(not member.idle for member in self._members)
+
+    @property
+    def size(self) -> int:
+        """Connections that are open or being opened."""
+        with self._books:
+            return len(self._members) + self._opening
+
+    # From here on: how the queue moves.
+
+    def _serve(self) -> None:
+        """Give free sessions to who waits, retire what is dead or unwanted, open what is missing."""
+        served: list[_Waiter] = []
+        with self._books:
+            gone = [m for m in self._members if not m.connection.alive or (m.retiring and m.idle)]
+            self._members = [m for m in self._members if m not in gone]
+            self._drop_broken_standings()
+            while self._waiters and self._grant(self._waiters[0]):
+                served.append(self._waiters.popleft())
+            unwanted = self._unused_in_the_way()
+            self._keep_stock()
+            missing = self._missing()
+            self._opening += missing
+        for waiter in served:
+            waiter.served.set()
+        for member in gone:
+            self._discard(member)
+        if unwanted is not None:
+            unwanted.close()
+            self._serve()
+        for _ in range(missing):
+            self._start_opening()
+
+    def _grant(self, waiter: _Waiter) -> bool:
+        """Give a waiter a prepared session or a free one; return whether there was one."""
+        if waiter.prepare is not None and (found := self._take_prepared(waiter.prepare)):
+            member, waiter.prepared = found
+        elif free := self._free_member(waiter.control):
+            member = free
+            member.sessions += 1
+        else:
+            return False
+        if waiter.prepare is not None:
+            ready = waiter.prepared is not None and waiter.prepared.ready
+            self._demand.note(waiter.prepare, found_ready=ready)
+        member.enter()
+        waiter.member = member
+        return True
+
+    def _take_prepared(self, prepare: Prepare) -> tuple[_Member, Prepared] | None:
+        owners = {one: m for m in self._members if m.lends for one in m.prepared if one.prepare == prepare}
+        one = best(owners)
+        if one is None:
+            return None
+        owners[one].prepared.remove(one)
+        return owners[one], one
+
+    def _free_member(self, control: bool) -> _Member | None:
+        limit = self._limit(control)
+        free = [m for m in self._members if m.lends and m.sessions < limit]
+        return min(free, key=lambda m: m.sessions, default=None)
+
+    def _limit(self, control: bool) -> int:
+        """How many sessions a member may have: one is kept for killing, which must not wait for what it kills."""
+        if self._granted < _SESSIONS and time.monotonic() - self._learned_at > _RELEARN_SECONDS:
+            self._granted += 1
+            self._learned_at = time.monotonic()
+        return self._granted if control else max(1, self._granted - 1)
+
+    def _missing(self) -> int:
+        """How many more connections to start opening now."""
+        if not self._waiters or time.monotonic() < self._open_again_at:
+            return 0
+        wanted = ceil(len(self._waiters) / self._limit(control=False)) - self._opening
+        staying = sum(not member.retiring for member in self._members)
+        room = self._opener.max_connections - staying - self._opening
+        return max(0, min(wanted, room, _OPENING_AT_ONCE - self._opening))
+
+    def _unused_in_the_way(self) -> Standing | Prepared | None:
+        """Take an unused session down when somebody waits and nothing else can be had."""
+        full = len(self._members) + self._opening >= self._opener.max_connections
+        if not (self._waiters and full and not self._opening):
+            return None
+        for member in self._members:
+            if member.prepared:
+                member.sessions -= 1
+                return member.prepared.pop()
+            if member.idle and member.standing is not None and member.standing.done():
+                standing = member.standing.result()
+                member.standing = None
+                member.sessions -= 1
+                return standing
+        return None
+
+    def _drop_broken_standings(self) -> None:
+        for member in self._members:
+            future = member.standing
+            if future is not None and future.done() and (future.exception() or not future.result().usable):
+                member.standing = None
+                member.sessions -= 1
+
+    def _standing_member(
+        self, make: Callable[[Session], Standing], deadline: float, cancelled: Cancelled
+    ) -> tuple[_Member, "Future[Standing]"]:
+        """Return a member, entered, whose standing session exists or is being made by one caller for all."""
+        while True:
+            with self._books:
+                self._drop_broken_standings()
+                for member in self._members:
+                    if member.lends and member.standing is not None:
+                        member.enter()
+                        return member, member.standing
+            member, session = self.open_session(deadline, cancelled)
+            future: Future[Standing] = Future()
+            with self._books:
+                ours = member.standing is None
+                if ours:
+                    member.standing = future
+            if not ours:
+                session.close()
+                self.release(member)
+                continue
+            try:
+                future.set_result(make(session))
+            except BaseException as error:
+                session.close()
+                future.set_exception(error)
+            return member, future
+
+    def _keep_stock(self) -> None:
+        """See that somebody prepares sessions, as long as any are wanted."""
+        if self._stocking:
+            self._stock_changed.notify()
+        elif self._demand.wanted and not self._closed:
+            self._stocking = True
+            threading.Thread(target=self._stock, name=f"ssh-prepare-{self.target}", daemon=True).start()
+
+    def _stock(self) -> None:
+        """Prepare sessions and close those that grew old, one after the other, until none is wanted."""
+        while True:
+            with self._books:
+                over = self._take_over()
+                member = self._room_for_one_more()
+                prepare = self._demand.prepare
+                if member is not None:
+                    member.sessions += 1
+                    member.enter()
+                elif not over:
+                    if self._closed or not (self._demand.wanted or any(m.prepared for m in self._members)):
+                        self._stocking = False
+                        return
+                    self._stock_changed.wait(1.0)
+            for one in over:
+                one.close()
+            if member is not None and prepare is not None:
+                self._prepare_on(member, prepare)
+
+    def _take_over(self) -> list[Prepared]:
+        """Take those that are to be closed out of the books."""
+        over = []
+        for member in self._members:
+            for one in [one for one in member.prepared if self._demand.is_over(one)]:
+                member.prepared.remove(one)
+                member.sessions -= 1
+                self._demand.unused()
+                over.append(one)
+        return over
+
+    def _room_for_one_more(self) -> _Member | None:
+        """Return where a session may be prepared: with one left free for a caller there, and one for SFTP."""
+        missing = self._demand.wanted - sum(len(member.prepared) for member in self._members)
+        if self._closed or self._waiters or missing <= 0:
+            return None
+        most = self._limit(control=False) - 2
+        free = [m for m in self._members if m.lends and m.sessions + (m.standing is None) <= most]
+        return min(free, key=lambda m: m.sessions, default=None)
+
+    def _prepare_on(self, member: _Member, prepare: Prepare) -> None:
+        """Prepare a session that was reserved."""
+        try:
+            session = self._opened_on(member, time.monotonic() + _ANSWER_SECONDS)
+        except SSHError as error:
+            _log.info("%s: nothing is prepared ahead: %s", self.target, error)
+            return
+        if session is None:
+            return
+        prepared = Prepared(session, prepare(session), prepare)
+        with self._books:
+            member.prepared.append(prepared)
+            member.leave()
+        self._serve()
+
+    def _start_opening(self) -> None:
+        name = f"ssh-open-{self.target}"
+        try:
+            threading.Thread(target=self._open, name=name, daemon=True).start()
+        except RuntimeError:  # the system grants no further thread
+            self._opened(
+                None, UnreachableError(f"{self.target}: this machine has no thread left to connect with")
+            )
+
+    def _open(self) -> None:
+        """Open one connection; owns the place in `_opening` that was taken for it."""
+        error: SSHError | None = None
+        member: _Member | None = None
+        try:
+            self._opener.make_room(self)
+            started = time.monotonic()
+            connection = self._opener.connect(self.target)
+            _log.info("%s: connected in %.2f s", self.target, time.monotonic() - started)
+            member = _Member(connection, jittered(self._opener.idle_seconds))
+        except SSHError as failure:
+            error = failure
+            _log.warning("%s", failure)
+        finally:
+            self._opened(member, error)
+
+    def _opened(self, member: _Member | None, error: SSHError | None) -> None:
+        failed: list[_Waiter] = []
+        with self._books:
+            self._opening -= 1
+            if member is not None and not self._closed:
+                self._members.append(member)
+                member = None
+            elif not any(m.lends for m in self._members) and not self._opening:
+                failed, self._waiters = list(self._waiters), deque()
+            else:
+                self._open_again_at = time.monotonic() + jittered(0.5)
+        if member is not None:
+            self._discard(member)
+        for waiter in failed:
+            waiter.error = error or UnreachableError(f"{self.target} could not be connected to")
+            waiter.served.set()
+        self._serve()
+
+    def _too_late(self) -> SSHError:
+        with self._books:
+            connected = bool(self._members)
+        if connected:
+            return BusyError(f"{self.target}: no free session in time; nothing was run. Try again later")
+        return UnreachableError(f"{self.target} could not be connected to in time; nothing was run")
+
+    def _give_up(self, waiter: _Waiter) -> None:
+        with self._books:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+        if waiter.prepared is not None:
+            waiter.prepared.close()
+        if waiter.member is not None:
+            self.release(waiter.member)
+
+    def _discard(self, member: _Member) -> None:
+        member.connection.close()
+        _log.info("%s: connection closed", self.target)
+        self._opener.changed()
+
+
+def _result(future: "Future[Standing]", deadline: float, cancelled: Cancelled, target: Target) -> Standing:
+    while True:
+        try:
+            return future.result(timeout=min(_POLL_SECONDS, max(0.0, deadline - time.monotonic())))
+        except FutureTimeoutError:
+            cancelled()
+            if time.monotonic() >= deadline:
+                raise ConnectionLostError(f"{target} does not answer") from None
+        except SSHError as error:
+            raise type(error)(*error.args) from None

@@ -1,0 +1,129 @@
+"""What a shell on the other side is told: the exec request, and the one line that it reads and runs.
+
+The exec request holds a constant that reads one line from stdin and evaluates what it decodes to. The line puts the
+shell back into the state that a command line may expect (no trap, option or IFS of an rc file), changes into `cwd`,
+exports `env`, prints a mark with the process id on both streams, and hands over the command line. No quoting of ours
+meets a shell that is no POSIX shell: that one starts `/bin/sh`, which reads the line.
+
+A warm shell got its constant ahead of need: it has read its rc files and waits. It greets when it does, which tells
+it apart from one whose rc files end it or send its output elsewhere. Each shell serves one command.
+"""
+
+import secrets
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ssh_errors import ArgumentError
+from ssh_transport import Session
+
+Dialect = Literal["unknown", "posix", "foreign"]
+"""Who reads the line: an unknown login shell, one that is a POSIX shell, or `/bin/sh` started by another."""
+
+_READ_LINE = 'IFS= read -r c && eval "$(printf %b "$c")"'
+_MOST_ARGUMENT_BYTES = 64 * 1024
+_CALM = """\
+set +efuvxC
+trap - EXIT HUP INT QUIT TERM
+[ -z "${BASH_VERSION-}" ] || { trap - DEBUG ERR RETURN; set +o pipefail; }
+[ -z "${ZSH_VERSION-}" ] || { trap - DEBUG ZERR; set +o pipefail; }
+[ -z "${KSH_VERSION-}" ] || { trap - DEBUG ERR; set +o pipefail; }
+IFS=' \t\n'
+unset c"""
+"""Undoes what rc files may have set up; the shells' own names keep each from what it does not know."""
+
+
+def start_ahead(session: Session, dialect: Dialect) -> bytes:
+    """Start a shell that reads its line whenever it comes; return the greeting it prints once it waits for it."""
+    greeting = secrets.token_hex(16)
+    session.exec(_reader(dialect, f"c=; echo {greeting[:16]}${{c}}{greeting[16:]}; "))
+    return f"{greeting}\n".encode()
+
+
+def _reader(dialect: Dialect, before: str = "") -> str:
+    """Return the constant for an exec request."""
+    constant = before + _READ_LINE
+    return f"exec /bin/sh -c '{constant}'" if dialect == "foreign" else constant
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be run, and what it gets."""
+
+    command: str
+    cwd: str | None
+    env: dict[str, str]
+    stdin: bytes
+    by_sh: bool = False
+    mark: str = field(default_factory=lambda: secrets.token_hex(16))
+
+    def __post_init__(self) -> None:
+        for name, value in self.env.items():
+            if not (name.isascii() and name.isidentifier()):
+                raise ArgumentError(f"env: {name!r} is no variable name; nothing was run")
+            _no_nul(f"the value of {name} in env", value)
+        _no_nul("the command", self.command)
+        _no_nul("cwd", self.cwd or "")
+
+    def request(self, dialect: Dialect) -> tuple[str, bytes]:
+        """Return the exec request, and what goes to stdin.
+
+        A login shell that is known to be a POSIX one gets the steps in the request itself, which saves a round
+        trip; but no environment, which others could read in the process list, and nothing too long for it.
+        """
+        steps = _encoded(self._steps(dialect == "foreign"))
+        if dialect == "posix" and not self.env and len(steps) <= _MOST_ARGUMENT_BYTES:
+            return f"eval \"$(printf %b '{steps.decode()}')\"", self.stdin
+        return _reader(dialect), self.line(dialect)
+
+    def line(self, dialect: Dialect) -> bytes:
+        """Return what goes to the stdin of a shell that reads one line."""
+        return _encoded(self._steps(dialect == "foreign")) + b"\n" + self.stdin
+
+    def _steps(self, foreign: bool) -> str:
+        """Return what the shell evaluates."""
+        mark = f"{self.mark[:16]}''{self.mark[16:]}"  # in two parts: what echoes the steps must not show it
+        steps = [_CALM]
+        if self.cwd is not None:
+            steps.append(f"cd -- {_directory(self.cwd)} >/dev/null 2>&1 || {{ echo {mark} no; exit 1; }}")
+        steps += [f"export {name}={_quoted(value)}" for name, value in self.env.items()]
+        steps.append(f"echo {mark} $$; echo {mark} >&2")
+        if self.by_sh and not foreign:
+            steps.append(f"exec /bin/sh -c {_quoted(self.command)}")
+        elif foreign and not self.by_sh:
+            steps.append(f'exec "${{SHELL:-/bin/sh}}" -c {_quoted(self.command)}')
+        else:
+            steps.append(f"eval {_quoted(self.command)}")
+        return "\n".join(steps)
+
+
+def _no_nul(what: str, text: str) -> None:
+    if b"\0" in sendable(what, text):
+        raise ArgumentError(f"{what} holds a NUL character, which no shell can take; nothing was run")
+
+
+def sendable(what: str, text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise ArgumentError(f"{what} holds half a character (a lone surrogate); nothing was run") from None
+
+
+def _quoted(text: str) -> str:
+    """Quote for a POSIX shell (XCU 2.2.2)."""
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+def _directory(path: str) -> str:
+    if path == "~":
+        return '"$HOME"'
+    if path.startswith("/"):
+        return _quoted(path)
+    return '"$HOME"/' + _quoted(path.removeprefix("~/"))
+
+
+def _encoded(text: str) -> bytes:
+    """Encode for `printf %b` (XCU printf): all but printable ASCII as octal, backslash and quote too."""
+    return b"".join(
+        bytes([byte]) if 32 <= byte < 127 and byte not in b"\\'" else b"\\0%03o" % byte
+        for byte in text.encode()
+    )
