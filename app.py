@@ -35,6 +35,8 @@ from ssh_commands import Commands
 from ssh_edits import Edit
 from ssh_errors import ArgumentError, SSHError
 from ssh_files import Files
+from ssh_jobs import Jobs, local_key
+from ssh_kill import Signal
 from ssh_output import visible
 from ssh_policy import Reach
 from ssh_pool import Pool
@@ -64,12 +66,14 @@ class Services:
         self.reach = Reach(current)
         self.pool = Pool(current)
         self.commands = Commands(self.pool, current)
+        self.jobs = Jobs(self.commands, local_key)
         self.files = Files(self.pool, current)
         self.systems = SystemReports(self.commands.script)
 
     def close(self) -> None:
         """End what waiting calls run, let files be finished for a moment, then close all connections."""
         self.commands.stop()
+        self.jobs.close()
         self.pool.close(_FINISH_SECONDS)
 
 
@@ -208,36 +212,73 @@ Hash = Annotated[
 _cancelled = anyio.from_thread.check_cancelled
 
 
+def identity() -> str:
+    """Return who calls: over stdio everybody is the local user."""
+    return "local"
+
+
 @mcp.tool(
     title="Run a command",
     annotations={"readOnlyHint": False, "destructiveHint": True, "openWorldHint": True},
 )
 @answers
 def ssh_execute(
-    command: Annotated[str, Field(description="Command line for the account's login shell", min_length=1)],
+    command: Annotated[
+        str | None, Field(description="Command line for the account's login shell", min_length=1)
+    ] = None,
     cwd: Annotated[str | None, Field(description="Directory to run in")] = None,
     env: Annotated[dict[str, str] | None, Field(description="Variables to set")] = None,
     input: Annotated[str, Field(description="Text for stdin; empty without it")] = "",  # noqa: A002
-    timeout: Annotated[float, Field(description="Seconds to wait before killing it", gt=0, le=3600)] = 45,
-    on_timeout: Annotated[Literal["kill"], Field(description="What happens then")] = "kill",
+    timeout: Annotated[float, Field(description="Seconds that this call waits", gt=0, le=3600)] = 45,
+    on_timeout: Annotated[
+        Literal["detach", "kill"], Field(description="Then: let it run on as a job, or kill it")
+    ] = "detach",
+    job_id: Annotated[str | None, Field(description="Instead of command: wait on for a running job")] = None,
+    cursor: Annotated[str | None, Field(description="Only what came after that answer of the job")] = None,
+    signal: Annotated[Signal | None, Field(description="Send it to the job first")] = None,
     host: Host = None,
     user: User = None,
     port: Port = None,
 ) -> CommandResult:
-    """Run a command line on a machine and wait for it.
+    """Run a command line on a machine and wait for it; or, with job_id, go on waiting for one that still runs.
 
     Use it for anything that the file tools do not do: services, packages, logs, processes, pipelines. Returns
-    exit code, stdout and stderr (head and tail of long output, with what was left out counted). A non-zero exit
-    code is a result, not an error. There is no terminal: pass -y or --no-pager where a program would ask or page.
-    A command over its timeout is killed with everything it started; background processes do not hold the call.
+    status, exit code, stdout and stderr (head and tail of long output, with what was left out counted). A non-zero
+    exit code is a result, not an error. There is no terminal: pass -y or --no-pager where a program would ask or
+    page. A command over its timeout is not lost: the answer says running, with a job_id and a cursor to pass to the
+    next call, which waits again and returns what came since. Background processes do not hold the call.
     """
-    return _ssh().commands.run(
-        _ssh().reach.target(host, user, port),
-        command,
-        cwd=cwd,
-        env=env,
-        stdin=input,
+    ssh = _ssh()
+    if job_id is None:
+        if command is None or cursor is not None or signal is not None:
+            raise ArgumentError(
+                "give a command, or the job_id of a running one; cursor and signal need job_id"
+            )
+        target = ssh.reach.target(host, user, port)
+        return ssh.jobs.execute(
+            identity(),
+            target,
+            command,
+            cwd=cwd,
+            env=env,
+            stdin=input,
+            timeout=timeout,
+            on_timeout=on_timeout,
+            cancelled=_cancelled,
+        )
+    if command is not None or cwd is not None or env is not None or input:
+        raise ArgumentError(
+            "give a command or a job_id, not both; command, cwd, env and input begin a new command"
+        )
+    runs_on = ssh.jobs.target_of(identity(), job_id)
+    ssh.reach.target(runs_on.host, runs_on.user, runs_on.port)
+    return ssh.jobs.go_on(
+        identity(),
+        job_id,
+        cursor=cursor,
+        signal=signal,
         timeout=timeout,
+        on_timeout=on_timeout,
         cancelled=_cancelled,
     )
 

@@ -29,11 +29,15 @@ def _with_facts(body: str, facts: Sequence[str | None]) -> str:
     return f"{body.removesuffix(chr(10))}\n{line}" if body else line
 
 
+Status = Literal["exited", "running", "killed", "lost"]
+
+
 class CommandResult(BaseModel):
     """How a command went."""
 
-    status: Literal["exited", "killed", "lost"] = Field(
-        description="exited; killed (by a signal or the timeout); lost (connection went away, outcome unknown)"
+    status: Status = Field(
+        description="exited; running (go on with job_id); killed (by a signal or the timeout); "
+        "lost (connection went away, outcome unknown)"
     )
     exit_code: int | None
     signal: str | None = Field(description="name of the signal that ended it, such as TERM")
@@ -45,6 +49,8 @@ class CommandResult(BaseModel):
     stderr_omitted: int
     duration_seconds: float
     target: str
+    job_id: str | None = Field(None, description="while running: pass it to wait on, or to send a signal")
+    cursor: str | None = Field(None, description="of a job: pass it with job_id to get only what comes after")
     note: str | None = Field(None, description="what else to know, such as a process that cannot be killed")
 
     def text(self) -> str:
@@ -62,6 +68,8 @@ class CommandResult(BaseModel):
                 self.target,
                 f"{omitted} bytes omitted" if omitted else None,
                 self.note,
+                f"job_id {self.job_id}" if self.job_id else None,
+                f"cursor {self.cursor}" if self.cursor else None,
             ],
         )
 
@@ -69,6 +77,8 @@ class CommandResult(BaseModel):
         code = f"exit code {self.exit_code}"
         if self.status == "exited":
             return code
+        if self.status == "running":
+            return "still running: call ssh_execute with job_id and cursor for what comes next"
         if self.status == "lost":
             return "lost: the connection went away; whether the command has finished is unknown"
         signal = f"killed by SIG{self.signal}" if self.signal else "killed"

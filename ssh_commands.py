@@ -18,27 +18,26 @@ Invariants:
 """
 
 import logging
-import re
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
 from settings import Settings, Target
-from ssh_answers import CommandResult
+from ssh_answers import CommandResult, Status
 from ssh_errors import ArgumentError, ConnectionLostError, SSHError
+from ssh_exchange import Exchange
+from ssh_kill import Signal, ending, signalling
 from ssh_output import Kept, share, visible
 from ssh_pool import Cancelled, Pool
-from ssh_shells import Dialect, Task, sendable, start_ahead
-from ssh_transport import Session
+from ssh_shells import Dialect, Task, start_ahead
 from ssh_warm import Prepare
 
 _log = logging.getLogger("ssh_mcp_server.commands")
 
-_TICK_SECONDS = 0.25
 _GRACE_SECONDS = 0.5
-_TERM_SECONDS = 2
 _KILL_SECONDS = 8.0
 _START_SECONDS = 10.0
 _SCRIPT_BYTES = 1_000_000
@@ -47,28 +46,6 @@ _AHEAD: dict[Dialect, Prepare] = {
     "posix": partial(start_ahead, dialect="posix"),
     "foreign": partial(start_ahead, dialect="foreign"),
 }
-
-
-@dataclass
-class _Outcome:
-    """What came of one exec request."""
-
-    out: Kept
-    err: Kept
-    pid: int | None = None
-    started: bool = False
-    refused: bool = False
-    exit_status: int | None = None
-    exit_signal: str | None = None
-    killed: bool = False
-    lost: bool = False
-    unread: bool = False
-    note: str | None = None
-
-    @property
-    def answered(self) -> bool:
-        """Whether a shell has read what was sent, and run it or said why not."""
-        return self.started or self.refused
 
 
 class Commands:
@@ -99,24 +76,18 @@ class Commands:
         nothing was run. When `cancelled` raises, the command is killed first.
         """
         started_at = time.monotonic()
-        task = Task(command, cwd, dict(env or {}), sendable("input", stdin))
-        outcome = self._run(target, task, started_at + timeout, cancelled, self._budget)
-        head, tail = share(self._budget, outcome.out, outcome.err)
-        ended = outcome.exit_signal is not None or outcome.killed
-        return CommandResult(
-            status="lost" if outcome.lost else "killed" if ended else "exited",
-            exit_code=outcome.exit_status,
-            signal=outcome.exit_signal,
-            stdout=head.text,
-            stderr=tail.text,
-            stdout_bytes=outcome.out.total,
-            stderr_bytes=outcome.err.total,
-            stdout_omitted=head.omitted,
-            stderr_omitted=tail.omitted,
-            duration_seconds=round(time.monotonic() - started_at, 3),
-            target=str(target),
-            note=outcome.note,
-        )
+        task = Task.of(command, cwd, env, stdin)
+        exchange = self._run(target, task, started_at + timeout, cancelled, self._budget)
+        return Running(target, exchange, started_at, self._budget).result()
+
+    def run_or_detach(
+        self, target: Target, task: Task, *, timeout: float, cancelled: Cancelled
+    ) -> "CommandResult | Running":
+        """Do as `run` does, but hand over the command as it runs when it takes longer than `timeout` seconds."""
+        started_at = time.monotonic()
+        exchange = self._run(target, task, started_at + timeout, cancelled, self._budget, detach=True)
+        running = Running(target, exchange, started_at, self._budget)
+        return running.result() if exchange.kept_session is None else running
 
     def script(self, target: Target, text: str, *, cancelled: Cancelled, timeout: float = 15) -> str:
         """Run a program of ours with `/bin/sh`, whatever the login shell is, and return what it prints.
@@ -124,7 +95,7 @@ class Commands:
         Raises what `run` raises, and SSHError when it does not end well.
         """
         task = Task(text, None, {}, b"", by_sh=True)
-        outcome = self._run(target, task, time.monotonic() + timeout, cancelled, _SCRIPT_BYTES)
+        outcome = self._run(target, task, time.monotonic() + timeout, cancelled, _SCRIPT_BYTES).outcome
         if outcome.lost or outcome.killed:
             raise ConnectionLostError(f"{target} did not answer within {timeout:.0f} s")
         if outcome.exit_status != 0:
@@ -136,19 +107,44 @@ class Commands:
         self._stopping.set()
         self._running.wait_for_none(timeout)
 
+    def kill(self, running: "Running") -> None:
+        """End a command that was handed over. What cannot be ended is said in its outcome's note."""
+        self._kill(running.target, running.exchange)
+
+    def send_signal(self, running: "Running", signal: Signal) -> None:
+        """Send a signal to everything a command that was handed over has started. Raises SSHError if that fails."""
+        pid = running.exchange.outcome.pid
+        if pid is None or pid <= 1:
+            raise SSHError(f"{running.target}: the job's process id is unknown; no signal was sent")
+        said = self._by_sh(running.target, signalling(pid, signal), running.exchange.dialect)
+        if said != [signal]:
+            raise SSHError(
+                f"{running.target}: SIG{signal} was not delivered; the job may just have ended. Ask again"
+            )
+
     def _run(
-        self, target: Target, task: Task, deadline: float, cancelled: Cancelled, budget: int
-    ) -> _Outcome:
+        self,
+        target: Target,
+        task: Task,
+        deadline: float,
+        cancelled: Cancelled,
+        budget: int,
+        *,
+        detach: bool = False,
+    ) -> Exchange:
+        def attempt(what: Task, dialect: Dialect, *, warm: bool = False) -> Exchange:
+            return self._attempt(target, what, dialect, deadline, cancelled, budget, warm=warm, detach=detach)
+
         with self._running:
             dialect = self._dialects.get(target, "unknown")
-            outcome = self._attempt(target, task, dialect, deadline, cancelled, budget, warm=True)
-            if outcome.unread:
-                outcome = self._attempt(target, task, dialect, deadline, cancelled, budget)
-            if not (outcome.answered or outcome.lost) and dialect == "unknown":
-                probe = Task(":", None, {}, b"")
-                if self._attempt(target, probe, "foreign", deadline, cancelled, budget).answered:
-                    dialect = "foreign"
-                    outcome = self._attempt(target, task, dialect, deadline, cancelled, budget)
+            exchange = attempt(task, dialect, warm=True)
+            if exchange.outcome.unread:
+                exchange = attempt(task, dialect)
+            silent = dialect == "unknown" and not (exchange.outcome.answered or exchange.outcome.lost)
+            if silent and attempt(Task.of(":"), "foreign").outcome.answered:
+                dialect = "foreign"
+                exchange = attempt(task, dialect)
+            outcome = exchange.outcome
             if outcome.answered and target not in self._dialects:
                 self._dialects[target] = "posix" if dialect == "unknown" else dialect
                 self._pool.expect(target, _AHEAD[self._dialects[target]])
@@ -165,7 +161,7 @@ class Commands:
                 f"{outcome.exit_status}); look before you try again"
                 + (f": {said[:300]}" if said else "; see the account's login shell and rc files")
             )
-        return outcome
+        return exchange
 
     def _attempt(
         self,
@@ -176,27 +172,36 @@ class Commands:
         cancelled: Cancelled,
         budget: int,
         *,
-        warm: bool = False,
-    ) -> _Outcome:
+        warm: bool,
+        detach: bool,
+    ) -> Exchange:
         def check() -> None:
             cancelled()
             if self._stopping.is_set():
                 raise SSHError(f"{target}: the server is stopping; the command was ended")
 
         prepare = _AHEAD.get(dialect) if warm else None
-        with self._pool.prepared_session(target, prepare, deadline, check) as (session, greeting):
-            exchange = _Exchange(session, task, dialect, budget, greeting)
+        with ExitStack() as lent:
+            session, greeting = lent.enter_context(
+                self._pool.prepared_session(target, prepare, deadline, check)
+            )
+            exchange = Exchange(session, task, dialect, budget, greeting)
             try:
                 timed_out = not exchange.finish(deadline, check)
+                if timed_out and detach and not exchange.outcome.started:
+                    late = time.monotonic() + _START_SECONDS
+                    timed_out = not exchange.finish(late, check, until_started=True)
             except BaseException:
                 self._kill(target, exchange)
                 raise
-            if timed_out:
+            if timed_out and detach and exchange.outcome.started:
+                exchange.kept_session = lent.pop_all()
+            elif timed_out:
                 self._kill(target, exchange)
                 exchange.finish(time.monotonic() + _GRACE_SECONDS, lambda: None)
-            return exchange.outcome
+            return exchange
 
-    def _kill(self, target: Target, exchange: "_Exchange") -> None:
+    def _kill(self, target: Target, exchange: Exchange) -> None:
         """End the process group of a command, and look that it is gone."""
         outcome = exchange.outcome
         if not outcome.started:
@@ -211,211 +216,78 @@ class Commands:
         if said[1:]:
             outcome.note = f"could not be killed: process {', '.join(said[1:])}"
 
-    def _killed(self, target: Target, exchange: "_Exchange") -> list[str]:
+    def _killed(self, target: Target, exchange: Exchange) -> list[str]:
         """Return the signal that ended the group and the processes that none did; nothing when that is unknown."""
-        task = Task(_KILL.replace("PID", str(exchange.outcome.pid)), None, {}, b"", by_sh=True)
+        return self._by_sh(target, ending(exchange.outcome.pid or 0), exchange.dialect)
+
+    def _by_sh(self, target: Target, text: str, dialect: Dialect) -> list[str]:
+        """Return the words that a program prints which must not wait for what it is to end; none if it failed."""
+        task = Task(text, None, {}, b"", by_sh=True)
         deadline = time.monotonic() + _KILL_SECONDS
         try:
             with self._pool.session(target, deadline, lambda: None, control=True) as session:
-                killer = _Exchange(session, task, exchange.dialect, 4096)
+                killer = Exchange(session, task, dialect, 4096)
                 done = killer.finish(deadline, lambda: None)
         except SSHError as error:
-            _log.warning("%s: process group %s was not killed: %s", target, exchange.outcome.pid, error)
+            _log.warning("%s: a running command was not reached: %s", target, error)
             return []
         return killer.outcome.out.shown(4096).text.split() if done else []
 
 
-_KILL = f"""
-stat_of() {{
-  {{ read -r s <"$1"; }} 2>/dev/null || return
-  p=${{1#/proc/}}; p=${{p%/stat}}; s=${{s##*) }}
-}}
-if stat_of /proc/PID/stat; then set -- $s; g=$3
-else g=$(ps -o pgid= -p PID 2>/dev/null); fi
-t=-PID
-if [ "$(($g + 0))" -ne PID ]; then
-  t=PID more=1
-  while [ -n "$more" ]; do
-    more=
-    for f in /proc/[0-9]*/stat; do
-      stat_of "$f" || continue
-      set -- $s
-      case " $t " in *" $p "*) continue ;; esac
-      case " $t " in *" $2 "*) t="$t $p" more=1 ;; esac
-    done
-  done
-fi
-alive() {{
-  if ! [ -e /proc/self/stat ]; then kill -s 0 -- $t 2>/dev/null && echo PID; return; fi
-  for f in /proc/[0-9]*/stat; do
-    stat_of "$f" || continue
-    set -- $s
-    case $1 in Z|X) continue ;; esac
-    case " $t " in " -$3 "|*" $p "*) echo "$p" ;; esac
-  done
-}}
-gone() {{
-  for i in $1; do
-    [ -n "$(alive)" ] || return 0
-    sleep 0.1 2>/dev/null || sleep 1
-  done
-  [ -z "$(alive)" ]
-}}
-tens='1 2 3 4 5 6 7 8 9 10'
-kill -s TERM -- $t 2>/dev/null
-if gone "{" ".join(["$tens"] * _TERM_SECONDS)}"; then echo TERM; exit; fi
-kill -s KILL -- $t 2>/dev/null
-if gone "$tens"; then echo KILL; exit; fi
-echo KILL $(alive)
-"""
-"""Ends a command: TERM, KILL after two seconds, and a look at /proc whether anything is left that is no zombie.
+@dataclass(frozen=True)
+class Running:
+    """A command, its exchange, and the session that it keeps."""
 
-PID stands for the process id of the command's shell. It leads a process group of its own under OpenSSH; where it
-does not (dropbear), the shell and what descends from it are ended, since the group is the connection's. An init
-that reaps late, or never as in many containers, leaves zombies that `kill -0` still finds.
-"""
+    target: Target
+    exchange: Exchange
+    started_at: float
+    budget: int
 
+    @property
+    def kept_bytes(self) -> int:
+        """How much of its output is in memory."""
+        return self.exchange.outcome.out.held + self.exchange.outcome.err.held
 
-class _Exchange:
-    """One command on one session: feeds stdin, drains both streams, notices the end."""
+    def release(self) -> None:
+        """Give the session back. What runs on it is not ended by this."""
+        if self.exchange.kept_session is not None:
+            self.exchange.kept_session.close()
 
-    def __init__(
-        self, session: Session, task: Task, dialect: Dialect, budget: int, greeting: bytes | None = None
-    ) -> None:
-        if greeting is None:
-            request, stdin = task.request(dialect)
-            session.exec(request)
-        else:
-            stdin = task.line(dialect)
-        self.dialect = dialect
-        self.outcome = _Outcome(Kept(budget), Kept(budget))
-        self.signal_sent: str | None = None
-        self._session = session
-        self._greeting = greeting
-        self._input = memoryview(stdin)
-        self._fed = False
-        self._out = _Marked(task.mark, rb" (\d{1,10}|no)", self.outcome.out)
-        self._err = _Marked(task.mark, b"()", self.outcome.err)
-        self._grace: _Grace | None = None
+    def result(self, ended_at: float | None = None) -> CommandResult:
+        """Return how it ended, with all of its output."""
+        outcome = self.exchange.outcome
+        return self._result(outcome.status, outcome.out, outcome.err, ended_at)
 
-    def finish(self, deadline: float, check: Cancelled, *, until_started: bool = False) -> bool:
-        """Go on until the command has ended and return True, or False when the deadline came first."""
-        while True:
-            moved = self._feed() + self._drain()
-            if until_started and self.outcome.started:
-                return False
-            if self._over(moved):
-                self._conclude()
-                return True
-            if time.monotonic() >= deadline:
-                return False
-            check()
-            if not moved:
-                self._session.wait(min(_TICK_SECONDS, max(0.0, deadline - time.monotonic())))
+    def since(self, seen: tuple[int, int], ended_at: float | None) -> tuple[CommandResult, str]:
+        """Return how it goes, with what its streams said after so many bytes of each, and the cursor after that."""
+        outcome, going = self.exchange.outcome, ended_at is None
+        with self.exchange.books:
+            totals = outcome.out.total, outcome.err.total
+            out, err = (
+                stream.after(offset, whole=going)
+                for stream, offset in zip((outcome.out, outcome.err), seen, strict=True)
+            )
+        cursor = f"{min(seen[0], totals[0]) + out.total}.{min(seen[1], totals[1]) + err.total}"
+        result = self._result("running" if going else outcome.status, out, err, ended_at)
+        return result.model_copy(update={"stdout_bytes": totals[0], "stderr_bytes": totals[1]}), cursor
 
-    def _feed(self) -> int:
-        """Send what fits of stdin, and its end after the last byte."""
-        sent = 0
-        while self._input and (count := self._session.send(self._input)):
-            self._input = self._input[count:]
-            sent += count
-        if not self._input and not self._fed:
-            self._session.send_eof()
-            self._fed = True
-        return sent
-
-    def _drain(self) -> int:
-        out, err = self._session.read()
-        self._out.feed(out)
-        self._err.feed(err)
-        said = self._out.said or b""
-        self.outcome.refused = said == b"no"
-        self.outcome.pid = int(said) if said.isdigit() else None
-        self.outcome.started = self.outcome.pid is not None or self._err.said is not None
-        return len(out) + len(err)
-
-    def _over(self, moved: int) -> bool:
-        session = self._session
-        if session.closed or (session.ended and session.exited):
-            return not session.pending
-        if not session.exited:
-            return False
-        if self._grace is None:
-            self._grace = _Grace()
-        return self._grace.is_over(moved)
-
-    def _conclude(self) -> None:
-        outcome = self.outcome
-        outcome.unread = (
-            self._greeting is not None
-            and not outcome.answered
-            and self._session.exited
-            and self._session.connected
-            and self._out.greeted_with(self._greeting)
+    def _result(self, status: Status, out: Kept, err: Kept, ended_at: float | None) -> CommandResult:
+        outcome = self.exchange.outcome
+        head, tail = share(self.budget, out, err)
+        return CommandResult(
+            status=status,
+            exit_code=None if status == "running" else outcome.exit_status,
+            signal=None if status == "running" else outcome.exit_signal,
+            stdout=head.text,
+            stderr=tail.text,
+            stdout_bytes=out.total,
+            stderr_bytes=err.total,
+            stdout_omitted=head.omitted,
+            stderr_omitted=tail.omitted,
+            duration_seconds=round((ended_at or time.monotonic()) - self.started_at, 3),
+            target=str(self.target),
+            note=outcome.note,
         )
-        self._out.finish(outcome.started)
-        self._err.finish(outcome.started)
-        outcome.exit_status = self._session.exit_status
-        outcome.exit_signal = self._session.exit_signal
-        if outcome.killed and outcome.exit_status is None and outcome.exit_signal is None:
-            outcome.exit_signal = self.signal_sent
-        elif not outcome.killed and not self._session.exited:
-            outcome.lost = True
-
-
-class _Grace:
-    """How long output is still taken after the command's own process has ended.
-
-    Half a second, and longer only while more arrives than a chatty background process would print: what the
-    command itself left in pipes and windows comes as fast as the wire carries it.
-    """
-
-    def __init__(self) -> None:
-        self._until = time.monotonic() + _GRACE_SECONDS
-        self._bytes = 0
-
-    def is_over(self, moved: int) -> bool:
-        self._bytes += moved
-        if time.monotonic() < self._until:
-            return False
-        if self._bytes < _FLOOD_BYTES:
-            return True
-        self._until, self._bytes = time.monotonic() + _GRACE_SECONDS, 0
-        return False
-
-
-_FLOOD_BYTES = 256 * 1024
-
-
-class _Marked:
-    """One stream: what comes before the mark belongs to rc files, what comes after it to the command."""
-
-    def __init__(self, mark: str, word: bytes, kept: Kept) -> None:
-        self.said: bytes | None = None
-        self._line = re.compile(mark.encode() + word + rb"\r?\n")
-        self._kept = kept
-        self._before = bytearray()
-
-    def feed(self, data: bytes) -> None:
-        if self.said is not None:
-            self._kept.add(data)
-            return
-        self._before += data
-        if found := self._line.search(self._before):
-            self.said = found[1]
-            self._kept.add(bytes(self._before[found.end() :]))
-            self._before.clear()
-        else:
-            del self._before[: -64 * 1024]
-
-    def greeted_with(self, greeting: bytes) -> bool:
-        """Whether all that came, without a mark, ends in this line: what reads the streams shows what is printed."""
-        return self.said is None and self._before.endswith(greeting)
-
-    def finish(self, started: bool) -> None:
-        """Without a mark at the end of a command that was not run, what there is explains why."""
-        if not started and self.said is None:
-            self._kept.add(bytes(self._before))
 
 
 class _Count:

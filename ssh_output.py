@@ -24,6 +24,11 @@ class Kept:
         self._head = bytearray()
         self._tail = bytearray()
 
+    @property
+    def held(self) -> int:
+        """Bytes in memory."""
+        return len(self._head) + len(self._tail)
+
     def add(self, data: bytes) -> None:
         """Take the next bytes of the stream."""
         self.total += len(data)
@@ -32,6 +37,30 @@ class Kept:
         self._tail += data[room:][-self._budget :]
         if len(self._tail) > 4 * self._budget:
             del self._tail[: -self._budget]
+
+    def after(self, offset: int, *, whole: bool) -> "Kept":
+        """Return the stream from `offset` on, as far as it was kept; what was not is counted all the same.
+
+        With `whole` a character that is cut off at the end is left for later.
+        """
+        cut = 0
+        if whole:
+            last = (bytes(self._head[-4:]) + bytes(self._tail[-4:]))[-4:]
+            cut = len(last) - len(whole_head(last))
+        rest = Kept(self._budget)
+        rest.total = max(0, self.total - offset - cut)
+        tail_at = self.total - len(self._tail)
+        rest._head += self._head[offset:]
+        rest._tail += self._tail[max(0, offset - tail_at) :]
+        if cut:
+            held = rest._tail or rest._head
+            del held[-cut:]
+        if tail_at == len(self._head):
+            data = bytes(rest._head + rest._tail)
+            rest._head[:], rest._tail[:] = data[: self._budget], data[self._budget :]
+        elif not rest._head and rest.total <= len(rest._tail):
+            rest._head[:], rest._tail[:] = rest._tail[: self._budget], rest._tail[self._budget :]
+        return rest
 
     def shown(self, limit: int) -> Shown:
         """Return at most `limit` bytes' worth: all, or the head and the tail with a line between that counts."""

@@ -10,6 +10,7 @@ it apart from one whose rc files end it or send its output elsewhere. Each shell
 """
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -64,6 +65,13 @@ class Task:
         _no_nul("the command", self.command)
         _no_nul("cwd", self.cwd or "")
 
+    @classmethod
+    def of(
+        cls, command: str, cwd: str | None = None, env: Mapping[str, str] | None = None, stdin: str = ""
+    ) -> "Task":
+        """Return the task for what a caller gave. Raises ArgumentError when it cannot be sent."""
+        return cls(command, cwd, dict(env or {}), _sendable("input", stdin))
+
     def request(self, dialect: Dialect) -> tuple[str, bytes]:
         """Return the exec request, and what goes to stdin.
 
@@ -97,11 +105,11 @@ class Task:
 
 
 def _no_nul(what: str, text: str) -> None:
-    if b"\0" in sendable(what, text):
+    if b"\0" in _sendable(what, text):
         raise ArgumentError(f"{what} holds a NUL character, which no shell can take; nothing was run")
 
 
-def sendable(what: str, text: str) -> bytes:
+def _sendable(what: str, text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:

@@ -245,9 +245,12 @@ class _Wake:
 
     def __init__(self) -> None:
         self.event = threading.Event()
+        self.another: threading.Event | None = None
 
     def set(self) -> None:
         self.event.set()
+        if self.another is not None:
+            self.another.set()
 
     def clear(self) -> None:
         """Paramiko clears a pipe's event when that pipe is empty; the other pipe may hold data still."""
@@ -304,6 +307,10 @@ class Session:
         """Wait until something has happened since the last wait, or the time is over."""
         self._wake.event.wait(seconds)
         self._wake.event.clear()
+
+    def stir(self, event: threading.Event) -> None:
+        """Set this event as well whenever something happens."""
+        self._wake.another = event
 
     @property
     def pending(self) -> bool:

@@ -80,7 +80,7 @@ _STORY = (
     _Step(
         "A command over its time is killed, with all it started",
         "ssh_execute",
-        {"command": "echo started; sleep 60 | cat", "timeout": 1},
+        {"command": "echo started; sleep 60 | cat", "timeout": 1, "on_timeout": "kill"},
         "killed",
     ),
     _Step("One call tells how a machine is", "ssh_system_info", {}, "host"),

@@ -40,6 +40,7 @@ def environment(sshd: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setenv("SSH_DEFAULT_USER", "tester")
     monkeypatch.setenv("SSH_KEY_PATH", str(sshd.key))
     monkeypatch.setenv("SSH_KNOWN_HOSTS", str(sshd.known_hosts))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
 
 def with_client(work: Callable[[Client[Any]], Awaitable[Any]]) -> Any:
@@ -241,7 +242,7 @@ def test_bug_inside_is_no_traceback(call: Call, monkeypatch: pytest.MonkeyPatch)
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr("ssh_commands.Commands.run", broken)
+    monkeypatch.setattr("ssh_jobs.Jobs.execute", broken)
     result = call("ssh_execute", command="true")
     assert result.is_error
     assert "secret detail" not in text(result)
@@ -276,3 +277,40 @@ def test_http_is_refused_while_there_is_no_login(transport: str) -> None:
     server: FastMCP[Any] = app.mcp
     with pytest.raises(SettingsError, match="login"):
         asyncio.run(server.run_async(transport=transport, port=1))  # type: ignore[arg-type]
+
+
+def test_command_over_its_time_is_waited_for_with_its_job_id(call: Call) -> None:
+    async def work(client: Client[Any]) -> tuple[Any, Any]:
+        first = await client.call_tool(
+            "ssh_execute", {"command": "echo one; sleep 1; echo two", "timeout": 0.5}
+        )
+        then = {name: fields(first)[name] for name in ("job_id", "cursor")}
+        return first, await client.call_tool("ssh_execute", then)
+
+    first, second = with_client(work)
+    assert fields(first)["status"] == "running"
+    assert fields(first)["job_id"] in text(first)
+    assert (fields(second)["status"], fields(second)["exit_code"]) == ("exited", 0)
+    assert fields(second)["stdout"] == "two\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"cursor": "0.0"},
+        {"signal": "TERM"},
+        {"command": "true", "cursor": "0.0"},
+        {"command": "true", "job_id": "x"},
+    ],
+)
+def test_what_is_neither_a_command_nor_a_job_is_an_error(call: Call, arguments: dict[str, str]) -> None:
+    result = call("ssh_execute", **arguments)
+    assert result.is_error
+    assert "job_id" in text(result)
+
+
+def test_unknown_job_is_an_error(call: Call) -> None:
+    result = call("ssh_execute", job_id="x.y")
+    assert result.is_error
+    assert text(result).startswith("unknown job")

@@ -1,0 +1,206 @@
+"""One command on one session: feeds stdin, drains both streams, notices the end.
+
+Invariants:
+
+- Bytes kept in memory are bounded, whatever a command prints; bytes counted are true.
+- What comes before the mark on a stream is not the command's.
+- The command has ended when its own process has: what it left in the background does not hold the exchange.
+"""
+
+import re
+import threading
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Literal
+
+from ssh_lending import Cancelled
+from ssh_output import Kept
+from ssh_shells import Dialect, Task
+from ssh_transport import Session
+
+_TICK_SECONDS = 0.25
+_GRACE_SECONDS = 0.5
+
+
+@dataclass
+class Outcome:
+    """What came of one exec request."""
+
+    out: Kept
+    err: Kept
+    pid: int | None = None
+    started: bool = False
+    refused: bool = False
+    exit_status: int | None = None
+    exit_signal: str | None = None
+    killed: bool = False
+    lost: bool = False
+    unread: bool = False
+    note: str | None = None
+
+    @property
+    def status(self) -> Literal["exited", "killed", "lost"]:
+        """How it ended."""
+        if self.lost:
+            return "lost"
+        return "killed" if self.killed or self.exit_signal is not None else "exited"
+
+    @property
+    def answered(self) -> bool:
+        """Whether a shell has read what was sent, and run it or said why not."""
+        return self.started or self.refused
+
+
+class Exchange:
+    """One command on one session. Driven by one thread at a time; `books` guards what others may look at."""
+
+    def __init__(
+        self, session: Session, task: Task, dialect: Dialect, budget: int, greeting: bytes | None = None
+    ) -> None:
+        if greeting is None:
+            request, stdin = task.request(dialect)
+            session.exec(request)
+        else:
+            stdin = task.line(dialect)
+        self.dialect = dialect
+        self.outcome = Outcome(Kept(budget), Kept(budget))
+        self.signal_sent: str | None = None
+        self.books = threading.Lock()
+        self.kept_session: ExitStack | None = None
+        self._session = session
+        self._greeting = greeting
+        self._input = memoryview(stdin)
+        self._fed = False
+        self._out = _Marked(task.mark, rb" (\d{1,10}|no)", self.outcome.out)
+        self._err = _Marked(task.mark, b"()", self.outcome.err)
+        self._grace: _Grace | None = None
+
+    def finish(self, deadline: float, check: Cancelled, *, until_started: bool = False) -> bool:
+        """Go on until the command has ended and return True, or False when the deadline came first."""
+        while True:
+            moved, over = self.step()
+            if over:
+                return True
+            if (until_started and self.outcome.started) or time.monotonic() >= deadline:
+                return False
+            check()
+            if not moved:
+                self._session.wait(min(_TICK_SECONDS, max(0.0, deadline - time.monotonic())))
+
+    def step(self) -> tuple[int, bool]:
+        """Move what can be moved without waiting; return how many bytes that were, and whether all is over."""
+        moved = self._feed() + self._drain()
+        over = self._over(moved)
+        if over:
+            self._conclude()
+        return moved, over
+
+    def stir(self, event: threading.Event) -> None:
+        """Set an event too whenever something happens: for one thread that drives many exchanges."""
+        self._session.stir(event)
+
+    def _feed(self) -> int:
+        """Send what fits of stdin, and its end after the last byte."""
+        sent = 0
+        while self._input and (count := self._session.send(self._input)):
+            self._input = self._input[count:]
+            sent += count
+        if not self._input and not self._fed:
+            self._session.send_eof()
+            self._fed = True
+        return sent
+
+    def _drain(self) -> int:
+        out, err = self._session.read()
+        with self.books:
+            self._out.feed(out)
+            self._err.feed(err)
+        said = self._out.said or b""
+        self.outcome.refused = said == b"no"
+        self.outcome.pid = int(said) if said.isdigit() else None
+        self.outcome.started = self.outcome.pid is not None or self._err.said is not None
+        return len(out) + len(err)
+
+    def _over(self, moved: int) -> bool:
+        session = self._session
+        if session.closed or (session.ended and session.exited):
+            return not session.pending
+        if not session.exited:
+            return False
+        if self._grace is None:
+            self._grace = _Grace()
+        return self._grace.is_over(moved)
+
+    def _conclude(self) -> None:
+        outcome = self.outcome
+        outcome.unread = (
+            self._greeting is not None
+            and not outcome.answered
+            and self._session.exited
+            and self._session.connected
+            and self._out.greeted_with(self._greeting)
+        )
+        self._out.finish(outcome.started)
+        self._err.finish(outcome.started)
+        outcome.exit_status = self._session.exit_status
+        outcome.exit_signal = self._session.exit_signal
+        if outcome.killed and outcome.exit_status is None and outcome.exit_signal is None:
+            outcome.exit_signal = self.signal_sent
+        elif not outcome.killed and not self._session.exited:
+            outcome.lost = True
+
+
+class _Grace:
+    """How long output is still taken after the command's own process has ended.
+
+    Half a second, and longer only while more arrives than a chatty background process would print: what the
+    command itself left in pipes and windows comes as fast as the wire carries it.
+    """
+
+    def __init__(self) -> None:
+        self._until = time.monotonic() + _GRACE_SECONDS
+        self._bytes = 0
+
+    def is_over(self, moved: int) -> bool:
+        self._bytes += moved
+        if time.monotonic() < self._until:
+            return False
+        if self._bytes < _FLOOD_BYTES:
+            return True
+        self._until, self._bytes = time.monotonic() + _GRACE_SECONDS, 0
+        return False
+
+
+_FLOOD_BYTES = 256 * 1024
+
+
+class _Marked:
+    """One stream: what comes before the mark belongs to rc files, what comes after it to the command."""
+
+    def __init__(self, mark: str, word: bytes, kept: Kept) -> None:
+        self.said: bytes | None = None
+        self._line = re.compile(mark.encode() + word + rb"\r?\n")
+        self._kept = kept
+        self._before = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        if self.said is not None:
+            self._kept.add(data)
+            return
+        self._before += data
+        if found := self._line.search(self._before):
+            self.said = found[1]
+            self._kept.add(bytes(self._before[found.end() :]))
+            self._before.clear()
+        else:
+            del self._before[: -64 * 1024]
+
+    def greeted_with(self, greeting: bytes) -> bool:
+        """Whether all that came, without a mark, ends in this line: what reads the streams shows what is printed."""
+        return self.said is None and self._before.endswith(greeting)
+
+    def finish(self, started: bool) -> None:
+        """Without a mark at the end of a command that was not run, what there is explains why."""
+        if not started and self.said is None:
+            self._kept.add(bytes(self._before))

@@ -1,0 +1,266 @@
+"""Commands that outlive the call that began them: their handles, who may ask for them, what came since.
+
+A command that still runs when its call's time is over is detached: it keeps its session and its connection, and ends
+with that. One thread drains all of them. A `job_id` is signed, and bound to who started the job and to its target;
+whoever else shows it learns nothing. A `cursor` says how far an answer went, so that the next one goes on from there.
+
+Invariants:
+
+- Every byte after a cursor is shown by the answer to it or counted as omitted; no character is split between answers.
+- Memory is bounded: of each stream what `ssh_output.Kept` keeps, and of all jobs that have ended `_ENDED_BYTES`.
+- An ended job answers for an hour, less only when others that ended later need its memory.
+- Any number of callers may wait for one job; one that goes away does not end it.
+"""
+
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import astuple
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal
+
+from itsdangerous import BadSignature, URLSafeSerializer
+from platformdirs import user_state_path
+
+from settings import Target
+from ssh_answers import CommandResult
+from ssh_commands import Commands, Running
+from ssh_errors import ArgumentError, SSHError
+from ssh_kill import Signal
+from ssh_pool import Cancelled
+from ssh_shells import Task
+
+_TICK_SECONDS = 0.25
+_ANSWERS_SECONDS = 3600.0
+_ENDED_BYTES = 64 * 1024 * 1024
+_AFTER_KILL_SECONDS = 3.0
+
+
+class Job:
+    """A detached command. `changed` guards `ended_at` and wakes who waits."""
+
+    def __init__(self, running: Running, owner: str) -> None:
+        self.name = secrets.token_urlsafe(9)
+        self.owner = owner
+        self.running = running
+        self.changed = threading.Condition()
+        self.ended_at: float | None = None
+
+    @property
+    def target(self) -> Target:
+        """Where it runs."""
+        return self.running.target
+
+    def step(self) -> int:
+        """Move what can be moved; note the end and give the session back. Return how many bytes were moved."""
+        moved, over = self.running.exchange.step()
+        if over:
+            self.running.release()
+            with self.changed:
+                self.ended_at = time.monotonic()
+                self.changed.notify_all()
+        return moved
+
+    def wait(self, deadline: float, cancelled: Cancelled) -> bool:
+        """Wait for its end; return whether it has ended. Raises what `cancelled` raises."""
+        while True:
+            with self.changed:
+                left = deadline - time.monotonic()
+                if self.changed.wait_for(
+                    lambda: self.ended_at is not None, min(_TICK_SECONDS, max(0.0, left))
+                ):
+                    return True
+            if left <= 0:
+                return False
+            cancelled()
+
+
+class Jobs:
+    """All detached commands of the process. Thread-safe."""
+
+    def __init__(self, commands: Commands, key: Callable[[], str]) -> None:
+        self._commands = commands
+        self._key = key
+        self._books = threading.Lock()
+        self._jobs: dict[str, Job] = {}
+        self._stirred = threading.Event()
+        self._driving = False
+        self._closed = False
+
+    def execute(
+        self,
+        owner: str,
+        target: Target,
+        command: str,
+        *,
+        on_timeout: Literal["detach", "kill"],
+        cancelled: Cancelled,
+        cwd: str | None = None,
+        env: dict[str, str] | None = None,
+        stdin: str = "",
+        timeout: float = 45,
+    ) -> CommandResult:
+        """Run a command and wait `timeout` seconds for it; then it is detached or killed. Raises what `run` raises."""
+        if on_timeout == "kill":
+            return self._commands.run(
+                target, command, cancelled=cancelled, cwd=cwd, env=env, stdin=stdin, timeout=timeout
+            )
+        task = Task.of(command, cwd, env, stdin)
+        ended = self._commands.run_or_detach(target, task, timeout=timeout, cancelled=cancelled)
+        if isinstance(ended, CommandResult):
+            return ended
+        job = Job(ended, owner)
+        with self._books:
+            self._forget_old()
+            self._jobs[job.name] = job
+        ended.exchange.stir(self._stirred)
+        self._drive()
+        return self._answer(job, (0, 0))
+
+    def target_of(self, owner: str, job_id: str) -> Target:
+        """Return where a job runs. Raises ArgumentError when `owner` has no such job."""
+        return self._opened(owner, job_id)[1]
+
+    def go_on(
+        self,
+        owner: str,
+        job_id: str,
+        *,
+        on_timeout: Literal["detach", "kill"],
+        cancelled: Cancelled,
+        cursor: str | None = None,
+        signal: Signal | None = None,
+        timeout: float = 45,
+    ) -> CommandResult:
+        """Wait `timeout` seconds for a job, after sending it `signal`, and return what came after `cursor`.
+
+        Raises ArgumentError for a job that `owner` does not have and for a cursor that is none, and SSHError when
+        the signal could not be sent. `on_timeout="kill"` ends the job when it has not ended by itself.
+        """
+        deadline = time.monotonic() + timeout
+        job = self._found(owner, job_id)
+        seen = _offsets(cursor)
+        if signal is not None and job.ended_at is None:
+            self._commands.send_signal(job.running, signal)
+        if not job.wait(deadline, cancelled) and on_timeout == "kill":
+            self._commands.kill(job.running)
+            job.wait(time.monotonic() + _AFTER_KILL_SECONDS, cancelled)
+        return self._answer(job, seen)
+
+    def close(self) -> None:
+        """Let all sessions go. What runs on the other side is not ended by this."""
+        with self._books:
+            self._closed = True
+            jobs = list(self._jobs.values())
+        self._stirred.set()
+        for job in jobs:
+            if job.ended_at is None:
+                job.running.release()
+
+    def _answer(self, job: Job, seen: tuple[int, int]) -> CommandResult:
+        result, cursor = job.running.since(seen, job.ended_at)
+        handle = None
+        if result.status == "running":
+            handle = self._handles(job.owner).dumps([job.name, *astuple(job.target)])
+        return result.model_copy(update={"job_id": handle, "cursor": cursor})
+
+    def _handles(self, owner: str) -> URLSafeSerializer:
+        return URLSafeSerializer(
+            self._key(), salt=f"ssh-mcp-server job of {owner}", signer_kwargs={"digest_method": sha256}
+        )
+
+    def _opened(self, owner: str, job_id: str) -> tuple[str, Target]:
+        try:
+            name, user, host, port = self._handles(owner).loads(job_id)
+        except BadSignature:
+            raise ArgumentError("unknown job: this job_id was not given out to you by this server") from None
+        return name, Target(user, host, port)
+
+    def _found(self, owner: str, job_id: str) -> Job:
+        name, _ = self._opened(owner, job_id)
+        with self._books:
+            self._forget_old()
+            job = self._jobs.get(name)
+        if job is None:
+            raise ArgumentError(
+                "this job is no longer known: it ended more than an hour ago, or the server was restarted and "
+                "its outcome is unknown; look on the machine before you run it again"
+            )
+        return job
+
+    def _forget_old(self) -> None:
+        ended = sorted(
+            (job for job in self._jobs.values() if job.ended_at is not None),
+            key=lambda job: job.ended_at or 0,
+        )
+        held = sum(job.running.kept_bytes for job in ended)
+        for job in ended:
+            if time.monotonic() - (job.ended_at or 0) > _ANSWERS_SECONDS or held > _ENDED_BYTES:
+                held -= job.running.kept_bytes
+                del self._jobs[job.name]
+
+    def _drive(self) -> None:
+        with self._books:
+            if self._driving or self._closed:
+                return
+            self._driving = True
+        threading.Thread(target=self._drain_all, name="ssh-jobs", daemon=True).start()
+
+    def _drain_all(self) -> None:
+        """Drain every detached command until none runs."""
+        while True:
+            with self._books:
+                running = [job for job in self._jobs.values() if job.ended_at is None]
+                if self._closed or not running:
+                    self._driving = False
+                    return
+            self._stirred.clear()
+            if not sum(job.step() for job in running):
+                self._stirred.wait(_TICK_SECONDS)
+
+
+def _offsets(cursor: str | None) -> tuple[int, int]:
+    text = cursor or "0.0"
+    out, _, err = text.partition(".")
+    if not (text.isascii() and out.isdecimal() and err.isdecimal() and len(text) <= 40):
+        raise ArgumentError(
+            "cursor is none that an earlier answer gave; leave it out to get all from the beginning"
+        )
+    return int(out), int(err)
+
+
+def local_key() -> str:
+    """Return the key that signs this user's job ids, made at its first use (0600, in the user's state directory).
+
+    Raises SSHError when it cannot be made or read.
+    """
+    path = user_state_path("ssh-mcp-server", appauthor=False) / "job.key"
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            _write_new(path, secrets.token_hex(32))
+        key = path.read_text()
+    except OSError as error:
+        raise SSHError(f"the key for job ids, {path}, cannot be used: {error.strerror}") from None
+    if len(key) < 64:
+        raise SSHError(f"the key for job ids, {path}, is damaged; remove it, and another is made")
+    return key
+
+
+def _write_new(path: Path, text: str) -> None:
+    """Write a file that is not there yet, so that nobody sees a part of it."""
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+    try:
+        if os.name == "posix":
+            os.link(draft, path)
+            draft.unlink()
+        else:
+            draft.rename(path)
+    except FileExistsError:
+        draft.unlink()

@@ -1,0 +1,71 @@
+"""Ending a command, and sending it a signal: programs for `/bin/sh` on the other side. Pure: a process id in, text out.
+
+PID stands for the process id of the command's shell. It leads a process group of its own under OpenSSH; where it
+does not (dropbear), the shell and what descends from it are meant, since the group is the connection's. An init that
+reaps late, or never as in many containers, leaves zombies that `kill -0` still finds, so `/proc` is looked at.
+"""
+
+from typing import Literal
+
+Signal = Literal["INT", "TERM", "KILL", "HUP"]
+
+
+def ending(pid: int) -> str:
+    """Return the program that ends a command: TERM, KILL after two seconds, and a look whether anything is left.
+
+    It prints the signal that did it, and after that the ids of processes that neither has ended.
+    """
+    return (_MEMBERS + _END).replace("PID", str(pid))
+
+
+def signalling(pid: int, signal: Signal) -> str:
+    """Return the program that sends a signal to the whole command; it prints the signal if there was anybody."""
+    return (_MEMBERS + f"kill -s {signal} -- $t && echo {signal}\n").replace("PID", str(pid))
+
+
+_MEMBERS = """
+stat_of() {
+  { read -r s <"$1"; } 2>/dev/null || return
+  p=${1#/proc/}; p=${p%/stat}; s=${s##*) }
+}
+if stat_of /proc/PID/stat; then set -- $s; g=$3
+else g=$(ps -o pgid= -p PID 2>/dev/null); fi
+t=-PID
+if [ "$(($g + 0))" -ne PID ]; then
+  t=PID more=1
+  while [ -n "$more" ]; do
+    more=
+    for f in /proc/[0-9]*/stat; do
+      stat_of "$f" || continue
+      set -- $s
+      case " $t " in *" $p "*) continue ;; esac
+      case " $t " in *" $2 "*) t="$t $p" more=1 ;; esac
+    done
+  done
+fi
+"""
+"""Sets `t` to whom `kill` is to reach."""
+
+_END = """alive() {
+  if ! [ -e /proc/self/stat ]; then kill -s 0 -- $t 2>/dev/null && echo PID; return; fi
+  for f in /proc/[0-9]*/stat; do
+    stat_of "$f" || continue
+    set -- $s
+    case $1 in Z|X) continue ;; esac
+    case " $t " in " -$3 "|*" $p "*) echo "$p" ;; esac
+  done
+}
+gone() {
+  for i in $1; do
+    [ -n "$(alive)" ] || return 0
+    sleep 0.1 2>/dev/null || sleep 1
+  done
+  [ -z "$(alive)" ]
+}
+tens='1 2 3 4 5 6 7 8 9 10'
+kill -s TERM -- $t 2>/dev/null
+if gone "$tens $tens"; then echo TERM; exit; fi
+kill -s KILL -- $t 2>/dev/null
+if gone "$tens"; then echo KILL; exit; fi
+echo KILL $(alive)
+"""

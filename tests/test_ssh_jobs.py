@@ -1,0 +1,332 @@
+"""Commands that outlive the call that began them, against a real sshd."""
+
+import os
+import stat
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+import ssh_jobs
+from conftest import Server, nobody_cancels, wait_for
+from relay import Relay
+from settings import Target
+from ssh_answers import CommandResult
+from ssh_commands import Commands
+from ssh_errors import ArgumentError, SSHError
+from ssh_jobs import Jobs
+from ssh_output import Kept
+from ssh_pool import Pool
+
+Start = Callable[..., CommandResult]
+KEY = "k" * 64
+
+
+@pytest.fixture
+def jobs(commands: Commands) -> Iterator[Jobs]:
+    jobs = Jobs(commands, lambda: KEY)
+    yield jobs
+    jobs.close()
+
+
+@pytest.fixture
+def start(jobs: Jobs, sshd: Server) -> Start:
+    def start(command: str, *, account: str = "tester", owner: str = "me", **more: object) -> CommandResult:
+        given = {"timeout": 0.3, "on_timeout": "detach"} | more
+        return jobs.execute(owner, sshd.account(account), command, cancelled=nobody_cancels, **given)  # type: ignore[arg-type]
+
+    return start
+
+
+@pytest.fixture
+def go_on(jobs: Jobs) -> Start:
+    def go_on(job_id: str | None, *, owner: str = "me", **more: object) -> CommandResult:
+        assert job_id is not None
+        given = {"timeout": 20, "on_timeout": "detach"} | more
+        return jobs.go_on(owner, job_id, cancelled=nobody_cancels, **given)  # type: ignore[arg-type]
+
+    return go_on
+
+
+def running(marker: str) -> bool:
+    return subprocess.run(["pgrep", "-f", marker], capture_output=True, check=False).returncode == 0
+
+
+def marker() -> str:
+    return f"{os.getpid()}{time.monotonic_ns()}"
+
+
+def test_command_over_its_time_goes_on_as_a_job(start: Start, go_on: Start, sshd: Server) -> None:
+    (go := sshd.home / "go").unlink(missing_ok=True)
+    first = start(f"echo one; echo err >&2; until [ -e {go} ]; do sleep 0.05; done; echo two; exit 4")
+    assert (first.status, first.exit_code, first.signal) == ("running", None, None)
+    assert (first.stdout, first.stderr) == ("one\n", "err\n")
+    assert first.job_id
+    assert f"job_id {first.job_id}" in first.text()
+    assert f"cursor {first.cursor}" in first.text()
+    go.touch()
+    then = go_on(first.job_id, cursor=first.cursor)
+    assert (then.status, then.exit_code, then.stdout, then.stderr) == ("exited", 4, "two\n", "")
+    assert (then.stdout_bytes, then.stderr_bytes, then.job_id) == (8, 4, None)
+    assert then.duration_seconds >= first.duration_seconds
+
+
+def test_ended_job_answers_again_from_its_beginning_and_from_every_cursor(start: Start, go_on: Start) -> None:
+    first = start("echo one; sleep 1; echo two")
+    for _ in range(2):
+        assert go_on(first.job_id).stdout == "one\ntwo\n"
+        assert go_on(first.job_id, cursor=first.cursor).stdout == "two\n"
+    last = go_on(first.job_id)
+    assert go_on(first.job_id, cursor=last.cursor).stdout == ""
+
+
+def test_quick_command_is_no_job(start: Start) -> None:
+    result = start("echo quick", timeout=20)
+    assert (result.status, result.job_id, result.cursor) == ("exited", None, None)
+
+
+def test_still_running_after_the_second_wait_too(start: Start, go_on: Start) -> None:
+    first = start("sleep 30")
+    second = go_on(first.job_id, timeout=0.2)
+    assert (second.status, second.stdout) == ("running", "")
+    assert second.job_id == first.job_id
+    assert go_on(first.job_id, signal="KILL").signal == "KILL"
+
+
+@pytest.mark.parametrize("name", ["INT", "TERM", "KILL", "HUP"])
+@pytest.mark.parametrize("account", ["tester", "ordinary", "fish"])
+def test_signal_reaches_the_whole_group(start: Start, go_on: Start, name: str, account: str) -> None:
+    mark = marker()
+    shell = "sh -c 'trap - INT; sleep 30.MARK | cat'".replace("MARK", mark)
+    first = start(shell, account=account)
+    ended = go_on(first.job_id, signal=name)
+    assert ended.status in ("killed", "exited")
+    assert ended.exit_code != 0 or ended.signal
+    wait_for(lambda: not running(mark))
+
+
+def test_signal_that_is_handled_lets_the_job_end_in_its_own_way(start: Start, go_on: Start) -> None:
+    first = start("trap 'echo cleaned; exit 9' TERM; while :; do sleep 0.05; done")
+    ended = go_on(first.job_id, cursor=first.cursor, signal="TERM")
+    assert (ended.status, ended.exit_code, ended.stdout) == ("exited", 9, "cleaned\n")
+
+
+def test_job_is_killed_when_the_later_call_asks_for_it(start: Start, go_on: Start) -> None:
+    mark = marker()
+    first = start(f"trap '' TERM; sleep 30.{mark}")
+    ended = go_on(first.job_id, timeout=0.2, on_timeout="kill")
+    assert (ended.status, ended.signal, ended.job_id) == ("killed", "KILL", None)
+    assert not running(mark)
+
+
+def test_kill_when_asked_for_at_once(start: Start) -> None:
+    mark = marker()
+    result = start(f"sleep 30.{mark}", on_timeout="kill")
+    assert (result.status, result.signal, result.job_id) == ("killed", "TERM", None)
+    assert not running(mark)
+
+
+def test_job_of_another_owner_is_unknown(start: Start, go_on: Start) -> None:
+    first = start("sleep 30", owner="ann@example.com")
+    with pytest.raises(ArgumentError, match="unknown job"):
+        go_on(first.job_id, owner="bob@example.com")
+    assert go_on(first.job_id, owner="ann@example.com", signal="KILL").signal == "KILL"
+
+
+def test_forged_and_altered_ids_are_unknown(start: Start, jobs: Jobs, commands: Commands) -> None:
+    first = start("sleep 1")
+    assert first.job_id
+    others = Jobs(commands, lambda: "another key" * 8)
+    for job_id in (first.job_id[:-1], "x" + first.job_id, "", ".", "[]", first.job_id.replace(".", "")):
+        with pytest.raises(ArgumentError, match="unknown job"):
+            jobs.target_of("me", job_id)
+    with pytest.raises(ArgumentError, match="unknown job"):
+        others.target_of("me", first.job_id)
+
+
+def test_id_says_where_the_job_runs(start: Start, jobs: Jobs, sshd: Server) -> None:
+    first = start("sleep 1", account="dash")
+    assert first.job_id
+    assert jobs.target_of("me", first.job_id) == sshd.account("dash")
+
+
+def test_job_of_an_earlier_server_is_told_apart(start: Start, commands: Commands) -> None:
+    first = start("sleep 1")
+    assert first.job_id
+    with pytest.raises(ArgumentError, match="look on the machine"):
+        Jobs(commands, lambda: KEY).go_on("me", first.job_id, on_timeout="detach", cancelled=nobody_cancels)
+
+
+@pytest.mark.parametrize("cursor", ["x", "1", "1.", "-1.0", "1.2.3", "1e3.0", "9" * 50 + ".0", "٣.٣"])
+def test_cursor_that_is_none_is_an_error(start: Start, go_on: Start, cursor: str) -> None:
+    first = start("sleep 1")
+    with pytest.raises(ArgumentError, match="cursor"):
+        go_on(first.job_id, cursor=cursor)
+
+
+def test_chatty_job_is_bounded_and_counted_to_the_byte(start: Start, go_on: Start, jobs: Jobs) -> None:
+    first = start("sleep 0.5; seq 1000000; sleep 0.2; seq 1000000 >&2")
+    ended = go_on(first.job_id, cursor=first.cursor, timeout=60)
+    size = sum(len(str(n)) + 1 for n in range(1, 1_000_001))
+    assert (ended.stdout_bytes, ended.stderr_bytes) == (size, size)
+    for shown, omitted in ((ended.stdout, ended.stdout_omitted), (ended.stderr, ended.stderr_omitted)):
+        head, tail = shown.split(f"\n[... {omitted} bytes omitted ...]\n")
+        assert len(head) + omitted + len(tail) == size
+    assert sum(job.running.kept_bytes for job in jobs._jobs.values()) < 2_000_000
+
+
+def test_many_callers_wait_for_one_job_and_read_all_of_it(start: Start, go_on: Start) -> None:
+    first = start("for i in 1 2 3 4 5 6 7 8 9 10; do echo äöü$i; sleep 0.1; done")
+
+    def follow(_: int) -> str:
+        text, answer = first.stdout, first
+        while answer.status == "running":
+            answer = go_on(first.job_id, cursor=answer.cursor, timeout=0.05)
+            text += answer.stdout
+        return text
+
+    with ThreadPoolExecutor(10) as threads:
+        assert set(threads.map(follow, range(10))) == {"".join(f"äöü{n}\n" for n in range(1, 11))}
+
+
+def test_character_that_has_not_come_whole_is_left_for_the_next_answer(start: Start, go_on: Start) -> None:
+    first = start("printf '\\303'; sleep 1; printf '\\244'")
+    assert (first.stdout, first.stdout_bytes) == ("", 1)
+    assert go_on(first.job_id, cursor=first.cursor).stdout == "ä"
+
+
+def test_job_feeds_its_input_to_the_end(start: Start, go_on: Start) -> None:
+    first = start("sleep 1; wc -c", stdin="x" * 30_000_000)
+    assert go_on(first.job_id, timeout=60).stdout.strip() == "30000000"
+
+
+def test_waiting_call_that_is_cancelled_leaves_its_job(start: Start, jobs: Jobs, go_on: Start) -> None:
+    class CancelledError(Exception):
+        pass
+
+    def cancel() -> None:
+        raise CancelledError
+
+    first = start("sleep 1; echo end")
+    assert first.job_id
+    with pytest.raises(CancelledError):
+        jobs.go_on("me", first.job_id, on_timeout="detach", cancelled=cancel)
+    assert go_on(first.job_id).stdout == "end\n"
+
+
+def test_job_whose_connection_is_cut_is_lost(own_sshd: Callable[..., Server]) -> None:
+    server = own_sshd()
+    relay = Relay(server.port)
+    known = server.known_hosts.read_text()
+    server.known_hosts.write_text(known.replace(f":{server.port} ", f":{relay.port} "))
+    settings = server.settings(ssh_default_port=relay.port)
+    pool = Pool(settings)
+    jobs = Jobs(Commands(pool, settings), lambda: KEY)
+    target = Target("tester", "127.0.0.1", relay.port)
+    first = jobs.execute(
+        "me",
+        target,
+        "echo run >> count; echo said; sleep 3",
+        timeout=1,
+        on_timeout="detach",
+        cancelled=nobody_cancels,
+    )
+    assert first.job_id
+    relay.cut()
+    ended = jobs.go_on("me", first.job_id, on_timeout="detach", cancelled=nobody_cancels)
+    assert (ended.status, ended.exit_code, ended.stdout) == ("lost", None, "said\n")
+    assert (server.home / "count").read_text() == "run\n"
+    jobs.close()
+    pool.close()
+    relay.close()
+
+
+def test_detached_jobs_do_not_hold_others_or_the_end(sshd: Server) -> None:
+    pool = Pool(sshd.settings())
+    commands = Commands(pool, sshd.settings())
+    jobs = Jobs(commands, lambda: KEY)
+    for _ in range(12):
+        jobs.execute(
+            "me", sshd.target, "sleep 5", timeout=0.05, on_timeout="detach", cancelled=nobody_cancels
+        )
+    assert commands.run(sshd.target, "echo x", cancelled=nobody_cancels).stdout == "x\n"
+    assert pool.open_targets()[sshd.target] <= 3
+    before = threading.active_count()
+    assert [thread.name for thread in threading.enumerate()].count("ssh-jobs") == 1
+    commands.stop()
+    jobs.close()
+    pool.close(30)
+    wait_for(lambda: threading.active_count() < before)
+    assert pool.open_targets() == {}
+
+
+def test_session_of_an_ended_job_is_given_back(own_sshd: Callable[..., Server]) -> None:
+    server = own_sshd("MaxSessions 2")
+    pool = Pool(server.settings(ssh_max_connections=1))
+    jobs = Jobs(Commands(pool, server.settings()), lambda: KEY)
+    for _ in range(6):
+        first = jobs.execute(
+            "me", server.target, "sleep 0.4", timeout=0.1, on_timeout="detach", cancelled=nobody_cancels
+        )
+        assert first.job_id
+        jobs.go_on("me", first.job_id, on_timeout="detach", cancelled=nobody_cancels)
+    pool.close()
+
+
+def test_ended_jobs_are_forgotten_after_their_time(
+    start: Start, go_on: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = start("sleep 0.5")
+    go_on(first.job_id)
+    monkeypatch.setattr(ssh_jobs, "_ANSWERS_SECONDS", 0)
+    with pytest.raises(ArgumentError, match="no longer known"):
+        go_on(first.job_id)
+
+
+def test_key_is_made_once_and_is_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with ThreadPoolExecutor(8) as threads:
+        (key,) = set(threads.map(lambda _: ssh_jobs.local_key(), range(8)))
+    path = tmp_path / "ssh-mcp-server" / "job.key"
+    assert path.read_text() == key
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert list(path.parent.iterdir()) == [path]
+    path.write_text("")
+    with pytest.raises(SSHError, match="damaged"):
+        ssh_jobs.local_key()
+
+
+@given(
+    st.lists(st.text("aä€😀\n", max_size=30).map(str.encode) | st.binary(max_size=20), max_size=30),
+    st.integers(8, 40),
+    st.data(),
+)
+@hypothesis_settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_answers_after_cursors_show_or_count_every_byte(
+    chunks: list[bytes], budget: int, data: st.DataObject
+) -> None:
+    kept, offset, accounted, texts = Kept(budget), 0, 0, []
+    for number, chunk in enumerate(chunks):
+        kept.add(chunk)
+        last = number == len(chunks) - 1
+        if not last and not data.draw(st.booleans()):
+            continue
+        part = kept.after(offset, whole=not last)
+        shown = part.shown(budget)
+        offset += part.total
+        accounted += part.total
+        if not shown.omitted:
+            texts.append(shown.text)
+        assert 0 <= shown.omitted <= part.total
+        assert len(shown.text.encode()) <= 3 * budget + 60
+    assert accounted == sum(map(len, chunks))
+    whole = b"".join(chunks)
+    if len(whole) <= budget:
+        assert "".join(texts) == whole.decode("utf-8", "replace")
