@@ -37,9 +37,12 @@ def jobs(commands: Commands) -> Iterator[Jobs]:
 
 
 @pytest.fixture
-def start(jobs: Jobs, sshd: Server) -> Start:
+def start(jobs: Jobs, commands: Commands, sshd: Server) -> Start:
+    """Start a command on a connection that is there, and wait for it a second: much less than it takes."""
+
     def start(command: str, *, account: str = "tester", owner: str = "me", **more: object) -> CommandResult:
-        given = {"timeout": 0.3, "on_timeout": "detach"} | more
+        given = {"timeout": 1, "on_timeout": "detach"} | more
+        commands.run(sshd.account(account), "true", cancelled=nobody_cancels)
         return jobs.execute(owner, sshd.account(account), command, cancelled=nobody_cancels, **given)  # type: ignore[arg-type]
 
     return start
@@ -79,7 +82,7 @@ def test_command_over_its_time_goes_on_as_a_job(start: Start, go_on: Start, sshd
 
 
 def test_ended_job_answers_again_from_its_beginning_and_from_every_cursor(start: Start, go_on: Start) -> None:
-    first = start("echo one; sleep 1; echo two")
+    first = start("echo one; sleep 3; echo two")
     for _ in range(2):
         assert go_on(first.job_id).stdout == "one\ntwo\n"
         assert go_on(first.job_id, cursor=first.cursor).stdout == "two\n"
@@ -141,7 +144,7 @@ def test_job_of_another_owner_is_unknown(start: Start, go_on: Start) -> None:
 
 
 def test_forged_and_altered_ids_are_unknown(start: Start, jobs: Jobs, commands: Commands) -> None:
-    first = start("sleep 1")
+    first = start("sleep 3")
     assert first.job_id
     others = Jobs(commands, lambda: "another key" * 8)
     for job_id in (first.job_id[:-1], "x" + first.job_id, "", ".", "[]", first.job_id.replace(".", "")):
@@ -152,13 +155,13 @@ def test_forged_and_altered_ids_are_unknown(start: Start, jobs: Jobs, commands: 
 
 
 def test_id_says_where_the_job_runs(start: Start, jobs: Jobs, sshd: Server) -> None:
-    first = start("sleep 1", account="dash")
+    first = start("sleep 3", account="dash")
     assert first.job_id
     assert jobs.target_of("me", first.job_id) == sshd.account("dash")
 
 
 def test_job_of_an_earlier_server_is_told_apart(start: Start, commands: Commands) -> None:
-    first = start("sleep 1")
+    first = start("sleep 3")
     assert first.job_id
     with pytest.raises(ArgumentError, match="look on the machine"):
         Jobs(commands, lambda: KEY).go_on("me", first.job_id, on_timeout="detach", cancelled=nobody_cancels)
@@ -166,13 +169,13 @@ def test_job_of_an_earlier_server_is_told_apart(start: Start, commands: Commands
 
 @pytest.mark.parametrize("cursor", ["x", "1", "1.", "-1.0", "1.2.3", "1e3.0", "9" * 50 + ".0", "٣.٣"])
 def test_cursor_that_is_none_is_an_error(start: Start, go_on: Start, cursor: str) -> None:
-    first = start("sleep 1")
+    first = start("sleep 3")
     with pytest.raises(ArgumentError, match="cursor"):
         go_on(first.job_id, cursor=cursor)
 
 
 def test_chatty_job_is_bounded_and_counted_to_the_byte(start: Start, go_on: Start, jobs: Jobs) -> None:
-    first = start("sleep 0.5; seq 1000000; sleep 0.2; seq 1000000 >&2")
+    first = start("sleep 3; seq 1000000; sleep 0.2; seq 1000000 >&2")
     ended = go_on(first.job_id, cursor=first.cursor, timeout=60)
     size = sum(len(str(n)) + 1 for n in range(1, 1_000_001))
     assert (ended.stdout_bytes, ended.stderr_bytes) == (size, size)
@@ -183,7 +186,7 @@ def test_chatty_job_is_bounded_and_counted_to_the_byte(start: Start, go_on: Star
 
 
 def test_many_callers_wait_for_one_job_and_read_all_of_it(start: Start, go_on: Start) -> None:
-    first = start("for i in 1 2 3 4 5 6 7 8 9 10; do echo äöü$i; sleep 0.1; done")
+    first = start("for i in 1 2 3 4 5 6 7 8 9 10; do echo äöü$i; sleep 0.3; done")
 
     def follow(_: int) -> str:
         text, answer = first.stdout, first
@@ -197,13 +200,13 @@ def test_many_callers_wait_for_one_job_and_read_all_of_it(start: Start, go_on: S
 
 
 def test_character_that_has_not_come_whole_is_left_for_the_next_answer(start: Start, go_on: Start) -> None:
-    first = start("printf '\\303'; sleep 1; printf '\\244'")
+    first = start("printf '\\303'; sleep 3; printf '\\244'")
     assert (first.stdout, first.stdout_bytes) == ("", 1)
     assert go_on(first.job_id, cursor=first.cursor).stdout == "ä"
 
 
 def test_job_feeds_its_input_to_the_end(start: Start, go_on: Start) -> None:
-    first = start("sleep 1; wc -c", stdin="x" * 30_000_000)
+    first = start("sleep 3; wc -c", stdin="x" * 30_000_000)
     assert go_on(first.job_id, timeout=60).stdout.strip() == "30000000"
 
 
@@ -214,7 +217,7 @@ def test_waiting_call_that_is_cancelled_leaves_its_job(start: Start, jobs: Jobs,
     def cancel() -> None:
         raise CancelledError
 
-    first = start("sleep 1; echo end")
+    first = start("sleep 3; echo end")
     assert first.job_id
     with pytest.raises(CancelledError):
         jobs.go_on("me", first.job_id, on_timeout="detach", cancelled=cancel)
@@ -233,8 +236,8 @@ def test_job_whose_connection_is_cut_is_lost(own_sshd: Callable[..., Server]) ->
     first = jobs.execute(
         "me",
         target,
-        "echo run >> count; echo said; sleep 3",
-        timeout=1,
+        "echo run >> count; echo said; sleep 10",
+        timeout=3,
         on_timeout="detach",
         cancelled=nobody_cancels,
     )
@@ -252,10 +255,14 @@ def test_detached_jobs_do_not_hold_others_or_the_end(sshd: Server) -> None:
     pool = Pool(sshd.settings())
     commands = Commands(pool, sshd.settings())
     jobs = Jobs(commands, lambda: KEY)
-    for _ in range(12):
-        jobs.execute(
-            "me", sshd.target, "sleep 5", timeout=0.05, on_timeout="detach", cancelled=nobody_cancels
-        )
+
+    def detach(_: int) -> str:
+        return jobs.execute(
+            "me", sshd.target, "sleep 30", timeout=3, on_timeout="detach", cancelled=nobody_cancels
+        ).status
+
+    with ThreadPoolExecutor(12) as threads:
+        assert list(threads.map(detach, range(12))) == ["running"] * 12
     assert commands.run(sshd.target, "echo x", cancelled=nobody_cancels).stdout == "x\n"
     assert pool.open_targets()[sshd.target] <= 3
     before = threading.active_count()
@@ -270,10 +277,12 @@ def test_detached_jobs_do_not_hold_others_or_the_end(sshd: Server) -> None:
 def test_session_of_an_ended_job_is_given_back(own_sshd: Callable[..., Server]) -> None:
     server = own_sshd("MaxSessions 2")
     pool = Pool(server.settings(ssh_max_connections=1))
-    jobs = Jobs(Commands(pool, server.settings()), lambda: KEY)
-    for _ in range(6):
+    commands = Commands(pool, server.settings())
+    jobs = Jobs(commands, lambda: KEY)
+    commands.run(server.target, "true", cancelled=nobody_cancels)
+    for _ in range(3):
         first = jobs.execute(
-            "me", server.target, "sleep 0.4", timeout=0.1, on_timeout="detach", cancelled=nobody_cancels
+            "me", server.target, "sleep 3", timeout=1, on_timeout="detach", cancelled=nobody_cancels
         )
         assert first.job_id
         jobs.go_on("me", first.job_id, on_timeout="detach", cancelled=nobody_cancels)
@@ -283,7 +292,7 @@ def test_session_of_an_ended_job_is_given_back(own_sshd: Callable[..., Server]) 
 def test_ended_jobs_are_forgotten_after_their_time(
     start: Start, go_on: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = start("sleep 0.5")
+    first = start("sleep 3")
     go_on(first.job_id)
     monkeypatch.setattr(ssh_jobs, "_ANSWERS_SECONDS", 0)
     with pytest.raises(ArgumentError, match="no longer known"):
