@@ -23,6 +23,7 @@ import anyio.to_thread
 import fastmcp
 from fastmcp import FastMCP
 from fastmcp.exceptions import ToolError, ValidationError
+from fastmcp.server.dependencies import get_context
 from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
 from fastmcp.tools.base import ToolResult
 from pydantic import Field
@@ -212,6 +213,12 @@ Hash = Annotated[
 _cancelled = anyio.from_thread.check_cancelled
 
 
+def _progress(seconds: float, size: int, line: str) -> None:
+    """Tell the client how the call goes on, if it asked for that."""
+    message = f"{seconds:.0f} s, {size} bytes" + (f": {line}" if line else "")
+    anyio.from_thread.run(get_context().report_progress, seconds, None, message)
+
+
 def identity() -> str:
     """Return who calls: over stdio everybody is the local user."""
     return "local"
@@ -265,6 +272,7 @@ def ssh_execute(
             timeout=timeout,
             on_timeout=on_timeout,
             cancelled=_cancelled,
+            progress=_progress,
         )
     if command is not None or cwd is not None or env is not None or input:
         raise ArgumentError(
@@ -280,6 +288,7 @@ def ssh_execute(
         timeout=timeout,
         on_timeout=on_timeout,
         cancelled=_cancelled,
+        progress=_progress,
     )
 
 

@@ -28,7 +28,7 @@ from functools import partial
 from settings import Settings, Target
 from ssh_answers import CommandResult, Status
 from ssh_errors import ArgumentError, ConnectionLostError, SSHError
-from ssh_exchange import Exchange
+from ssh_exchange import Exchange, Progress, Pulse, untold
 from ssh_kill import Signal, ending, signalling
 from ssh_output import Kept, share, visible
 from ssh_pool import Cancelled, Pool
@@ -68,6 +68,7 @@ class Commands:
         env: Mapping[str, str] | None = None,
         stdin: str = "",
         timeout: float = 45,
+        progress: Progress = untold,
     ) -> CommandResult:
         """Run a command line in the account's login shell and wait for it, `timeout` seconds at most.
 
@@ -77,15 +78,17 @@ class Commands:
         """
         started_at = time.monotonic()
         task = Task.of(command, cwd, env, stdin)
-        exchange = self._run(target, task, started_at + timeout, cancelled, self._budget)
+        exchange = self._run(target, task, started_at + timeout, cancelled, self._budget, progress=progress)
         return Running(target, exchange, started_at, self._budget).result()
 
     def run_or_detach(
-        self, target: Target, task: Task, *, timeout: float, cancelled: Cancelled
+        self, target: Target, task: Task, *, timeout: float, cancelled: Cancelled, progress: Progress = untold
     ) -> "CommandResult | Running":
         """Do as `run` does, but hand over the command as it runs when it takes longer than `timeout` seconds."""
         started_at = time.monotonic()
-        exchange = self._run(target, task, started_at + timeout, cancelled, self._budget, detach=True)
+        exchange = self._run(
+            target, task, started_at + timeout, cancelled, self._budget, progress=progress, detach=True
+        )
         running = Running(target, exchange, started_at, self._budget)
         return running.result() if exchange.kept_session is None else running
 
@@ -130,10 +133,15 @@ class Commands:
         cancelled: Cancelled,
         budget: int,
         *,
+        progress: Progress = untold,
         detach: bool = False,
     ) -> Exchange:
+        pulse = Pulse(progress)
+
         def attempt(what: Task, dialect: Dialect, *, warm: bool = False) -> Exchange:
-            return self._attempt(target, what, dialect, deadline, cancelled, budget, warm=warm, detach=detach)
+            return self._attempt(
+                target, what, dialect, deadline, cancelled, budget, pulse, warm=warm, detach=detach
+            )
 
         with self._running:
             dialect = self._dialects.get(target, "unknown")
@@ -171,6 +179,7 @@ class Commands:
         deadline: float,
         cancelled: Cancelled,
         budget: int,
+        pulse: Pulse,
         *,
         warm: bool,
         detach: bool,
@@ -186,11 +195,16 @@ class Commands:
                 self._pool.prepared_session(target, prepare, deadline, check)
             )
             exchange = Exchange(session, task, dialect, budget, greeting)
+
+            def watch() -> None:
+                check()
+                pulse.beat(exchange)
+
             try:
-                timed_out = not exchange.finish(deadline, check)
+                timed_out = not exchange.finish(deadline, watch)
                 if timed_out and detach and not exchange.outcome.started:
                     late = time.monotonic() + _START_SECONDS
-                    timed_out = not exchange.finish(late, check, until_started=True)
+                    timed_out = not exchange.finish(late, watch, until_started=True)
             except BaseException:
                 self._kill(target, exchange)
                 raise

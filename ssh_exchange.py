@@ -10,6 +10,7 @@ Invariants:
 import re
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +22,8 @@ from ssh_transport import Session
 
 _TICK_SECONDS = 0.25
 _GRACE_SECONDS = 0.5
+_PULSE_SECONDS = 1.0
+_LINE_BYTES = 120
 
 
 @dataclass
@@ -50,6 +53,34 @@ class Outcome:
     def answered(self) -> bool:
         """Whether a shell has read what was sent, and run it or said why not."""
         return self.started or self.refused
+
+
+Progress = Callable[[float, int, str], None]
+"""Told about once a second, by who waits: seconds waited, bytes of output so far, the last line of it."""
+
+
+class Pulse:
+    """Tells a caller how its command goes on, about once a second. For one thread."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._began_at = self._told_at = time.monotonic()
+
+    def beat(self, exchange: "Exchange") -> None:
+        """Tell, if it is time."""
+        now = time.monotonic()
+        if now - self._told_at < _PULSE_SECONDS:
+            return
+        self._told_at = now
+        outcome = exchange.outcome
+        with exchange.books:
+            size = outcome.out.total + outcome.err.total
+            line = (outcome.out if outcome.out.total else outcome.err).last_line(_LINE_BYTES)
+        self._progress(now - self._began_at, size, line)
+
+
+def untold(seconds: float, size: int, line: str) -> None:
+    """Tell nobody: the progress of who does not ask for it."""
 
 
 class Exchange:

@@ -30,6 +30,7 @@ from settings import Target
 from ssh_answers import CommandResult
 from ssh_commands import Commands, Running
 from ssh_errors import ArgumentError, SSHError
+from ssh_exchange import Progress, Pulse, untold
 from ssh_kill import Signal
 from ssh_pool import Cancelled
 from ssh_shells import Task
@@ -65,8 +66,9 @@ class Job:
                 self.changed.notify_all()
         return moved
 
-    def wait(self, deadline: float, cancelled: Cancelled) -> bool:
+    def wait(self, deadline: float, cancelled: Cancelled, progress: Progress = untold) -> bool:
         """Wait for its end; return whether it has ended. Raises what `cancelled` raises."""
+        pulse = Pulse(progress)
         while True:
             with self.changed:
                 left = deadline - time.monotonic()
@@ -77,6 +79,7 @@ class Job:
             if left <= 0:
                 return False
             cancelled()
+            pulse.beat(self.running.exchange)
 
 
 class Jobs:
@@ -103,14 +106,24 @@ class Jobs:
         env: dict[str, str] | None = None,
         stdin: str = "",
         timeout: float = 45,
+        progress: Progress = untold,
     ) -> CommandResult:
         """Run a command and wait `timeout` seconds for it; then it is detached or killed. Raises what `run` raises."""
         if on_timeout == "kill":
             return self._commands.run(
-                target, command, cancelled=cancelled, cwd=cwd, env=env, stdin=stdin, timeout=timeout
+                target,
+                command,
+                cwd=cwd,
+                env=env,
+                stdin=stdin,
+                timeout=timeout,
+                cancelled=cancelled,
+                progress=progress,
             )
         task = Task.of(command, cwd, env, stdin)
-        ended = self._commands.run_or_detach(target, task, timeout=timeout, cancelled=cancelled)
+        ended = self._commands.run_or_detach(
+            target, task, timeout=timeout, cancelled=cancelled, progress=progress
+        )
         if isinstance(ended, CommandResult):
             return ended
         job = Job(ended, owner)
@@ -135,6 +148,7 @@ class Jobs:
         cursor: str | None = None,
         signal: Signal | None = None,
         timeout: float = 45,
+        progress: Progress = untold,
     ) -> CommandResult:
         """Wait `timeout` seconds for a job, after sending it `signal`, and return what came after `cursor`.
 
@@ -146,7 +160,7 @@ class Jobs:
         seen = _offsets(cursor)
         if signal is not None and job.ended_at is None:
             self._commands.send_signal(job.running, signal)
-        if not job.wait(deadline, cancelled) and on_timeout == "kill":
+        if not job.wait(deadline, cancelled, progress) and on_timeout == "kill":
             self._commands.kill(job.running)
             job.wait(time.monotonic() + _AFTER_KILL_SECONDS, cancelled)
         return self._answer(job, seen)

@@ -180,19 +180,19 @@ class TargetPool:
             if session := self._opened_on(member, deadline):
                 return member, session, None
 
-    def _opened_on(self, member: _Member, deadline: float) -> Session | None:
+    def _opened_on(self, member: _Member, deadline: float, *, used: bool = True) -> Session | None:
         """Open a session that was reserved; None, and the reservation taken back, when that cannot be had there."""
         try:
             left = max(0.1, deadline - time.monotonic())
             session = member.connection.open_session(min(_ANSWER_SECONDS, left))
         except SessionRefusedError:
-            self.refused(member)
+            self.refused(member, used=used)
         except ConnectionLostError:
             _log.info("%s: a connection does not answer; moving to another", self.target)
             member.retiring = True
-            self.release(member)
+            self.release(member, used=used)
         except BaseException:
-            self.release(member)
+            self.release(member, used=used)
             raise
         else:
             member.proven = True
@@ -205,14 +205,15 @@ class TargetPool:
             self._demand.note(prepare, found_ready=False)
         self._serve()
 
-    def release(self, member: _Member) -> None:
-        """Take back a session that was reserved."""
+    def release(self, member: _Member, *, used: bool = True) -> None:
+        """Take back a session that was reserved, by a caller or (not `used`) ahead of need."""
         with self._books:
             member.sessions -= 1
-            member.leave()
+            if used:
+                member.leave()
         self._serve()
 
-    def refused(self, member: _Member) -> None:
+    def refused(self, member: _Member, *, used: bool = True) -> None:
         """Note that the server opened no session for a reservation, and take that back.
 
         Raises UnreachableError when the server opens no session at all.
@@ -223,7 +224,7 @@ class TargetPool:
             self._learned_at = time.monotonic()
             member.retiring |= others == 0
         _log.info("%s grants %d sessions on a connection", self.target, self._granted)
-        self.release(member)
+        self.release(member, used=used)
         if others == 0 and not member.proven:
             raise UnreachableError(
                 f"{self.target} lets you log in but opens no session; see MaxSessions in its sshd_config"
@@ -437,7 +438,6 @@ class TargetPool:
                 prepare = self._demand.prepare
                 if member is not None:
                     member.sessions += 1
-                    member.enter()
                 elif not over:
                     if self._closed or not (self._demand.wanted or any(m.prepared for m in self._members)):
                         self._stocking = False
@@ -471,7 +471,7 @@ class TargetPool:
     def _prepare_on(self, member: _Member, prepare: Prepare) -> None:
         """Prepare a session that was reserved."""
         try:
-            session = self._opened_on(member, time.monotonic() + _ANSWER_SECONDS)
+            session = self._opened_on(member, time.monotonic() + _ANSWER_SECONDS, used=False)
         except SSHError as error:
             _log.info("%s: nothing is prepared ahead: %s", self.target, error)
             return
@@ -480,7 +480,6 @@ class TargetPool:
         prepared = Prepared(session, prepare(session), prepare)
         with self._books:
             member.prepared.append(prepared)
-            member.leave()
         self._serve()
 
     def _start_opening(self) -> None:

@@ -29,6 +29,11 @@ class Kept:
         """Bytes in memory."""
         return len(self._head) + len(self._tail)
 
+    def last_line(self, limit: int) -> str:
+        """Return the last line so far, its end at most, with control characters made visible."""
+        last = (bytes(self._head[-limit:]) + bytes(self._tail[-limit:]))[-limit:]
+        return one_line(_decoded(_whole_tail(last)).rstrip("\n").rpartition("\n")[2])
+
     def add(self, data: bytes) -> None:
         """Take the next bytes of the stream."""
         self.total += len(data)

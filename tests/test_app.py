@@ -314,3 +314,25 @@ def test_unknown_job_is_an_error(call: Call) -> None:
     result = call("ssh_execute", job_id="x.y")
     assert result.is_error
     assert text(result).startswith("unknown job")
+
+
+def test_client_that_asks_for_it_is_told_how_a_command_goes_on(environment: None) -> None:
+    told: list[tuple[float, str | None]] = []
+
+    async def note(progress: float, total: float | None, message: str | None) -> None:
+        told.append((progress, message))
+
+    async def work(client: Client[Any]) -> None:
+        first = await client.call_tool(
+            "ssh_execute",
+            {"command": "echo a; printf 'b\\033'; sleep 6", "timeout": 3},
+            progress_handler=note,
+        )
+        count = len(told)
+        assert count >= 1
+        then = {name: fields(first)[name] for name in ("job_id", "cursor")}
+        await client.call_tool("ssh_execute", then, progress_handler=note)
+        assert len(told) > count
+
+    with_client(work)
+    assert (told[0][1] or "").endswith("s, 4 bytes: b\\x1b")
