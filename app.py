@@ -240,6 +240,9 @@ def ssh_execute(
     on_timeout: Annotated[
         Literal["detach", "kill"], Field(description="Then: let it run on as a job, or kill it")
     ] = "detach",
+    background: Annotated[
+        bool, Field(description="Start it and return; it survives the connection and this server")
+    ] = False,
     job_id: Annotated[str | None, Field(description="Instead of command: wait on for a running job")] = None,
     cursor: Annotated[str | None, Field(description="Only what came after that answer of the job")] = None,
     signal: Annotated[Signal | None, Field(description="Send it to the job first")] = None,
@@ -262,6 +265,17 @@ def ssh_execute(
                 "give a command, or the job_id of a running one; cursor and signal need job_id"
             )
         target = ssh.reach.target(host, user, port)
+        if background:
+            return ssh.jobs.start_background(
+                identity(),
+                target,
+                command,
+                cwd=cwd,
+                env=env,
+                stdin=input,
+                timeout=timeout,
+                cancelled=_cancelled,
+            )
         return ssh.jobs.execute(
             identity(),
             target,

@@ -49,8 +49,10 @@ class CommandResult(BaseModel):
     stderr_omitted: int
     duration_seconds: float
     target: str
-    job_id: str | None = Field(None, description="while running: pass it to wait on, or to send a signal")
+    job_id: str | None = Field(None, description="of a running job: pass it to wait on, or to send a signal")
     cursor: str | None = Field(None, description="of a job: pass it with job_id to get only what comes after")
+    stdout_path: str | None = Field(None, description="background: the remote file, for ssh_read_file")
+    stderr_path: str | None = None
     note: str | None = Field(None, description="what else to know, such as a process that cannot be killed")
 
     def text(self) -> str:
@@ -70,6 +72,7 @@ class CommandResult(BaseModel):
                 self.note,
                 f"job_id {self.job_id}" if self.job_id else None,
                 f"cursor {self.cursor}" if self.cursor else None,
+                f"whole output in {self.stdout_path} and {self.stderr_path}" if self.stdout_path else None,
             ],
         )
 

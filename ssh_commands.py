@@ -25,6 +25,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
+import ssh_background
 from settings import Settings, Target
 from ssh_answers import CommandResult, Status
 from ssh_errors import ArgumentError, ConnectionLostError, SSHError
@@ -41,6 +42,7 @@ _GRACE_SECONDS = 0.5
 _KILL_SECONDS = 8.0
 _START_SECONDS = 10.0
 _SCRIPT_BYTES = 1_000_000
+_TOO_MANY_JOBS = 4
 
 _AHEAD: dict[Dialect, Prepare] = {
     "posix": partial(start_ahead, dialect="posix"),
@@ -53,7 +55,7 @@ class Commands:
 
     def __init__(self, pool: Pool, settings: Settings) -> None:
         self._pool = pool
-        self._budget = settings.ssh_max_output_bytes
+        self.budget = settings.ssh_max_output_bytes
         self._dialects: dict[Target, Dialect] = {}
         self._stopping = threading.Event()
         self._running = _Count()
@@ -78,8 +80,8 @@ class Commands:
         """
         started_at = time.monotonic()
         task = Task.of(command, cwd, env, stdin)
-        exchange = self._run(target, task, started_at + timeout, cancelled, self._budget, progress=progress)
-        return Running(target, exchange, started_at, self._budget).result()
+        exchange = self._run(target, task, started_at + timeout, cancelled, self.budget, progress=progress)
+        return Running(target, exchange, started_at, self.budget).result()
 
     def run_or_detach(
         self, target: Target, task: Task, *, timeout: float, cancelled: Cancelled, progress: Progress = untold
@@ -87,9 +89,9 @@ class Commands:
         """Do as `run` does, but hand over the command as it runs when it takes longer than `timeout` seconds."""
         started_at = time.monotonic()
         exchange = self._run(
-            target, task, started_at + timeout, cancelled, self._budget, progress=progress, detach=True
+            target, task, started_at + timeout, cancelled, self.budget, progress=progress, detach=True
         )
-        running = Running(target, exchange, started_at, self._budget)
+        running = Running(target, exchange, started_at, self.budget)
         return running.result() if exchange.kept_session is None else running
 
     def script(self, target: Target, text: str, *, cancelled: Cancelled, timeout: float = 15) -> str:
@@ -97,13 +99,43 @@ class Commands:
 
         Raises what `run` raises, and SSHError when it does not end well.
         """
+        return self.script_bytes(target, text, cancelled=cancelled, timeout=timeout).decode(
+            "utf-8", "replace"
+        )
+
+    def script_bytes(
+        self,
+        target: Target,
+        text: str,
+        *,
+        cancelled: Cancelled,
+        timeout: float,
+        most_bytes: int = _SCRIPT_BYTES,
+    ) -> bytes:
+        """Do as `script` does, for a program that prints bytes, `most_bytes` at most."""
         task = Task(text, None, {}, b"", by_sh=True)
-        outcome = self._run(target, task, time.monotonic() + timeout, cancelled, _SCRIPT_BYTES).outcome
+        outcome = self._run(target, task, time.monotonic() + timeout, cancelled, most_bytes).outcome
         if outcome.lost or outcome.killed:
             raise ConnectionLostError(f"{target} did not answer within {timeout:.0f} s")
         if outcome.exit_status != 0:
             raise SSHError(f"{target} cannot run /bin/sh scripts: {outcome.err.shown(200).text.strip()}")
-        return outcome.out.shown(_SCRIPT_BYTES).text
+        return outcome.out.whole()
+
+    def start_background(self, target: Target, task: Task, *, timeout: float, cancelled: Cancelled) -> None:
+        """Start a task that is a background job. Raises SSHError when it was not started, or may not have been."""
+        outcome = self._run(target, task, time.monotonic() + timeout, cancelled, self.budget).outcome
+        if outcome.lost or outcome.killed:
+            raise ConnectionLostError(
+                f"{target}: the connection went away; whether the job was started is unknown. Look at "
+                f"~/{ssh_background.FOLDER}/{task.job} there before you try again"
+            )
+        if outcome.exit_status == _TOO_MANY_JOBS:
+            raise SSHError(f"{target}: a hundred background jobs run there already; end one of them first")
+        if outcome.exit_status != 0 or outcome.out.shown(100).text != "started\n":
+            raise SSHError(
+                f"{target}: ~/{ssh_background.FOLDER} cannot be written, so nothing was run: "
+                f"{visible(outcome.err.shown(300).text.strip())}"
+            )
 
     def stop(self, timeout: float = 5) -> None:
         """Kill what waiting calls run, and wait until they have returned. Later calls are refused by the pool."""

@@ -1,7 +1,10 @@
 """Commands that outlive the call that began them: their handles, who may ask for them, what came since.
 
 A command that still runs when its call's time is over is detached: it keeps its session and its connection, and ends
-with that. One thread drains all of them. A `job_id` is signed, and bound to who started the job and to its target;
+with that. One thread drains all of them. A background job runs apart from any connection (`ssh_background`); all there
+is to know of it stands on the remote host and in its `job_id`, so any server with the same key answers for it.
+
+A `job_id` is signed, and bound to who started the job and to its target;
 whoever else shows it learns nothing. A `cursor` says how far an answer went, so that the next one goes on from there.
 
 Invariants:
@@ -26,12 +29,15 @@ from typing import Literal
 from itsdangerous import BadSignature, URLSafeSerializer
 from platformdirs import user_state_path
 
+import ssh_background
 from settings import Target
 from ssh_answers import CommandResult
+from ssh_background import Look
 from ssh_commands import Commands, Running
 from ssh_errors import ArgumentError, SSHError
 from ssh_exchange import Progress, Pulse, untold
 from ssh_kill import Signal
+from ssh_output import Kept, share
 from ssh_pool import Cancelled
 from ssh_shells import Task
 
@@ -39,13 +45,18 @@ _TICK_SECONDS = 0.25
 _ANSWERS_SECONDS = 3600.0
 _ENDED_BYTES = 64 * 1024 * 1024
 _AFTER_KILL_SECONDS = 3.0
+_LOOK_SECONDS = 20.0
+_ANSWER_SECONDS = 15.0
+_NEARLY_SECONDS = 0.2
+_BACKGROUND = "b"
+"""Begins the names of background jobs; those of detached ones are hexadecimal after a `d`."""
 
 
 class Job:
     """A detached command. `changed` guards `ended_at` and wakes who waits."""
 
     def __init__(self, running: Running, owner: str) -> None:
-        self.name = secrets.token_urlsafe(9)
+        self.name = f"d{secrets.token_hex(8)}"
         self.owner = owner
         self.running = running
         self.changed = threading.Condition()
@@ -134,6 +145,30 @@ class Jobs:
         self._drive()
         return self._answer(job, (0, 0))
 
+    def start_background(
+        self,
+        owner: str,
+        target: Target,
+        command: str,
+        *,
+        cancelled: Cancelled,
+        cwd: str | None = None,
+        env: dict[str, str] | None = None,
+        stdin: str = "",
+        timeout: float = 45,
+    ) -> CommandResult:
+        """Start a command that outlives its connection and this server, and return at once.
+
+        Raises what `run` raises, and SSHError when it could not be started.
+        """
+        name = f"{_BACKGROUND}{int(time.time()):x}-{secrets.token_hex(8)}"
+        task = Task.of(command, cwd, env, stdin, job=name)
+        self._key()
+        self._commands.start_background(target, task, timeout=timeout, cancelled=cancelled)
+        nothing = Kept(0)
+        look = Look("running", None, None, 0, (0, 0), nothing, nothing)
+        return self._looked(owner, name, target, look, (0, 0))
+
     def target_of(self, owner: str, job_id: str) -> Target:
         """Return where a job runs. Raises ArgumentError when `owner` has no such job."""
         return self._opened(owner, job_id)[1]
@@ -156,8 +191,12 @@ class Jobs:
         the signal could not be sent. `on_timeout="kill"` ends the job when it has not ended by itself.
         """
         deadline = time.monotonic() + timeout
-        job = self._found(owner, job_id)
         seen = _offsets(cursor)
+        name, target = self._opened(owner, job_id)
+        if name.startswith(_BACKGROUND):
+            look = self._look(name, target, seen, deadline, cancelled, signal, end=on_timeout == "kill")
+            return self._looked(owner, name, target, look, seen)
+        job = self._found(name)
         if signal is not None and job.ended_at is None:
             self._commands.send_signal(job.running, signal)
         if not job.wait(deadline, cancelled, progress) and on_timeout == "kill":
@@ -179,7 +218,7 @@ class Jobs:
         result, cursor = job.running.since(seen, job.ended_at)
         handle = None
         if result.status == "running":
-            handle = self._handles(job.owner).dumps([job.name, *astuple(job.target)])
+            handle = self._signed(job.owner, job.name, job.target)
         return result.model_copy(update={"job_id": handle, "cursor": cursor})
 
     def _handles(self, owner: str) -> URLSafeSerializer:
@@ -194,8 +233,80 @@ class Jobs:
             raise ArgumentError("unknown job: this job_id was not given out to you by this server") from None
         return name, Target(user, host, port)
 
-    def _found(self, owner: str, job_id: str) -> Job:
-        name, _ = self._opened(owner, job_id)
+    def _look(
+        self,
+        name: str,
+        target: Target,
+        seen: tuple[int, int],
+        deadline: float,
+        cancelled: Cancelled,
+        signal: Signal | None,
+        *,
+        end: bool,
+    ) -> Look:
+        """Wait for a background job and look at it, after sending it a signal; with `end` end it at the deadline."""
+        if signal is not None:
+            answer = self._sh(target, ssh_background.signalling(name, signal), cancelled).split()
+            if answer not in ([signal.encode()], [b"ended"]):
+                raise SSHError(
+                    f"{target}: SIG{signal} was not delivered; the job may just have ended. Ask again"
+                )
+        budget = self._commands.budget
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            program = ssh_background.look(name, seen, min(left, _LOOK_SECONDS), budget)
+            said = self._sh(target, program, cancelled, left + _ANSWER_SECONDS, 4 * budget + 1000)
+            try:
+                found = ssh_background.parsed(said, budget)
+            except ValueError:
+                raise SSHError(
+                    f"{target}: the files of this job under ~/{ssh_background.FOLDER} are damaged"
+                ) from None
+            if found is None:
+                raise ArgumentError(
+                    f"this job's folder is no longer on {target}; output is kept for a week, and for a hundred jobs"
+                )
+            if found.status != "running" or time.monotonic() >= deadline - _NEARLY_SECONDS:
+                if found.status != "running" or not end:
+                    return found
+                self._sh(target, ssh_background.ending(name), cancelled)
+                deadline, end = time.monotonic() + _AFTER_KILL_SECONDS, False
+
+    def _sh(
+        self, target: Target, program: str, cancelled: Cancelled, timeout: float = 15, most: int = 10_000
+    ) -> bytes:
+        return self._commands.script_bytes(
+            target, program, cancelled=cancelled, timeout=timeout, most_bytes=most
+        )
+
+    def _looked(
+        self, owner: str, name: str, target: Target, look: Look, seen: tuple[int, int]
+    ) -> CommandResult:
+        going = look.status == "running"
+        out, err = look.out.after(0, whole=going), look.err.after(0, whole=going)
+        head, tail = share(self._commands.budget, out, err)
+        return CommandResult(
+            status=look.status,
+            exit_code=look.exit_code,
+            signal=look.signal,
+            stdout=head.text,
+            stderr=tail.text,
+            stdout_bytes=look.sizes[0],
+            stderr_bytes=look.sizes[1],
+            stdout_omitted=head.omitted,
+            stderr_omitted=tail.omitted,
+            duration_seconds=look.seconds,
+            target=str(target),
+            job_id=self._signed(owner, name, target),
+            cursor=f"{min(seen[0], look.sizes[0]) + out.total}.{min(seen[1], look.sizes[1]) + err.total}",
+            stdout_path=f"~/{ssh_background.FOLDER}/{name}/stdout",
+            stderr_path=f"~/{ssh_background.FOLDER}/{name}/stderr",
+        )
+
+    def _signed(self, owner: str, name: str, target: Target) -> str:
+        return str(self._handles(owner).dumps([name, *astuple(target)]))
+
+    def _found(self, name: str) -> Job:
         with self._books:
             self._forget_old()
             job = self._jobs.get(name)

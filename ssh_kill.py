@@ -20,7 +20,8 @@ def ending(pid: int) -> str:
 
 def signalling(pid: int, signal: Signal) -> str:
     """Return the program that sends a signal to the whole command; it prints the signal if there was anybody."""
-    return (_MEMBERS + f"kill -s {signal} -- $t && echo {signal}\n").replace("PID", str(pid))
+    send = f"for p in $t; do kill -s {signal} -- $p 2>/dev/null && sent={signal}; done; echo $sent\n"
+    return (_MEMBERS + send).replace("PID", str(pid))
 
 
 _MEMBERS = """

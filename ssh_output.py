@@ -24,6 +24,22 @@ class Kept:
         self._head = bytearray()
         self._tail = bytearray()
 
+    @classmethod
+    def of(cls, budget: int, head: bytes, tail: bytes, total: int) -> "Kept":
+        """Return a stream of `total` bytes of which these are known; without `tail` there is nothing between."""
+        kept = cls(budget)
+        if tail:
+            kept._head += head[:budget]
+            kept._tail += tail
+        else:
+            kept.add(head)
+        kept.total = total
+        return kept
+
+    def whole(self) -> bytes:
+        """Return all bytes of a stream that fits in the budget."""
+        return bytes(self._head + self._tail)
+
     @property
     def held(self) -> int:
         """Bytes in memory."""

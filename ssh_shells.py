@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import ssh_background
 from ssh_errors import ArgumentError
 from ssh_transport import Session
 
@@ -55,6 +56,7 @@ class Task:
     env: dict[str, str]
     stdin: bytes
     by_sh: bool = False
+    job: str | None = None
     mark: str = field(default_factory=lambda: secrets.token_hex(16))
 
     def __post_init__(self) -> None:
@@ -67,10 +69,16 @@ class Task:
 
     @classmethod
     def of(
-        cls, command: str, cwd: str | None = None, env: Mapping[str, str] | None = None, stdin: str = ""
+        cls,
+        command: str,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        stdin: str = "",
+        *,
+        job: str | None = None,
     ) -> "Task":
         """Return the task for what a caller gave. Raises ArgumentError when it cannot be sent."""
-        return cls(command, cwd, dict(env or {}), _sendable("input", stdin))
+        return cls(command, cwd, dict(env or {}), _sendable("input", stdin), job=job)
 
     def request(self, dialect: Dialect) -> tuple[str, bytes]:
         """Return the exec request, and what goes to stdin.
@@ -96,11 +104,12 @@ class Task:
         steps += [f"export {name}={_quoted(value)}" for name, value in self.env.items()]
         steps.append(f"echo {mark} $$; echo {mark} >&2")
         if self.by_sh and not foreign:
-            steps.append(f"exec /bin/sh -c {_quoted(self.command)}")
+            run = f"exec /bin/sh -c {_quoted(self.command)}"
         elif foreign and not self.by_sh:
-            steps.append(f'exec "${{SHELL:-/bin/sh}}" -c {_quoted(self.command)}')
+            run = f'exec "${{SHELL:-/bin/sh}}" -c {_quoted(self.command)}'
         else:
-            steps.append(f"eval {_quoted(self.command)}")
+            run = f"eval {_quoted(self.command)}"
+        steps.append(run if self.job is None else ssh_background.start(self.job, run))
         return "\n".join(steps)
 
 

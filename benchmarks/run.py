@@ -144,6 +144,62 @@ async def through_mcp(settings: Settings, times: int) -> tuple[float, float]:
     return await timed(app.mcp, "ssh_execute", {"command": "true"}), await timed(bare, "nothing", {})
 
 
+def slow_rc(server: Server) -> Iterator[Row]:
+    """Yield how long `true` takes where a shell needs 150 ms to start, one call every 0.3 s."""
+    what = "`true`, a `.bashrc` of 150 ms"
+    rc = server.home / ".bashrc"
+    rc.write_text("sleep 0.15\n")
+    with plain_paramiko(server, server.port, nodelay=True) as client:
+        yield what, "Paramiko exec_command, TCP_NODELAY", median(lambda: paramiko_command(client, "true"), 10)
+    pool = Pool(server.settings())
+    ours = Commands(pool, server.settings())
+    taken = []
+    for _ in range(20):
+        time.sleep(0.3)
+        started = time.perf_counter()
+        ours.run(server.target, "true", cancelled=nobody_cancels)
+        taken.append(time.perf_counter() - started)
+    pool.close()
+    rc.unlink()
+    yield what, "this server, in Python", statistics.median(taken[1:])
+
+
+def first_command(server: Server) -> Iterator[Row]:
+    """Yield how long the first command takes, the login included."""
+    what = "first command, login included"
+    with control_master(server, server.port) as ssh:
+        alone = [word for word in ssh if not word.startswith("ControlPath=")]
+        alone.remove("-o")
+    yield what, "ssh, no ControlMaster", median(lambda: subprocess.run([*alone, "true"], check=True), 10)
+
+    def by_us() -> None:
+        pool = Pool(server.settings())
+        Commands(pool, server.settings()).run(server.target, "true", cancelled=nobody_cancels)
+        pool.close()
+
+    yield what, "this server, in Python", median(by_us, 10)
+
+
+def burst(settings: Settings, port: int) -> Iterator[Row]:
+    """Yield what 20 calls at once cost after 30 s of quiet, beside one round trip."""
+    pool = Pool(settings)
+    ours, target = Commands(pool, settings), Target("tester", "127.0.0.1", port)
+
+    def call(_: int) -> float:
+        started = time.perf_counter()
+        ours.run(target, "true", cancelled=nobody_cancels)
+        return time.perf_counter() - started
+
+    with ThreadPoolExecutor(20) as threads:
+        list(threads.map(call, range(20)))
+        time.sleep(30)
+        taken = sorted(threads.map(call, range(20)))
+    pool.close()
+    what = "20 calls at once after 30 s of quiet"
+    yield what, "(one round trip)", _ROUND_TRIP_SECONDS
+    yield what, "this server, in Python, 95th percentile", taken[18]
+
+
 def at_once(server: Server, callers: int) -> Iterator[Row]:
     """Yield how long many callers of `sleep 0.2` wait together."""
     what = f"{callers} x `sleep 0.2` at once, all answered"
@@ -254,6 +310,9 @@ def main() -> None:
             print_table(
                 "Many at once, loopback", (row for count in (50, 200) for row in at_once(server, count))
             )
+            print_table("Slow rc file, loopback", slow_rc(server))
+            print_table("First command, loopback", first_command(server))
+            print_table("Burst, 50 ms round trip", burst(far, relay.port))
             print_table("Output, loopback", output(server))
             print_table("Files, loopback", files(server, server.settings(), server.port, 100))
             print_table("Files, 50 ms round trip", files(server, far, relay.port, 10))

@@ -336,3 +336,18 @@ def test_client_that_asks_for_it_is_told_how_a_command_goes_on(environment: None
 
     with_client(work)
     assert (told[0][1] or "").endswith("s, 4 bytes: b\\x1b")
+
+
+def test_background_job_is_asked_for_by_another_client(environment: None) -> None:
+    async def start(client: Client[Any]) -> Any:
+        return await client.call_tool("ssh_execute", {"command": "echo said; exit 3", "background": True})
+
+    begun = with_client(start)
+    assert fields(begun)["status"] == "running"
+    assert fields(begun)["stdout_path"] in text(begun)
+
+    async def ask(client: Client[Any]) -> Any:
+        return await client.call_tool("ssh_execute", {"job_id": fields(begun)["job_id"]})
+
+    ended = fields(with_client(ask))
+    assert (ended["status"], ended["exit_code"], ended["stdout"]) == ("exited", 3, "said\n")

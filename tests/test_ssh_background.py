@@ -1,0 +1,274 @@
+"""Background jobs: they survive their connection and their server, and answer for themselves."""
+
+import os
+import signal
+import stat
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from conftest import Server, nobody_cancels, wait_for
+from ssh_answers import CommandResult
+from ssh_background import parsed
+from ssh_commands import Commands
+from ssh_errors import ArgumentError, SSHError
+from ssh_files import Files
+from ssh_jobs import Jobs
+from ssh_pool import Pool
+
+KEY = "k" * 64
+ACCOUNTS = ["tester", "dash", "zsh", "ksh", "fish", "tcsh", "ordinary"]
+
+
+class Front:
+    """One server process's worth of pool and jobs; a later one stands for a restart or another replica."""
+
+    def __init__(self, server: Server, account: str = "tester") -> None:
+        self.target = server.account(account)
+        self.pool = Pool(server.settings())
+        self.commands = Commands(self.pool, server.settings())
+        self.files = Files(self.pool, server.settings())
+        self.jobs = Jobs(self.commands, lambda: KEY)
+
+    def start(self, command: str, *, owner: str = "me", **more: object) -> CommandResult:
+        return self.jobs.start_background(owner, self.target, command, cancelled=nobody_cancels, **more)  # type: ignore[arg-type]
+
+    def ask(self, job_id: str | None, *, owner: str = "me", **more: object) -> CommandResult:
+        assert job_id is not None
+        given = {"timeout": 20, "on_timeout": "detach"} | more
+        return self.jobs.go_on(owner, job_id, cancelled=nobody_cancels, **given)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        self.commands.stop()
+        self.jobs.close()
+        self.pool.close()
+
+
+@pytest.fixture
+def front(sshd: Server) -> Iterator[Callable[..., Front]]:
+    fronts: list[Front] = []
+
+    def make(account: str = "tester") -> Front:
+        fronts.append(Front(sshd, account))
+        return fronts[-1]
+
+    yield make
+    for one in fronts:
+        one.close()
+
+
+def running(marker: str) -> bool:
+    return subprocess.run(["pgrep", "-f", marker], capture_output=True, check=False).returncode == 0
+
+
+def marker() -> str:
+    return f"{os.getpid()}{time.monotonic_ns()}"
+
+
+@pytest.mark.parametrize("account", ACCOUNTS)
+def test_job_survives_its_server_and_answers_to_the_next(front: Callable[..., Front], account: str) -> None:
+    first = front(account)
+    begun = first.start(
+        "cat; echo $A; pwd; sh -c 'echo err >&2; sleep 1; exit 7'", stdin="in\n", env={"A": "x y"}, cwd="/"
+    )
+    assert (begun.status, begun.exit_code) == ("running", None)
+    assert begun.job_id
+    first.close()
+    ended = front(account).ask(begun.job_id, cursor=begun.cursor)
+    assert (ended.status, ended.exit_code, ended.signal) == ("exited", 7, None)
+    assert (ended.stdout, ended.stderr) == ("in\nx y\n/\n", "err\n")
+    assert (ended.stdout_bytes, ended.stderr_bytes, ended.job_id) == (9, 4, begun.job_id)
+
+
+def test_command_line_means_what_it_means_in_the_foreground(front: Callable[..., Front]) -> None:
+    one = front()
+    command = (
+        "printf '%s\\n' \"a  b\" 'it'\\''s' \\\\ NAME RUN OUT FOLDER; trap 'echo bye' EXIT; cat <<'E'\n$x\nE"
+    )
+    begun = one.start(command)
+    assert (
+        one.ask(begun.job_id).stdout == one.commands.run(one.target, command, cancelled=nobody_cancels).stdout
+    )
+
+
+def test_cwd_that_is_not_there_is_an_error_before_anything_runs(front: Callable[..., Front]) -> None:
+    with pytest.raises(ArgumentError, match="nothing was run"):
+        front().start("true", cwd="/not there")
+
+
+def test_answers_come_without_loss_or_repetition(front: Callable[..., Front]) -> None:
+    one = front()
+    begun = one.start(
+        "for i in 1 2 3 4 5 6 7 8; do echo äöü€$i; sleep 0.2; done; printf '\\303'; sleep 0.5; printf '\\244'"
+    )
+    answer, text = begun, ""
+    while answer.status == "running":
+        answer = one.ask(begun.job_id, cursor=answer.cursor, timeout=0.1)
+        text += answer.stdout
+    assert text == "".join(f"äöü€{n}\n" for n in range(1, 9)) + "ä"
+    assert one.ask(begun.job_id).stdout == text
+    assert one.ask(begun.job_id, cursor=answer.cursor).stdout == ""
+
+
+def test_long_output_is_cut_and_counted_and_stands_whole_in_its_file(front: Callable[..., Front]) -> None:
+    one = front()
+    begun = one.start("seq 100000; seq 5 >&2")
+    ended = one.ask(begun.job_id)
+    whole = "".join(f"{n}\n" for n in range(1, 100_001))
+    head, tail = ended.stdout.split(f"\n[... {ended.stdout_omitted} bytes omitted ...]\n")
+    assert whole.startswith(head)
+    assert whole.endswith(tail)
+    assert len(head) + len(tail) + ended.stdout_omitted == ended.stdout_bytes == len(whole)
+    assert ended.stderr == "1\n2\n3\n4\n5\n"
+    assert ended.stdout_path
+    read = one.files.read(one.target, ended.stdout_path, start_line=-1, max_lines=1, cancelled=nobody_cancels)
+    assert read.content == "100000\n"
+
+
+@pytest.mark.parametrize("account", ["tester", "dash", "fish", "ordinary"])
+@pytest.mark.parametrize("name", ["TERM", "KILL", "HUP"])
+def test_signal_ends_all_of_the_job_and_its_outcome_is_kept(
+    front: Callable[..., Front], account: str, name: str
+) -> None:
+    one, mark = front(account), marker()
+    begun = one.start(f"sleep 30.{mark}")
+    wait_for(lambda: running(f"sleep 30.{mark}"))
+    ended = one.ask(begun.job_id, signal=name)
+    assert (ended.status, ended.signal) == ("killed", name)
+    assert not running(f"sleep 30.{mark}")
+
+
+def test_pipelines_and_what_ignores_term_are_ended_at_the_calls_time(front: Callable[..., Front]) -> None:
+    one, mark = front(), marker()
+    begun = one.start(f"trap '' TERM; (sleep 30.{mark} & sleep 30.{mark}) | cat")
+    wait_for(lambda: running(f"sleep 30.{mark}"))
+    ended = one.ask(begun.job_id, timeout=0.2, on_timeout="kill")
+    assert (ended.status, ended.signal) == ("killed", "KILL")
+    assert not running(f"sleep 30.{mark}")
+
+
+def test_handled_signal_lets_the_job_end_in_its_own_way(front: Callable[..., Front]) -> None:
+    one = front()
+    begun = one.start("trap 'echo cleaned; exit 9' TERM; echo ready; while :; do sleep 0.05; done")
+    while not one.ask(begun.job_id, timeout=0.1).stdout:
+        pass
+    ended = one.ask(begun.job_id, signal="TERM")
+    assert (ended.status, ended.exit_code, ended.stdout) == ("exited", 9, "ready\ncleaned\n")
+
+
+def test_job_whose_runner_was_killed_is_lost(front: Callable[..., Front], sshd: Server) -> None:
+    one, mark = front(), marker()
+    begun = one.start(f"sleep 5.{mark}")
+    wait_for(lambda: running(f"sleep 5.{mark}"))
+    (pid,) = [
+        path for path in sshd.home.glob(".cache/ssh-mcp/jobs/*/pid") if not path.with_name("status").exists()
+    ]
+    os.kill(int(pid.read_text().split()[1]), signal.SIGKILL)
+    ended = one.ask(begun.job_id)
+    assert (ended.status, ended.exit_code) == ("lost", None)
+
+
+def test_job_of_another_owner_is_unknown(front: Callable[..., Front]) -> None:
+    one = front()
+    begun = one.start("true", owner="ann@example.com")
+    with pytest.raises(ArgumentError, match="unknown job"):
+        one.ask(begun.job_id, owner="bob@example.com")
+
+
+def test_folder_is_the_accounts_own_and_input_does_not_stay(
+    front: Callable[..., Front], sshd: Server
+) -> None:
+    one = front("dash")
+    begun = one.start("cat >/dev/null", stdin="secret")
+    one.ask(begun.job_id)
+    root = sshd.folder / "dash" / ".cache" / "ssh-mcp"
+    for folder in (root, root / "jobs", *(root / "jobs").iterdir()):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    wait_for(lambda: not list(root.glob("jobs/*/stdin")))
+
+
+def test_old_jobs_go_first_and_running_ones_stay(own_sshd: Callable[..., Server]) -> None:
+    server = own_sshd()
+    one = Front(server)
+    kept = one.start("sleep 20")
+    jobs = server.home / ".cache" / "ssh-mcp" / "jobs"
+    (running_one,) = jobs.iterdir()
+    for number in range(120):
+        folder = jobs / f"a{number:03}"
+        folder.mkdir()
+        (folder / "pid").write_text("1 999999999 1 1\n")
+        (folder / "status").write_text("0 1\n")
+    old = jobs / "z-old"
+    old.mkdir()
+    for name in ("pid", "status"):
+        (old / name).write_text("0 1\n")
+        os.utime(old / name, (0, 0))
+    one.start("true")
+    names = {path.name for path in jobs.iterdir()}
+    assert len(names) == 100
+    assert running_one.name in names
+    assert "z-old" not in names
+    assert "a000" not in names
+    assert "a119" in names
+    assert one.ask(kept.job_id, signal="KILL").signal == "KILL"
+    one.close()
+
+
+def test_job_whose_folder_was_removed_is_told(front: Callable[..., Front], sshd: Server) -> None:
+    one = front("zsh")
+    begun = one.start("true")
+    one.ask(begun.job_id)
+    subprocess.run(["rm", "-r", str(sshd.folder / "zsh" / ".cache")], check=True)
+    with pytest.raises(ArgumentError, match="no longer"):
+        one.ask(begun.job_id)
+
+
+def test_damaged_files_of_a_job_are_told(front: Callable[..., Front], sshd: Server) -> None:
+    one = front("ksh")
+    begun = one.start("true")
+    one.ask(begun.job_id)
+    (status,) = (sshd.folder / "ksh").glob(".cache/ssh-mcp/jobs/*/status")
+    status.write_text("what ever\n")
+    with pytest.raises(SSHError, match="damaged|cannot run"):
+        one.ask(begun.job_id)
+
+
+def test_home_that_cannot_be_written_is_an_error(own_sshd: Callable[..., Server]) -> None:
+    server = own_sshd()
+    (server.home / ".cache").write_text("a file")
+    one = Front(server)
+    with pytest.raises(SSHError, match="nothing was run"):
+        one.start(f"touch {server.home}/ran")
+    assert not (server.home / "ran").exists()
+    one.close()
+
+
+@pytest.mark.parametrize("account", ["tester", "ordinary"])
+def test_dropbear_runs_and_ends_background_jobs(dropbear: Server, account: str) -> None:
+    one, mark = Front(dropbear, account), marker()
+    begun = one.start(f"echo in; sleep 30.{mark} | cat")
+    wait_for(lambda: running(f"sleep 30.{mark}"))
+    one.close()
+    then = Front(dropbear, account)
+    ended = then.ask(begun.job_id, signal="TERM")
+    assert (ended.status, ended.stdout) == ("killed", "in\n")
+    assert not running(f"sleep 30.{mark}")
+    then.close()
+
+
+@pytest.mark.parametrize("data", [b"", b"x\n", b"0 1 2\n", b"running 1 x 0 0 0 0 0 0 0\n", b"\xff\n"])
+def test_what_is_no_report_is_not_read_as_one(data: bytes) -> None:
+    with pytest.raises(ValueError):
+        parsed(data, 100)
+
+
+def test_background_job_leaves_no_session_behind(own_sshd: Callable[..., Server], tmp_path: Path) -> None:
+    server = own_sshd("MaxSessions 2")
+    one = Front(server)
+    for _ in range(6):
+        one.start("sleep 3")
+    assert one.pool.open_targets()[server.target] == 1
+    one.close()
