@@ -302,6 +302,7 @@ def test_command_over_its_time_is_waited_for_with_its_job_id(call: Call) -> None
         {"signal": "TERM"},
         {"command": "true", "cursor": "0.0"},
         {"command": "true", "job_id": "x"},
+        {"background": True, "job_id": "x"},
     ],
 )
 def test_what_is_neither_a_command_nor_a_job_is_an_error(call: Call, arguments: dict[str, str]) -> None:

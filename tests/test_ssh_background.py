@@ -230,9 +230,9 @@ def test_damaged_files_of_a_job_are_told(front: Callable[..., Front], sshd: Serv
     one = front("ksh")
     begun = one.start("true")
     one.ask(begun.job_id)
-    (status,) = (sshd.folder / "ksh").glob(".cache/ssh-mcp/jobs/*/status")
-    status.write_text("what ever\n")
-    with pytest.raises(SSHError, match="damaged|cannot run"):
+    for status in (sshd.folder / "ksh").glob(".cache/ssh-mcp/jobs/*/status"):
+        status.write_text("what ever\n")
+    with pytest.raises(SSHError, match="damaged"):
         one.ask(begun.job_id)
 
 
