@@ -97,8 +97,12 @@ while [ $n -lt POLLS ] && [ ! -e "$d/status" ] && alive "$d"; do
 done
 s=running end=$(date +%s) since=$end
 if ! alive "$d"; then s=lost; fi
-if [ -e "$d/status" ]; then read -r s end <"$d/status"; fi
+if [ -e "$d/status" ]; then
+  read -r s end <"$d/status"
+  case "$s$end" in ''|*[!0-9]*) echo damaged; exit ;; esac
+fi
 { read -r g r at since <"$d/pid"; } 2>/dev/null
+case $since in ''|*[!0-9]*) since=$end ;; esac
 size() { if [ -e "$1" ]; then echo $(($(wc -c <"$1"))); else echo 0; fi; }
 parts() {
   rest=$(($1 - $2)) head=0 tail=0
