@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Protocol
@@ -308,6 +308,8 @@ class TargetPool:
         with self._books:
             gone = [m for m in self._members if not m.connection.alive or (m.retiring and m.idle)]
             self._members = [m for m in self._members if m not in gone]
+            for _ in (one for member in gone for one in member.prepared):
+                self._demand.unused()
             self._drop_broken_standings()
             while self._waiters and self._grant(self._waiters[0]):
                 served.append(self._waiters.popleft())
@@ -422,15 +424,16 @@ class TargetPool:
             return member, future
 
     def _keep_stock(self) -> None:
-        """See that somebody prepares sessions, as long as any are wanted."""
+        """See that somebody prepares sessions, as long as any are wanted and there is room."""
         if self._stocking:
             self._stock_changed.notify()
-        elif self._demand.wanted and not self._closed:
-            self._stocking = True
-            threading.Thread(target=self._stock, name=f"ssh-prepare-{self.target}", daemon=True).start()
+        elif self._room_for_one_more() is not None:
+            with suppress(RuntimeError):  # the system grants no further thread: nothing is prepared then
+                threading.Thread(target=self._stock, name=f"ssh-prepare-{self.target}", daemon=True).start()
+                self._stocking = True
 
     def _stock(self) -> None:
-        """Prepare sessions and close those that grew old, one after the other, until none is wanted."""
+        """Prepare sessions and close those that grew old, one after the other, until there are none."""
         while True:
             with self._books:
                 over = self._take_over()
@@ -439,7 +442,7 @@ class TargetPool:
                 if member is not None:
                     member.sessions += 1
                 elif not over:
-                    if self._closed or not (self._demand.wanted or any(m.prepared for m in self._members)):
+                    if self._closed or not any(m.prepared for m in self._members):
                         self._stocking = False
                         return
                     self._stock_changed.wait(1.0)

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -162,6 +163,23 @@ def test_killed_at_its_time_on_a_warm_shell_too(own_sshd: Serve) -> None:
         result = run(f"sleep 30.{marker} | cat", timeout=0.5)
     assert (result.status, result.signal) == ("killed", "TERM")
     assert subprocess.run(["pgrep", "-f", marker], capture_output=True, check=False).returncode == 1
+
+
+def test_nobody_prepares_for_a_target_without_connections(own_sshd: Serve) -> None:
+    server = own_sshd()
+    pool = Pool(server.settings())
+    commands = Commands(pool, server.settings())
+    for _ in range(5):
+        commands.run(server.target, "true", cancelled=nobody_cancels)
+
+    def preparing() -> bool:
+        return any(thread.name.startswith("ssh-prepare") for thread in threading.enumerate())
+
+    wait_for(preparing)
+    pool.close_idle()
+    wait_for(lambda: not preparing() and pool.open_targets() == {})
+    assert commands.run(server.target, "echo x", cancelled=nobody_cancels).stdout == "x\n"
+    pool.close()
 
 
 @pytest.mark.parametrize("sessions", [1, 2, 4])
