@@ -46,8 +46,9 @@ _PREPARE = (
     + """\
 umask 077
 mkdir -p "$j" && chmod 700 "$HOME/.cache/ssh-mcp" "$j" || exit 3
+find "$j" -name status -mtime +6 | while IFS= read -r f; do rm -rf -- "${f%/status}"; done
 find "$j" -name pid -mtime +6 | while IFS= read -r f; do
-  ! ended "${f%/pid}" || rm -rf -- "${f%/pid}"
+  [ -e "${f%/pid}/status" ] || alive "${f%/pid}" || rm -rf -- "${f%/pid}"
 done
 for old in "$j"/*; do
   set -- "$j"/*

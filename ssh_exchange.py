@@ -138,6 +138,7 @@ class Exchange:
             self._input = self._input[count:]
             sent += count
         if not self._input and not self._fed:
+            self._input = memoryview(b"")  # lets go of the bytes
             self._session.send_eof()
             self._fed = True
         return sent
@@ -180,6 +181,8 @@ class Exchange:
             outcome.exit_signal = self.signal_sent
         elif not outcome.killed and not self._session.exited:
             outcome.lost = True
+        elif outcome.lost and self._session.exited:  # a kill that was not answered, and an end that was seen
+            outcome.lost, outcome.note = False, None
 
 
 class _Grace:

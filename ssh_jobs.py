@@ -132,6 +132,7 @@ class Jobs:
                 progress=progress,
             )
         task = Task.of(command, cwd, env, stdin)
+        self._key()  # before anything is sent: a command must not run on without a handle
         ended = self._commands.run_or_detach(
             target, task, timeout=timeout, cancelled=cancelled, progress=progress
         )
@@ -229,7 +230,7 @@ class Jobs:
     def _opened(self, owner: str, job_id: str) -> tuple[str, Target]:
         try:
             name, user, host, port = self._handles(owner).loads(job_id)
-        except BadSignature:
+        except (BadSignature, UnicodeError):
             raise ArgumentError("unknown job: this job_id was not given out to you by this server") from None
         return name, Target(user, host, port)
 
@@ -330,10 +331,9 @@ class Jobs:
 
     def _drive(self) -> None:
         with self._books:
-            if self._driving or self._closed:
-                return
-            self._driving = True
-        threading.Thread(target=self._drain_all, name="ssh-jobs", daemon=True).start()
+            if not (self._driving or self._closed):
+                threading.Thread(target=self._drain_all, name="ssh-jobs", daemon=True).start()
+                self._driving = True
 
     def _drain_all(self) -> None:
         """Drain every detached command until none runs."""
@@ -351,7 +351,7 @@ class Jobs:
 def _offsets(cursor: str | None) -> tuple[int, int]:
     text = cursor or "0.0"
     out, _, err = text.partition(".")
-    if not (text.isascii() and out.isdecimal() and err.isdecimal() and len(text) <= 40):
+    if not (text.isascii() and out.isdecimal() and err.isdecimal() and max(len(out), len(err)) <= 18):
         raise ArgumentError(
             "cursor is none that an earlier answer gave; leave it out to get all from the beginning"
         )
@@ -365,8 +365,8 @@ def local_key() -> str:
     """
     path = user_state_path("ssh-mcp-server", appauthor=False) / "job.key"
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with suppress(FileExistsError):
+        if not path.exists():
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             _write_new(path, secrets.token_hex(32))
         key = path.read_text()
     except OSError as error:
@@ -379,13 +379,13 @@ def local_key() -> str:
 def _write_new(path: Path, text: str) -> None:
     """Write a file that is not there yet, so that nobody sees a part of it."""
     draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
     try:
-        if os.name == "posix":
-            os.link(draft, path)
-            draft.unlink()
-        else:
-            draft.rename(path)
-    except FileExistsError:
-        draft.unlink()
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(text)
+        with suppress(FileExistsError):  # another process was first
+            if os.name == "posix":
+                os.link(draft, path)
+            else:
+                draft.rename(path)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -101,7 +101,9 @@ class Task:
         steps = [_CALM]
         if self.cwd is not None:
             steps.append(f"cd -- {_directory(self.cwd)} >/dev/null 2>&1 || {{ echo {mark} no; exit 1; }}")
-        steps += [f"export {name}={_quoted(value)}" for name, value in self.env.items()]
+        exports = [f"export {name}={_quoted(value)}" for name, value in self.env.items()]
+        if self.job is None:
+            steps += exports
         steps.append(f"echo {mark} $$; echo {mark} >&2")
         if self.by_sh and not foreign:
             run = f"exec /bin/sh -c {_quoted(self.command)}"
@@ -109,7 +111,11 @@ class Task:
             run = f'exec "${{SHELL:-/bin/sh}}" -c {_quoted(self.command)}'
         else:
             run = f"eval {_quoted(self.command)}"
-        steps.append(run if self.job is None else ssh_background.start(self.job, run))
+        if (
+            self.job is not None
+        ):  # its variables are the command's alone: HOME and PATH are needed to start it
+            run = ssh_background.start(self.job, "\n".join([*exports, run]))
+        steps.append(run)
         return "\n".join(steps)
 
 

@@ -83,6 +83,24 @@ def test_job_survives_its_server_and_answers_to_the_next(front: Callable[..., Fr
     assert (ended.stdout_bytes, ended.stderr_bytes, ended.job_id) == (9, 4, begun.job_id)
 
 
+def test_variables_are_the_commands_alone(front: Callable[..., Front]) -> None:
+    one = front()
+    begun = one.start("echo $HOME $PATH", env={"HOME": "/nowhere", "PATH": "/none"})
+    assert one.ask(begun.job_id).stdout == "/nowhere /none\n"
+
+
+def test_output_stays_for_a_week_after_the_end_of_a_job(own_sshd: Callable[..., Server]) -> None:
+    server = own_sshd()
+    one = Front(server)
+    begun = one.start("echo said")
+    one.ask(begun.job_id)
+    (pid,) = server.home.glob(".cache/ssh-mcp/jobs/*/pid")
+    os.utime(pid, (0, 0))
+    one.start("true")
+    assert one.ask(begun.job_id).stdout == "said\n"
+    one.close()
+
+
 def test_command_line_means_what_it_means_in_the_foreground(front: Callable[..., Front]) -> None:
     one = front()
     command = (
