@@ -213,7 +213,7 @@ def start(name: str, run: str) -> str:
     It reads the job's stdin to its end, and prints `started`; it ends with 3 where there can be no folder, with 4
     where a hundred jobs run already.
     """
-    text = _START.replace("PREPARE", _quoted(_PREPARE)).replace("NOTE_PID", _quoted(_NOTE_PID))
+    text = _START.replace("PREPARE", quoted(_PREPARE)).replace("NOTE_PID", quoted(_NOTE_PID))
     return text.replace("FOLDER", FOLDER).replace("NAME", name).replace("RUN", run)
 
 
@@ -270,5 +270,6 @@ def _filled(program: str, name: str, **values: object) -> str:
     return text
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """Quote for a POSIX shell (XCU 2.2.2)."""
     return "'" + text.replace("'", "'\\''") + "'"

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import ssh_background
+from ssh_background import quoted
 from ssh_errors import ArgumentError
 from ssh_transport import Session
 
@@ -101,16 +102,16 @@ class Task:
         steps = [_CALM]
         if self.cwd is not None:
             steps.append(f"cd -- {_directory(self.cwd)} >/dev/null 2>&1 || {{ echo {mark} no; exit 1; }}")
-        exports = [f"export {name}={_quoted(value)}" for name, value in self.env.items()]
+        exports = [f"export {name}={quoted(value)}" for name, value in self.env.items()]
         if self.job is None:
             steps += exports
         steps.append(f"echo {mark} $$; echo {mark} >&2")
         if self.by_sh and not foreign:
-            run = f"exec /bin/sh -c {_quoted(self.command)}"
+            run = f"exec /bin/sh -c {quoted(self.command)}"
         elif foreign and not self.by_sh:
-            run = f'exec "${{SHELL:-/bin/sh}}" -c {_quoted(self.command)}'
+            run = f'exec "${{SHELL:-/bin/sh}}" -c {quoted(self.command)}'
         else:
-            run = f"eval {_quoted(self.command)}"
+            run = f"eval {quoted(self.command)}"
         if (
             self.job is not None
         ):  # its variables are the command's alone: HOME and PATH are needed to start it
@@ -131,17 +132,12 @@ def _sendable(what: str, text: str) -> bytes:
         raise ArgumentError(f"{what} holds half a character (a lone surrogate); nothing was run") from None
 
 
-def _quoted(text: str) -> str:
-    """Quote for a POSIX shell (XCU 2.2.2)."""
-    return "'" + text.replace("'", "'\\''") + "'"
-
-
 def _directory(path: str) -> str:
     if path == "~":
         return '"$HOME"'
     if path.startswith("/"):
-        return _quoted(path)
-    return '"$HOME"/' + _quoted(path.removeprefix("~/"))
+        return quoted(path)
+    return '"$HOME"/' + quoted(path.removeprefix("~/"))
 
 
 def _encoded(text: str) -> bytes:

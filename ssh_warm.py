@@ -52,8 +52,7 @@ class Demand:
 
     def note(self, prepare: Prepare, *, found_ready: bool) -> None:
         """Note a caller, and whether something was ready for it."""
-        if prepare != self.prepare:
-            self.prepare = prepare
+        self.prepare = prepare
         if not found_ready:
             self.wanted = min(self.wanted + 1, _MOST)
 
