@@ -23,6 +23,8 @@ from settings import Settings, Target
 from ssh_commands import Commands
 from ssh_pool import Pool
 
+pytest_plugins = ["oauth"]
+
 
 def program(name: str, package: str) -> str:
     """Return a program's path, or fail with the command that installs it."""
