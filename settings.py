@@ -10,12 +10,13 @@ import ipaddress
 import os
 import stat
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
-from platformdirs import user_config_path
+from platformdirs import user_config_path, user_state_path
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -40,6 +41,21 @@ class Target:
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self.user}@{host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class Login:
+    """A complete OAuth configuration. Of several keys for one purpose the first signs and all verify."""
+
+    base_url: str
+    google_client_id: str
+    google_client_secret: SecretStr
+    discovery_url: str
+    allowed_emails: frozenset[str]
+    jwt_keys: tuple[bytes, ...] = field(repr=False)
+    session_keys: tuple[bytes, ...] = field(repr=False)
+    code_keys: tuple[bytes, ...] = field(repr=False)
+    state_url: str = field(repr=False)
 
 
 def host_token(text: str) -> str:
@@ -88,6 +104,56 @@ def _not_built(*off: str) -> BeforeValidator:
     return BeforeValidator(refuse)
 
 
+def _base_url(text: str) -> str:
+    """Return the URL without a slash at its end: https, or plain http on loopback, and nothing but an origin."""
+    url = text.strip().removesuffix("/")
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme not in ("https", "http") or url != f"{parts.scheme}://{parts.netloc}" or not host:
+        raise ValueError("an origin")
+    if "@" in parts.netloc or url != url.lower() or parts.port == 0:
+        raise ValueError("an origin")
+    if parts.scheme == "http" and not _is_loopback(host):
+        raise ValueError("https")
+    host_token(host)
+    return url
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _discovery_url(text: str) -> str:
+    parts = urlsplit(text.strip())
+    if parts.scheme != "https" and not (parts.scheme == "http" and _is_loopback(parts.hostname or "")):
+        raise ValueError("https")
+    return text.strip()
+
+
+def _emails(text: str) -> str:
+    addresses = [address.strip() for address in text.split(",")]
+    for address in addresses:
+        name, at, domain = address.rpartition("@")
+        if not (name and at and domain) or not address.isascii() or any(c.isspace() for c in address):
+            raise ValueError("addresses")
+    return ",".join(addresses)
+
+
+def _state_url(text: str) -> str:
+    if urlsplit(text).scheme not in ("sqlite", "redis", "rediss"):
+        raise ValueError("a store")
+    return text
+
+
+def _proxies(text: str) -> str:
+    for proxy in text.split(","):
+        ipaddress.ip_network(proxy.strip(), strict=False)
+    return text
+
+
 ExpandedPath = Annotated[Path, AfterValidator(_expanded)]
 NotBuilt = Annotated[None, _not_built()]
 NotBuiltSwitch = Annotated[None, _not_built("false", "0", "no", "off", "never")]
@@ -127,6 +193,33 @@ class Settings(BaseSettings):
     )
     ssh_max_read_bytes: int = Field(
         65_536, ge=1_000, le=10_000_000, description="bytes, from 1000 to 10000000"
+    )
+    http_host: Annotated[str, AfterValidator(host_token)] = Field(
+        "127.0.0.1", description="a host name or an IP address to listen on"
+    )
+    http_port: Port = Field(3003, description="a port from 1 to 65535")
+    public_base_url: Annotated[str, AfterValidator(_base_url)] | None = Field(
+        None,
+        description="the origin that clients see, in lower case and without a path, such as https://mcp.example.com"
+        " (plain http on loopback only)",
+    )
+    google_client_id: str | None = Field(None, description="the OAuth client's id at Google")
+    google_client_secret: SecretStr | None = Field(None, description="the OAuth client's secret at Google")
+    google_discovery_url: Annotated[str, AfterValidator(_discovery_url)] = Field(
+        "https://accounts.google.com/.well-known/openid-configuration",
+        description="the https URL of an OpenID provider's discovery document",
+    )
+    allowed_email: Annotated[str, AfterValidator(_emails)] | None = Field(
+        None, description="one e-mail address, or several with commas"
+    )
+    jwt_secret: SecretStr | None = Field(None, description="a secret")
+    session_secret: SecretStr | None = Field(None, description="a secret")
+    oauth_code_secret: SecretStr | None = Field(None, description="a secret")
+    state_url: Annotated[str, AfterValidator(_state_url)] | None = Field(
+        None, description="sqlite:///path or redis://host:port/db"
+    )
+    forwarded_allow_ips: Annotated[str, AfterValidator(_proxies)] = Field(
+        "127.0.0.1", description="comma-separated IP addresses or networks of proxies"
     )
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR"],
@@ -185,6 +278,77 @@ def load(named_file: Path | None = None) -> Settings:
         raise SettingsError(_sentence(error)) from None
 
 
+def login(current: Settings, base_url: str | None = None) -> Login:
+    """Return what logging in over HTTP needs; `base_url` is what the server listens on, for want of a public URL.
+
+    Raises SettingsError when something is missing or too weak to be trusted.
+    """
+    listening = base_url or f"http://{_bracketed(current.http_host)}:{current.http_port}"
+    if current.public_base_url is None and not _is_loopback(urlsplit(listening).hostname or ""):
+        raise SettingsError(
+            f"PUBLIC_BASE_URL is not set, and listening on {listening} needs it;"
+            f" give {Settings.model_fields['public_base_url'].description}"
+        )
+    return Login(
+        base_url=current.public_base_url or listening,
+        google_client_id=_needed(current, "google_client_id"),
+        google_client_secret=SecretStr(_needed(current, "google_client_secret")),
+        discovery_url=current.google_discovery_url,
+        allowed_emails=frozenset(
+            address.strip().lower() for address in _needed(current, "allowed_email").split(",")
+        ),
+        state_url=current.state_url or _default_state_url(),
+        **_keys(current),
+    )
+
+
+def _default_state_url() -> str:
+    return f"sqlite://{user_state_path('ssh-mcp-server', appauthor=False) / 'oauth' / 'state.db'}"
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _needed(current: Settings, name: str) -> str:
+    value = getattr(current, name)
+    if value is None:
+        raise SettingsError(
+            f"{name.upper()} is not set, and serving over HTTP needs it; give {Settings.model_fields[name].description}"
+        )
+    return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+
+
+_SIGNING = {"jwt_secret": "jwt_keys", "session_secret": "session_keys", "oauth_code_secret": "code_keys"}
+_LEAST_SECRET_BYTES = 32
+_LEAST_DIFFERENT_BYTES = 10
+
+
+def _keys(current: Settings) -> dict[str, tuple[bytes, ...]]:
+    keys = {
+        name: tuple(key.strip().encode() for key in _secret(current, name).split(",")) for name in _SIGNING
+    }
+    seen: dict[bytes, str] = {}
+    for name, values in keys.items():
+        for key in values:
+            if len(key) < _LEAST_SECRET_BYTES or len(set(key)) < _LEAST_DIFFERENT_BYTES:
+                raise SettingsError(f"{name.upper()} is too weak: 32 random bytes at least; {_fresh(name)}")
+            if key in seen:
+                raise SettingsError(f"{name.upper()} holds the value of {seen[key].upper()}; {_fresh(name)}")
+            seen[key] = name
+    return {_SIGNING[name]: values for name, values in keys.items()}
+
+
+def _secret(current: Settings, name: str) -> str:
+    if getattr(current, name) is None:
+        raise SettingsError(f"{name.upper()} is not set, and serving over HTTP needs it; {_fresh(name)}")
+    return _needed(current, name)
+
+
+def _fresh(name: str) -> str:
+    return f"make one for {name.upper()} with: python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
+
+
 def _file_values(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
@@ -219,7 +383,11 @@ def _sentence(error: ValidationError) -> str:
     field = str(first["loc"][0])
     if first["msg"].endswith("unset it"):
         return f"{field.upper()} is set, and {first['msg'].removeprefix('Value error, ')}"
-    held = "a value that cannot be used" if field in _SECRETS else repr(str(first["input"])[:100])
+    held = (
+        "a value that cannot be used"
+        if field in (*_SECRETS, "state_url")
+        else repr(str(first["input"])[:100])
+    )
     return f"{field.upper()} is {held}; give {Settings.model_fields[field].description}"
 
 
