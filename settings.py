@@ -17,13 +17,38 @@ from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 from platformdirs import user_config_path, user_state_path
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    AnyHttpUrl,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 __version__ = "0.1.0"
 
 _HOST_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789._-")
 _USER_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-@+")
+
+_GOOGLE = "https://accounts.google.com/.well-known/openid-configuration"
+_SECRET_BYTES = 32
+_MAKE_SECRET = "make a good one with: openssl rand -hex 32"  # noqa: S105 - a command, not a secret
+_PLACEHOLDERS = (
+    "change-me",
+    "change_me",
+    "changeme",
+    "replace-me",
+    "replace_me",
+    "example",
+    "your-",
+    "your_",
+)
+
+_url = TypeAdapter(AnyHttpUrl, config=ConfigDict(url_preserve_empty_path=True))
 
 
 class SettingsError(Exception):
@@ -41,21 +66,6 @@ class Target:
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self.user}@{host}:{self.port}"
-
-
-@dataclass(frozen=True)
-class Login:
-    """A complete OAuth configuration. Of several keys for one purpose the first signs and all verify."""
-
-    base_url: str
-    google_client_id: str
-    google_client_secret: SecretStr
-    discovery_url: str
-    allowed_emails: frozenset[str]
-    jwt_keys: tuple[bytes, ...] = field(repr=False)
-    session_keys: tuple[bytes, ...] = field(repr=False)
-    code_keys: tuple[bytes, ...] = field(repr=False)
-    state_url: str = field(repr=False)
 
 
 def host_token(text: str) -> str:
@@ -80,6 +90,63 @@ def user_token(text: str) -> str:
     return user
 
 
+def _is_loopback(host: str | None) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host or "").is_loopback
+    except ValueError:
+        return False
+
+
+def _trusted_url(text: str) -> str:
+    """Return an https URL, or an http one of this machine, in its canonical form; else raise ValueError."""
+    url = str(_url.validate_python(text.strip()))
+    parts = urlsplit(url)
+    if parts.scheme != "https" and not _is_loopback(parts.hostname):
+        raise ValueError("plain http leaves this machine")
+    if parts.username is not None or parts.password is not None or "#" in url:
+        raise ValueError("a URL without user name, password and fragment")
+    return url
+
+
+def _origin(text: str) -> str:
+    """Return the canonical origin, without a slash at its end; raise ValueError when there is more to the URL."""
+    url = _trusted_url(text).removesuffix("/")
+    if urlsplit(url).path or "?" in url:
+        raise ValueError("an origin without path and query")
+    return url
+
+
+def _state_url(text: str) -> str:
+    url = text.strip()
+    parts = urlsplit(url)
+    names_file = parts.scheme == "sqlite" and not parts.netloc and len(parts.path) > 1
+    names_server = parts.scheme in ("redis", "rediss") and bool(parts.hostname)
+    if not names_file and not (names_server and parts.port != 0):
+        raise ValueError("neither a file nor a Redis server")
+    return url
+
+
+def _networks(text: str) -> str:
+    """Return comma-separated addresses and networks as they stand if all can be read, else raise ValueError."""
+    for part in text.split(","):
+        ipaddress.ip_network(part.strip(), strict=False)
+    return text
+
+
+def _emails(text: str) -> str:
+    """Return comma-separated addresses as they stand if all can be used, else raise ValueError.
+
+    Only ASCII: letters of other alphabets that fold to the same one would let a stranger pass for somebody.
+    """
+    for part in text.split(","):
+        name, _, domain = part.strip().rpartition("@")
+        if not part.isascii() or not name or not domain or len(part.split()) != 1 or "*" in part:
+            raise ValueError("e-mail addresses")
+    return text
+
+
 def _os_user() -> str:
     try:
         return getpass.getuser()
@@ -102,56 +169,6 @@ def _not_built(*off: str) -> BeforeValidator:
             raise ValueError("this version does not enforce it yet; unset it")
 
     return BeforeValidator(refuse)
-
-
-def _base_url(text: str) -> str:
-    """Return the URL without a slash at its end: https, or plain http on loopback, and nothing but an origin."""
-    url = text.strip().removesuffix("/")
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    if parts.scheme not in ("https", "http") or url != f"{parts.scheme}://{parts.netloc}" or not host:
-        raise ValueError("an origin")
-    if "@" in parts.netloc or url != url.lower() or parts.port == 0:
-        raise ValueError("an origin")
-    if parts.scheme == "http" and not _is_loopback(host):
-        raise ValueError("https")
-    host_token(host)
-    return url
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _discovery_url(text: str) -> str:
-    parts = urlsplit(text.strip())
-    if parts.scheme != "https" and not (parts.scheme == "http" and _is_loopback(parts.hostname or "")):
-        raise ValueError("https")
-    return text.strip()
-
-
-def _emails(text: str) -> str:
-    addresses = [address.strip() for address in text.split(",")]
-    for address in addresses:
-        name, at, domain = address.rpartition("@")
-        if not (name and at and domain) or not address.isascii() or any(c.isspace() for c in address):
-            raise ValueError("addresses")
-    return ",".join(addresses)
-
-
-def _state_url(text: str) -> str:
-    if urlsplit(text).scheme not in ("sqlite", "redis", "rediss"):
-        raise ValueError("a store")
-    return text
-
-
-def _proxies(text: str) -> str:
-    for proxy in text.split(","):
-        ipaddress.ip_network(proxy.strip(), strict=False)
-    return text
 
 
 ExpandedPath = Annotated[Path, AfterValidator(_expanded)]
@@ -195,31 +212,33 @@ class Settings(BaseSettings):
         65_536, ge=1_000, le=10_000_000, description="bytes, from 1000 to 10000000"
     )
     http_host: Annotated[str, AfterValidator(host_token)] = Field(
-        "127.0.0.1", description="a host name or an IP address to listen on"
+        "127.0.0.1", description="an address or a name of this machine to listen on"
     )
     http_port: Port = Field(3003, description="a port from 1 to 65535")
-    public_base_url: Annotated[str, AfterValidator(_base_url)] | None = Field(
+    public_base_url: Annotated[str, AfterValidator(_origin)] | None = Field(
         None,
-        description="the origin that clients see, in lower case and without a path, such as https://mcp.example.com"
-        " (plain http on loopback only)",
+        description="an https URL without a path, such as https://mcp.example.com; plain http only on loopback",
     )
-    google_client_id: str | None = Field(None, description="the OAuth client's id at Google")
-    google_client_secret: SecretStr | None = Field(None, description="the OAuth client's secret at Google")
-    google_discovery_url: Annotated[str, AfterValidator(_discovery_url)] = Field(
-        "https://accounts.google.com/.well-known/openid-configuration",
-        description="the https URL of an OpenID provider's discovery document",
+    google_client_id: str | None = Field(None, description="the OAuth client ID from Google's console")
+    google_client_secret: SecretStr | None = Field(
+        None, description="the OAuth client secret from Google's console"
+    )
+    google_discovery_url: Annotated[str, AfterValidator(_trusted_url)] = Field(
+        _GOOGLE, description="the https URL of an OpenID provider's discovery document"
     )
     allowed_email: Annotated[str, AfterValidator(_emails)] | None = Field(
-        None, description="one e-mail address, or several with commas"
+        None, description="who may log in: e-mail addresses in ASCII, with commas between them"
     )
-    jwt_secret: SecretStr | None = Field(None, description="a secret")
-    session_secret: SecretStr | None = Field(None, description="a secret")
-    oauth_code_secret: SecretStr | None = Field(None, description="a secret")
+    jwt_secret: SecretStr | None = Field(None, description="the key that signs access tokens")
+    session_secret: SecretStr | None = Field(
+        None, description="the key that signs sessions, client ids and job ids"
+    )
+    oauth_code_secret: SecretStr | None = Field(None, description="the key that signs authorization codes")
     state_url: Annotated[str, AfterValidator(_state_url)] | None = Field(
-        None, description="sqlite:///path or redis://host:port/db"
+        None, repr=False, description="sqlite:///path or redis://host:port/db"
     )
-    forwarded_allow_ips: Annotated[str, AfterValidator(_proxies)] = Field(
-        "127.0.0.1", description="comma-separated IP addresses or networks of proxies"
+    forwarded_allow_ips: Annotated[str, AfterValidator(_networks)] = Field(
+        "127.0.0.1", description="addresses or networks of proxies, with commas between them"
     )
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR"],
@@ -246,6 +265,88 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Let the environment win over the file, whose values come in as arguments."""
         return env_settings, init_settings
+
+
+@dataclass(frozen=True)
+class Login:
+    """A complete OAuth configuration. Of several keys the first signs and all verify. Its repr shows no secret."""
+
+    base_url: str
+    google_client_id: str
+    google_client_secret: SecretStr
+    discovery_url: str
+    allowed_emails: frozenset[str]
+    jwt_keys: tuple[bytes, ...] = field(repr=False)
+    session_keys: tuple[bytes, ...] = field(repr=False)
+    code_keys: tuple[bytes, ...] = field(repr=False)
+    state_url: str = field(repr=False)
+
+
+def login(current: Settings, base_url: str | None = None) -> Login:
+    """Return the OAuth configuration, without which HTTP is not served.
+
+    `base_url` is what the server really listens on, if not what the settings say; without PUBLIC_BASE_URL it is the
+    URL that clients see, as long as only this machine can reach it. Raises SettingsError for the first variable that is missing or cannot be used.
+    """
+    names = ("jwt_secret", "session_secret", "oauth_code_secret")
+    keys = {name: _signing_keys(name, _needed(current, name)) for name in names}
+    every = [key for name in names for key in set(keys[name])]
+    if len(set(every)) != len(every):
+        raise SettingsError(f"JWT_SECRET, SESSION_SECRET and OAUTH_CODE_SECRET share a value; {_MAKE_SECRET}")
+    return Login(
+        base_url=_public_url(current, base_url),
+        google_client_id=_needed(current, "google_client_id"),
+        google_client_secret=SecretStr(_needed(current, "google_client_secret")),
+        discovery_url=current.google_discovery_url,
+        allowed_emails=frozenset(
+            part.strip().casefold() for part in _needed(current, "allowed_email").split(",")
+        ),
+        jwt_keys=keys["jwt_secret"],
+        session_keys=keys["session_secret"],
+        code_keys=keys["oauth_code_secret"],
+        state_url=current.state_url or _default_state_url(),
+    )
+
+
+def http_url(host: str, port: int) -> str:
+    """Return the plain http URL of an address and a port."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _needed(current: Settings, name: str) -> str:
+    value = getattr(current, name)
+    text = value.get_secret_value() if isinstance(value, SecretStr) else value
+    if text and text.strip():
+        return str(text).strip()
+    description = Settings.model_fields[name].description
+    remedy = f"{description}; {_MAKE_SECRET}" if name in _SIGNING else f"give {description}"
+    raise SettingsError(f"{name.upper()} is not set, and HTTP is not served without a login; {remedy}")
+
+
+def _signing_keys(name: str, text: str) -> tuple[bytes, ...]:
+    keys = tuple(part.strip().encode() for part in text.split(","))
+    if any(len(key) < _SECRET_BYTES for key in keys):
+        raise SettingsError(f"{name.upper()} has fewer than {_SECRET_BYTES} bytes; {_MAKE_SECRET}")
+    if any(mark in text.casefold() for mark in _PLACEHOLDERS):
+        raise SettingsError(f"{name.upper()} is the value of an example, which anybody knows; {_MAKE_SECRET}")
+    return keys
+
+
+def _public_url(current: Settings, listens_on: str | None) -> str:
+    if current.public_base_url is not None:
+        return current.public_base_url
+    url = listens_on or http_url(current.http_host, current.http_port)
+    if _is_loopback(urlsplit(url).hostname):
+        return _origin(url)
+    description = Settings.model_fields["public_base_url"].description
+    raise SettingsError(
+        f"PUBLIC_BASE_URL is not set, and other machines can reach this server; give {description}"
+    )
+
+
+def _default_state_url() -> str:
+    path = user_state_path("ssh-mcp-server", appauthor=False) / "oauth" / "state.db"
+    return f"sqlite:///{path.as_posix().removeprefix('/')}"
 
 
 def env_file(named: Path | None = None) -> Path | None:
@@ -278,77 +379,6 @@ def load(named_file: Path | None = None) -> Settings:
         raise SettingsError(_sentence(error)) from None
 
 
-def login(current: Settings, base_url: str | None = None) -> Login:
-    """Return what logging in over HTTP needs; `base_url` is what the server listens on, for want of a public URL.
-
-    Raises SettingsError when something is missing or too weak to be trusted.
-    """
-    listening = base_url or f"http://{_bracketed(current.http_host)}:{current.http_port}"
-    if current.public_base_url is None and not _is_loopback(urlsplit(listening).hostname or ""):
-        raise SettingsError(
-            f"PUBLIC_BASE_URL is not set, and listening on {listening} needs it;"
-            f" give {Settings.model_fields['public_base_url'].description}"
-        )
-    return Login(
-        base_url=current.public_base_url or listening,
-        google_client_id=_needed(current, "google_client_id"),
-        google_client_secret=SecretStr(_needed(current, "google_client_secret")),
-        discovery_url=current.google_discovery_url,
-        allowed_emails=frozenset(
-            address.strip().lower() for address in _needed(current, "allowed_email").split(",")
-        ),
-        state_url=current.state_url or _default_state_url(),
-        **_keys(current),
-    )
-
-
-def _default_state_url() -> str:
-    return f"sqlite://{user_state_path('ssh-mcp-server', appauthor=False) / 'oauth' / 'state.db'}"
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def _needed(current: Settings, name: str) -> str:
-    value = getattr(current, name)
-    if value is None:
-        raise SettingsError(
-            f"{name.upper()} is not set, and serving over HTTP needs it; give {Settings.model_fields[name].description}"
-        )
-    return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
-
-
-_SIGNING = {"jwt_secret": "jwt_keys", "session_secret": "session_keys", "oauth_code_secret": "code_keys"}
-_LEAST_SECRET_BYTES = 32
-_LEAST_DIFFERENT_BYTES = 10
-
-
-def _keys(current: Settings) -> dict[str, tuple[bytes, ...]]:
-    keys = {
-        name: tuple(key.strip().encode() for key in _secret(current, name).split(",")) for name in _SIGNING
-    }
-    seen: dict[bytes, str] = {}
-    for name, values in keys.items():
-        for key in values:
-            if len(key) < _LEAST_SECRET_BYTES or len(set(key)) < _LEAST_DIFFERENT_BYTES:
-                raise SettingsError(f"{name.upper()} is too weak: 32 random bytes at least; {_fresh(name)}")
-            if key in seen:
-                raise SettingsError(f"{name.upper()} holds the value of {seen[key].upper()}; {_fresh(name)}")
-            seen[key] = name
-    return {_SIGNING[name]: values for name, values in keys.items()}
-
-
-def _secret(current: Settings, name: str) -> str:
-    if getattr(current, name) is None:
-        raise SettingsError(f"{name.upper()} is not set, and serving over HTTP needs it; {_fresh(name)}")
-    return _needed(current, name)
-
-
-def _fresh(name: str) -> str:
-    return f"make one for {name.upper()} with: python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
-
-
 def _file_values(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
@@ -361,17 +391,16 @@ def _file_values(path: Path | None) -> dict[str, Any]:
         raise SettingsError(
             f"the settings file {path} cannot be read: {getattr(error, 'strerror', 'not UTF-8')}"
         ) from None
-    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO) and _SECRETS & values.keys():
+    holds_secret = _SECRETS & values.keys() or "@" in (values.get("state_url") or "")
+    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO) and holds_secret:
         raise SettingsError(f"{path} holds a secret and others may read it; run: chmod 600 {path}")
     return values
 
 
-_SECRETS = frozenset(
+_SIGNING = frozenset({"jwt_secret", "session_secret", "oauth_code_secret"})
+_SECRETS = _SIGNING | frozenset(
     {
         "google_client_secret",
-        "jwt_secret",
-        "session_secret",
-        "oauth_code_secret",
         "ssh_key_passphrase",
         "ssh_sudo_password",
     }
@@ -380,15 +409,13 @@ _SECRETS = frozenset(
 
 def _sentence(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False)[0]
-    field = str(first["loc"][0])
+    name = str(first["loc"][0])
     if first["msg"].endswith("unset it"):
-        return f"{field.upper()} is set, and {first['msg'].removeprefix('Value error, ')}"
-    held = (
-        "a value that cannot be used"
-        if field in (*_SECRETS, "state_url")
-        else repr(str(first["input"])[:100])
-    )
-    return f"{field.upper()} is {held}; give {Settings.model_fields[field].description}"
+        return f"{name.upper()} is set, and {first['msg'].removeprefix('Value error, ')}"
+    shown = str(first["input"])
+    hidden = name in _SECRETS or ("://" in shown and "@" in shown)  # a URL may hold a password
+    held = "a value that cannot be used" if hidden else repr(shown[:100])
+    return f"{name.upper()} is {held}; give {Settings.model_fields[name].description}"
 
 
 def exit_for(error: SettingsError) -> NoReturn:
