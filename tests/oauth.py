@@ -33,7 +33,7 @@ from jwt.algorithms import RSAAlgorithm
 
 from conftest import Server, free_port, wait_for
 
-ME, YOU, STRANGER = "me@example.com", "you@example.com", "stranger@example.com"
+ME, YOU, KISS, STRANGER = "me@example.com", "you@example.com", "kiss@example.com", "stranger@example.com"
 BIN, HERE = Path(sys.executable).parent, Path(__file__).parent
 CALLBACK = "http://127.0.0.1:39999/callback"
 """Where the applications of the tests are sent; nothing listens there, the tests read the URL."""
@@ -281,7 +281,7 @@ def make_remote(
         "GOOGLE_CLIENT_ID": "our-id-at-google",
         "GOOGLE_CLIENT_SECRET": "our-secret-at-google-" + secrets.token_hex(8),
         "GOOGLE_DISCOVERY_URL": google.discovery_url,
-        "ALLOWED_EMAIL": f"{ME},{YOU}",
+        "ALLOWED_EMAIL": f"{ME},{YOU},{KISS}",
         "JWT_SECRET": secrets.token_hex(32),
         "SESSION_SECRET": secrets.token_hex(32),
         "OAUTH_CODE_SECRET": secrets.token_hex(32),
@@ -330,9 +330,9 @@ def in_thread(remote: Remote) -> Iterator[Remote]:
 
 @pytest.fixture(scope="session")
 def google(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Google]:
-    """The provider for all tests, where `me`, `you` and a `stranger` have accounts."""
+    """The provider for all tests, where `me`, `you`, `kiss` and a `stranger` have accounts."""
     google = Google(tmp_path_factory.mktemp("google"))
-    for name in (ME, YOU, STRANGER):
+    for name in (ME, YOU, KISS, STRANGER):
         google.person(name)
     yield google
     google.close()
@@ -340,7 +340,7 @@ def google(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Google]:
 
 @pytest.fixture(scope="session")
 def remote(google: Google, sshd: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
-    """One server for all tests that leave it as it is; `me` and `you` may log in, a `stranger` may not."""
+    """One server for all tests that leave it as it is; `me`, `you` and `kiss` may log in, a `stranger` may not."""
     remote = make_remote(tmp_path_factory.mktemp("remote"), google, sshd)
     remote.start()
     yield remote
