@@ -286,7 +286,8 @@ def login(current: Settings, base_url: str | None = None) -> Login:
     """Return the OAuth configuration, without which HTTP is not served.
 
     `base_url` is what the server really listens on, if not what the settings say; without PUBLIC_BASE_URL it is the
-    URL that clients see, as long as only this machine can reach it. Raises SettingsError for the first variable that is missing or cannot be used.
+    URL that clients see, as long as only this machine can reach it. Raises SettingsError for the first variable that
+    is missing or cannot be used.
     """
     names = ("jwt_secret", "session_secret", "oauth_code_secret")
     keys = {name: _signing_keys(name, _needed(current, name)) for name in names}
