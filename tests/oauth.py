@@ -424,10 +424,9 @@ class Browser:
     def post(self, page: Page, data: Mapping[str, str], **headers: str) -> httpx.Response:
         """Send a page's form with that data."""
         assert page.action is not None
-        parts = urlsplit(page.url)
         sent = {
-            "Origin": f"{parts.scheme}://{parts.netloc}",
-            "Referer": page.url,
+            "Origin": self.remote.base_url,
+            "Referer": page.url.replace(self.remote.url, self.remote.base_url, 1),
             "Sec-Fetch-Site": "same-origin",
         }
         return self.http.post(page.action, data=dict(data), headers=sent | headers)
