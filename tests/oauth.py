@@ -404,11 +404,13 @@ class Browser:
     def get(self, url: str, **options: Any) -> httpx.Response:
         """Open a URL as a click on a link of another site does, and follow redirects inside our server."""
         for _ in range(5):
+            if url.startswith(self.remote.base_url + "/"):
+                url = url.replace(self.remote.base_url, self.remote.url, 1)
             response = self.http.get(url, **options)
             target = urljoin(url, response.headers.get("Location", ""))
             if not response.is_redirect or not target.startswith(self.remote.base_url + "/"):
                 return response
-            url = target.replace(self.remote.base_url, self.remote.url, 1)
+            url = target
         pytest.fail(f"too many redirects, the last to {url}")
 
     def page(self, url: str) -> Page:
