@@ -293,6 +293,7 @@ class _Entrance:
     """ASGI: sorts requests by who has business with their path; adds headers; writes the access log."""
 
     def __init__(self, app: ASGIApp, login: Login, proxies: Proxies) -> None:
+        self._app = app
         self._proxies = proxies
         host = urlsplit(login.base_url).hostname or ""
 
@@ -307,7 +308,7 @@ class _Entrance:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return
+            return await self._app(scope, receive, send)
         status = 500
 
         async def answer(message: Message) -> None:
