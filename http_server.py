@@ -153,7 +153,7 @@ def _lifespan(server: FastMCP[Any], sessions: _Sessions, state: State) -> Callab
 
 
 class _ForPath(TokenVerifier):
-    """Accepts the tokens whose audience fits one path (RFC 8707, 2)."""
+    """Accepts the tokens whose audience fits one path (RFC 8707, 2), until the second in which they expire."""
 
     def __init__(self, provider: Provider, path: str) -> None:
         super().__init__()
@@ -163,7 +163,9 @@ class _ForPath(TokenVerifier):
     async def verify_token(self, token: str) -> AccessToken | None:
         """Return what the token says, or None. Raises StateDown."""
         access = await self._provider.verify_token(token)
-        return access if access is not None and self._provider.opens(access, self._path) else None
+        if access is None or access.expires_at is None or access.expires_at <= time.time():
+            return None
+        return access if self._provider.opens(access, self._path) else None
 
 
 def _demanding_token(provider: Provider, login: Login, path: str, app: ASGIApp) -> ASGIApp:
