@@ -6,6 +6,7 @@
 - Nothing of a login is kept here; documents and keys are fetched again after an hour, keys also when one is unknown.
 """
 
+import hmac
 import time
 from typing import Any
 from urllib.parse import urlsplit
@@ -93,7 +94,8 @@ class Google:
             ) from None
         several = isinstance(claims["aud"], list) and len(claims["aud"]) > 1
         party = claims.get("azp", None if several else self._login.google_client_id)
-        if party != self._login.google_client_id or claims["nonce"] != nonce:
+        ours = hmac.compare_digest(str(claims["nonce"]).encode("utf-8", "replace"), nonce.encode())
+        if party != self._login.google_client_id or not ours:
             raise LoginError("The login belongs to another request. Start it again from your application.")
         return claims
 

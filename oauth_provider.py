@@ -457,14 +457,15 @@ class Provider(OAuthProvider):
             code = self._tokens.read_code(sent.need("code"))
         except Unreadable:
             raise OAuthError("invalid_grant", "the code is not valid, or 60 seconds have passed") from None
-        redirect_uri = sent.get("redirect_uri")
-        if not _same(code.client_id, client_id) or redirect_uri not in (None, code.redirect_uri):
-            raise OAuthError("invalid_grant", "the code was given to another client or redirect URI")
-        if not _answers(sent.need("code_verifier"), code.challenge):
-            raise OAuthError("invalid_grant", "the code verifier does not answer the challenge")
+        if not _same(code.client_id, client_id):
+            raise OAuthError("invalid_grant", "the code was given to another client")
         if not await self._state.claim(f"code:{code.family}", _CODE_LIFETIME_SECONDS):
             await self._state.revoke(code.family, REFRESH_SECONDS)
             raise OAuthError("invalid_grant", "the code was used before; what it gave is revoked")
+        if sent.get("redirect_uri") not in (None, code.redirect_uri):
+            raise OAuthError("invalid_grant", "the code was given for another redirect URI")
+        if not _answers(sent.need("code_verifier"), code.challenge):
+            raise OAuthError("invalid_grant", "the code verifier does not answer the challenge")
         self._must_enter(code.email)
         self._audience(sent, code)
         await self._state.open_family(code.family, REFRESH_SECONDS)
