@@ -11,7 +11,7 @@ import time
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
+import httpx2
 import jwt
 from authlib.common.errors import AuthlibBaseError
 from authlib.integrations.httpx_client import AsyncOAuth2Client
@@ -69,7 +69,7 @@ class Google:
                 answer = await client.fetch_token(
                     document["token_endpoint"], code=code, code_verifier=verifier
                 )
-        except httpx.HTTPError as error:
+        except httpx2.HTTPError as error:
             raise ProviderDown from error
         except (AuthlibBaseError, ValueError):
             raise LoginError("The login was not confirmed. Start it again from your application.") from None
@@ -116,12 +116,19 @@ class Google:
         if self._document and 0 <= time.monotonic() - self._fetched < _KEEP_SECONDS and self._fetched:
             return self._document
         try:
-            async with httpx.AsyncClient(timeout=_TIMEOUT_SECONDS) as http:
+            async with httpx2.AsyncClient(timeout=_TIMEOUT_SECONDS) as http:
                 document = await _fetched(http, self._login.discovery_url)
                 _check(document, self._login.discovery_url)
                 keys = await _fetched(http, document["jwks_uri"])
             self._keys = jwt.PyJWKSet.from_dict(keys).keys
-        except (httpx.HTTPError, httpx.InvalidURL, KeyError, TypeError, ValueError, jwt.PyJWTError) as error:
+        except (
+            httpx2.HTTPError,
+            httpx2.InvalidURL,
+            KeyError,
+            TypeError,
+            ValueError,
+            jwt.PyJWTError,
+        ) as error:
             raise ProviderDown from error
         self._document, self._fetched = document, time.monotonic()
         return document
@@ -146,7 +153,7 @@ def _identity(claims: dict[str, Any]) -> Identity:
     return Identity(sub, email)
 
 
-async def _fetched(http: httpx.AsyncClient, url: str) -> dict[str, Any]:
+async def _fetched(http: httpx2.AsyncClient, url: str) -> dict[str, Any]:
     response = await http.get(url)
     response.raise_for_status()
     document = response.json()
