@@ -15,7 +15,7 @@ from fastmcp.client.transports import SSETransport, StdioTransport, StreamableHt
 
 from clients import HERE, MODULES, node, running
 from conftest import free_port, wait_for
-from oauth import CALLBACK, Browser, Remote
+from oauth import CALLBACK, App, Browser, Remote, tokens_of
 
 MCP_REMOTE = MODULES / "mcp-remote" / "dist" / "proxy.js"
 TOOLS = {
@@ -160,3 +160,37 @@ def test_mcp_remote_brings_a_local_client_in(
     tools, result = asyncio.run(run())
     assert tools == TOOLS
     assert result["stdout"] == "hello\n"
+
+
+@pytest.mark.parametrize(
+    ("redirect_uri", "asked", "audience"),
+    [
+        ("https://claude.ai/api/mcp/auth_callback", {"resource": "/mcp", "scope": "claudeai"}, ["/mcp"]),
+        ("https://claude.com/api/mcp/auth_callback", {"resource": "/sse", "scope": "claudeai"}, ["/sse"]),
+        ("https://chatgpt.com/connector_platform_oauth_redirect", {"resource": "/sse"}, ["/sse"]),
+        ("https://chatgpt.com/connector/oauth/Ab_1-xyz", {"resource": "/"}, ["/mcp", "/sse"]),
+        ("https://chatgpt.com/connector/oauth/Ab_1-xyz", {"resource": ""}, ["/mcp", "/sse"]),
+        ("cursor://anysphere.cursor-retrieval/oauth/user-ssh/callback", {}, ["/mcp", "/sse"]),
+        ("http://localhost:53411/callback", {"resource": "/mcp", "scope": "ssh"}, ["/mcp"]),
+    ],
+)
+def test_client_that_asks_as_claude_chatgpt_cursor_or_claude_code_does(
+    redirect_uri: str,
+    asked: dict[str, str],
+    audience: list[str],
+    remote: Remote,
+    app_of: Callable[..., App],
+    browser_of: Callable[..., Browser],
+) -> None:
+    app, browser = app_of(remote, redirect_uri=redirect_uri), browser_of(remote)
+    resource = {"resource": remote.base_url + asked["resource"] if "resource" in asked else None}
+    authorize_url = app.authorize_url(**asked | resource)
+    # some look whether it answers before they send somebody there
+    assert app.http.get(authorize_url).status_code == 302
+    answer = browser.log_in(authorize_url)
+    assert answer.startswith(f"{redirect_uri}?")
+    tokens = tokens_of(app.redeem(answer, **resource))
+    assert sorted(tokens.claims["aud"]) == [remote.base_url + path for path in audience]
+    assert tokens.answer["scope"] == "ssh"
+    for path in ("/mcp", "/sse"):
+        assert (app.call(tokens.access, path).status_code == 200) == (path in audience)
