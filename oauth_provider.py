@@ -8,9 +8,9 @@ in this browser; then to Google and back to `/google/callback`, which gives the 
 - A code, a Google answer and a client's assertion work once. A replayed code revokes what it gave.
 - Whoever left the whitelist has no working token. A store that cannot be asked grants nothing.
 
-The methods are FastMCP's, the endpoints our own: the SDK's refuse revocation by public clients and answer 401 where
-RFC 6749 says 400. From `fastmcp.server.auth` (4.1.2) come the base class, AccessToken, and in `oauth_clients` the
-client ID metadata documents.
+The base class is FastMCP's AuthProvider, not its OAuthProvider, whose endpoints come from the MCP SDK: those refuse
+revocation by public clients, answer 401 where RFC 6749 says 400, and know one resource. From `fastmcp.server.auth`
+(4.1.2) come the base class and AccessToken, and in `oauth_clients` the client ID metadata documents.
 """
 
 import base64
@@ -19,7 +19,7 @@ import hmac
 import string
 from urllib.parse import urlencode, urlsplit
 
-from fastmcp.server.auth.auth import AccessToken, OAuthProvider
+from fastmcp.server.auth.auth import AccessToken, AuthProvider
 from pydantic import AnyHttpUrl, ConfigDict, TypeAdapter
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -77,7 +77,7 @@ _ANYWHERE = [
 _START_AGAIN = "Go back to your application and connect again; it takes a new login."
 
 
-class Provider(OAuthProvider):
+class Provider(AuthProvider):
     """The authorization server of one base URL. Used from one event loop."""
 
     def __init__(self, login: Login, state: State) -> None:
@@ -112,10 +112,6 @@ class Provider(OAuthProvider):
             subject=access.sub,
             claims={"sub": access.sub, "email": access.email, "aud": access.audience, "jti": access.jti},
         )
-
-    async def load_access_token(self, token: str) -> AccessToken | None:
-        """As verify_token."""
-        return await self.verify_token(token)
 
     def opens(self, token: AccessToken, path: str) -> bool:
         """Tell whether a token was given for what stands at that path: `/sse` with `/messages/`, or `/mcp`."""
