@@ -178,6 +178,15 @@ def answers(tool: Callable[P, A]) -> Callable[P, A]:
     return call
 
 
+_UVICORN: dict[str, Any] = {
+    "proxy_headers": False,  # the application knows which proxies to believe
+    "access_log": False,  # it would hold codes, and goes to stdout
+    "log_config": None,
+    "server_header": False,
+    "ws": "none",
+}
+
+
 class _Server(FastMCP[None]):
     """FastMCP, whose HTTP transports are one application behind the login."""
 
@@ -188,9 +197,7 @@ class _Server(FastMCP[None]):
         host = kwargs.get("host") or fastmcp.settings.host
         self._listens_on = settings.http_url(host, kwargs.get("port") or fastmcp.settings.port)
         logging.getLogger("uvicorn").handlers = _log.handlers
-        # Addresses and the access log are our own matter: uvicorn's would hold codes, and goes to stdout.
-        uvicorn = {"proxy_headers": False, "access_log": False, "server_header": False, "log_config": None}
-        kwargs["uvicorn_config"] = uvicorn | (kwargs.get("uvicorn_config") or {})
+        kwargs["uvicorn_config"] = _UVICORN | (kwargs.get("uvicorn_config") or {})
         try:
             await super().run_http_async(*args, **kwargs)
         except SettingsError as error:

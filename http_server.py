@@ -23,7 +23,7 @@ from fastmcp.server.auth import AccessToken
 from fastmcp.server.auth.auth import TokenVerifier
 from fastmcp.server.auth.middleware import RequireAuthMiddleware
 from fastmcp.server.context import TransportType, reset_transport, set_transport
-from fastmcp.server.http import HostOriginGuardMiddleware, StarletteWithLifespan, set_http_request
+from fastmcp.server.http import StarletteWithLifespan, set_http_request
 from mcp.server.auth.middleware.auth_context import AuthContextMiddleware
 from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, BearerAuthBackend
 from mcp.server.sse import SseServerTransport
@@ -31,10 +31,11 @@ from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from mcp.server.transport_security import TransportSecuritySettings
 from pydantic import AnyHttpUrl
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.authentication import AuthenticationMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -296,14 +297,10 @@ class _Entrance:
 
     def __init__(self, app: ASGIApp, login: Login, proxies: Proxies) -> None:
         self._app = app
+        self._limited = OAuthLimits(app, proxies)
         self._proxies = proxies
-        host = urlsplit(login.base_url).hostname or ""
-
-        def guarded(inner: ASGIApp) -> ASGIApp:
-            return HostOriginGuardMiddleware(inner, [host], [login.base_url], mode="strict")
-
-        limited = OAuthLimits(app, proxies)
-        self._mcp, self._pages, self._open = guarded(app), guarded(limited), limited
+        self._origin = login.base_url
+        self._hosts = {urlsplit(login.base_url).hostname, "127.0.0.1", "localhost", "::1"}
         self._headers = [(b"x-content-type-options", b"nosniff")]
         if login.base_url.startswith("https:"):
             self._headers.append((b"strict-transport-security", b"max-age=31536000"))
@@ -326,7 +323,7 @@ class _Entrance:
 
         started = time.monotonic()
         try:
-            await self._of(scope["path"])(scope, receive, answer)
+            await self._of(scope)(scope, receive, answer)
         finally:
             _log.info(
                 "%s %s %s %d %.0f ms",
@@ -337,12 +334,39 @@ class _Entrance:
                 (time.monotonic() - started) * 1000,
             )
 
-    def _of(self, path: str) -> ASGIApp:
-        if path in ("/mcp", "/sse") or path.startswith("/messages/"):
-            return self._mcp
+    def _of(self, scope: Scope) -> ASGIApp:
+        """Return who answers: the resources, what is open to all origins, what browsers see, or a refusal."""
+        path, headers = scope["path"], Headers(scope=scope)
         if path in _OPEN_TO_ALL or path.startswith("/.well-known/"):
-            return self._open
-        return self._pages
+            return self._limited
+        is_resource = path in ("/mcp", "/sse") or path.startswith("/messages/")
+        if _host_name(headers.get("host", "")) not in self._hosts:
+            return _misdirected(is_resource)
+        if not is_resource:
+            return self._limited
+        if headers.get("origin", self._origin) != self._origin:
+            return PlainTextResponse("pages of other origins may not call this server", 403)
+        return self._app
+
+
+def _host_name(host: str) -> str | None:
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
+
+
+def _misdirected(is_resource: bool) -> Response:
+    """Refuse a name that is not ours: a page elsewhere may have made it point here (DNS rebinding)."""
+    if is_resource:
+        return PlainTextResponse("this server has another name", 421)
+    return page(
+        "error",
+        421,
+        title="Wrong address",
+        message="This server does not go by the name in your browser's address bar.",
+        hint="Start again from the application, or ask whoever runs this server for its address.",
+    )
 
 
 def _printable(path: str) -> str:
