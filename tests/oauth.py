@@ -571,6 +571,8 @@ class App:
             headers = {"Authorization": f"Bearer {access_token}"} | headers
         if path != "/mcp":
             with self.http.stream("GET", f"{self.remote.url}{path}", headers=headers) as response:
+                if response.status_code != 200:
+                    response.read()
                 return response
         headers = {"Accept": "application/json, text/event-stream"} | headers
         return self.http.post(f"{self.remote.url}{path}", json=INITIALIZE, headers=headers)
