@@ -8,6 +8,7 @@ from pathlib import Path
 
 from conftest import program, wait_for
 
+# gzip is on, as in Debian's own nginx.conf
 _AROUND = """
 daemon off;
 worker_processes 1;
@@ -17,6 +18,7 @@ error_log {folder}/error.log;
 events {{}}
 http {{
     access_log off;
+    gzip on;
     client_body_temp_path {folder}/body;
     proxy_temp_path {folder}/proxy;
     fastcgi_temp_path {folder}/fastcgi;

@@ -8,6 +8,7 @@ import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_urlsafe
 from typing import Any
 
 import httpx
@@ -164,6 +165,13 @@ def test_browsers_are_told_to_stay_with_tls(trusting: Behind) -> None:
         assert http.get(f"{trusting.url}/health").headers["Strict-Transport-Security"] == "max-age=31536000"
 
 
+def test_pages_with_secrets_in_them_are_not_compressed(trusting: Behind) -> None:
+    with oauth.http_from() as http:
+        answer = http.get(trusting.url, headers={"Accept-Encoding": "gzip"})
+    assert answer.headers["Content-Type"].startswith("text/html")
+    assert "Content-Encoding" not in answer.headers
+
+
 def test_cookie_is_bound_to_this_host_and_to_tls(
     trusting: Behind, app_of: Callable[..., App], browser_of: Callable[..., Browser]
 ) -> None:
@@ -224,7 +232,7 @@ def test_client_cannot_choose_the_address_that_the_server_sees(
 def test_client_with_a_big_registration_gets_through(
     trusting: Behind, app_of: Callable[..., App], browser_of: Callable[..., Browser]
 ) -> None:
-    many = [f"https://client.example.com/callback/{number}/{'x' * 400}" for number in range(9)]
+    many = [f"https://client.example.com/callback/{number}/{token_urlsafe(500)}" for number in range(9)]
     app = app_of(trusting, client_id="none yet")
     answer = app.register(redirect_uris=[app.redirect_uri, *many], client_name="n" * 200)
     assert answer.status_code == 201
