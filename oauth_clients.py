@@ -2,6 +2,7 @@
 
 - A client id of ours *is* the registration, signed (RFC 7591): nothing is kept, equal registrations give equal ids.
 - A client id that is an https URL names a document, which FastMCP fetches without reaching into private networks.
+  What it says of itself, and what it sends as proof, is a stranger's: however malformed, it is refused, no failure.
 - All clients are public, but one whose document says `private_key_jwt` has to prove itself at `/token` (RFC 7523).
 - A redirect URI is compared character by character; only the port of a loopback address is free (RFC 8252, 7.3).
 """
@@ -130,9 +131,13 @@ class Clients:
             document = await self._fetcher.fetch(url)
         except (CIMDFetchError, CIMDValidationError):
             raise UnknownClient from None
+        except (ValueError, RecursionError):  # FastMCP 4.1.2 parses strange JSON and UTF-8 unguarded
+            raise UnknownClient from None
         uris = tuple(uri for uri in document.redirect_uris[:_MOST_REDIRECT_URIS] if is_redirect_uri(uri))
-        name = (document.client_name or host)[:_MOST_NAME_CHARACTERS]
-        return Client(url, name, uris, host, document)
+        name = (document.client_name or "").strip()[:_MOST_NAME_CHARACTERS]
+        if not _is_unicode(name):
+            raise UnknownClient
+        return Client(url, name or host, uris, host, document)
 
     async def proves_itself(self, client: Client, assertion_type: str | None, assertion: str | None) -> bool:
         """Tell whether the client at `/token` is who it says; a public client need not show anything."""
@@ -144,7 +149,12 @@ class Clients:
             await self._assertions.validate_assertion(
                 assertion, client.id, self._token_endpoint, client.document
             )
-        except ValueError:
+        except (
+            ValueError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ):  # FastMCP 4.1.2 trusts the claims' types
             return False
         seen = hashlib.sha256(assertion.encode()).hexdigest()
         return await self._state.claim(f"assertion:{seen}", _ASSERTION_SECONDS)
@@ -208,7 +218,7 @@ def _is_private_use(uri: str, parts: SplitResult) -> bool:
         and scheme[:1].isalpha()
         and _SCHEME_CHARACTERS.issuperset(scheme)
         and scheme not in _NEVER
-        and parts.path.startswith("/") | bool(parts.netloc)
+        and bool(parts.netloc or parts.path.startswith("/"))
     )
 
 
@@ -266,14 +276,14 @@ def _redirect_uris(uris: object) -> list[str]:
 
 
 def _name(name: object, uri: str) -> str:
-    if name is None or name == "":
+    if name is None:
         return shown_host(uri)
     if not isinstance(name, str) or len(name) > _MOST_NAME_CHARACTERS or not _is_unicode(name):
         raise RegistrationError(
             "invalid_client_metadata",
             f"client_name must be text of {_MOST_NAME_CHARACTERS} characters at most",
         )
-    return name
+    return name.strip() or shown_host(uri)
 
 
 def _is_unicode(text: str) -> bool:

@@ -7,6 +7,7 @@
 """
 
 import hmac
+import logging
 import time
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,6 +26,8 @@ _KEEP_SECONDS = 3600
 _TIMEOUT_SECONDS = 10
 _CLOCK_SECONDS = 60
 _MOST_CLAIM_CHARACTERS = 320
+
+_log = logging.getLogger("ssh_mcp_server")
 
 
 class LoginError(Exception):
@@ -70,8 +73,9 @@ class Google:
                     document["token_endpoint"], code=code, code_verifier=verifier
                 )
         except httpx2.HTTPError as error:
-            raise ProviderDown from error
-        except (AuthlibBaseError, ValueError):
+            raise _down(error) from error
+        except (AuthlibBaseError, ValueError) as error:
+            _log.warning("the login provider refused a code: %s", getattr(error, "error", "no JSON"))
             raise LoginError("The login was not confirmed. Start it again from your application.") from None
         claims = await self._claims(answer.get("id_token"), nonce)
         return _identity(claims)
@@ -129,7 +133,7 @@ class Google:
             ValueError,
             jwt.PyJWTError,
         ) as error:
-            raise ProviderDown from error
+            raise _down(error) from error
         self._document, self._fetched = document, time.monotonic()
         return document
 
@@ -144,9 +148,23 @@ class Google:
         )
 
 
+def _down(error: Exception) -> ProviderDown:
+    """Say it to the operator, without what was sent."""
+    reason = f"status {error.response.status_code}" if isinstance(error, httpx2.HTTPStatusError) else error
+    _log.error(
+        "the login provider (GOOGLE_DISCOVERY_URL) cannot be asked: %s %s", type(error).__name__, reason
+    )
+    return ProviderDown("the login provider cannot be asked")
+
+
 def _identity(claims: dict[str, Any]) -> Identity:
     sub, email = claims["sub"], claims.get("email")
-    if not isinstance(sub, str) or not isinstance(email, str) or len(sub + email) > _MOST_CLAIM_CHARACTERS:
+    if (
+        not isinstance(sub, str)
+        or not sub
+        or not isinstance(email, str)
+        or len(sub + email) > _MOST_CLAIM_CHARACTERS
+    ):
         raise LoginError("The account has no e-mail address that could be checked. Use another account.")
     if claims.get("email_verified") is not True:
         raise LoginError("The account's e-mail address is not verified. Verify it, or use another account.")

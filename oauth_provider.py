@@ -4,20 +4,19 @@ The way of a login: `/authorize` checks the request and leads to `/consent`, whe
 in this browser; then to Google and back to `/google/callback`, which gives the application a code for `/token`.
 
 - Nothing is kept between the steps: each carries what the last one found good, signed, and bound to the browser.
-- Only S256 (RFC 7636), only exact redirect URIs, only resources of this server (RFC 8707); `iss` in every answer.
-- A code, a Google answer and a client's assertion work once. A replayed code revokes what it gave.
-- Whoever left the whitelist has no working token. A store that cannot be asked grants nothing.
+- Only S256 (RFC 7636), only registered redirect URIs, only resources of this server (RFC 8707); `iss` in every answer.
+- Google's answer is taken once; what an application may do with its code is the matter of `oauth_grants`.
 
-The base class is FastMCP's AuthProvider, not its OAuthProvider, whose endpoints come from the MCP SDK: those refuse
-revocation by public clients, answer 401 where RFC 6749 says 400, and know one resource. From `fastmcp.server.auth`
-(4.1.2) come the base class and AccessToken, and in `oauth_clients` the client ID metadata documents.
+Borrowed from FastMCP 4.1.2, where a test looks whether it moved: AuthProvider and AccessToken here, in `oauth_clients`
+the client ID metadata documents (a beta there). The base is not its OAuthProvider, whose endpoints come from the MCP
+SDK: those refuse revocation by public clients, answer 401 where RFC 6749 says 400, and know one resource; with
+endpoints of our own its methods for them would be there for nobody.
 """
 
-import base64
 import hashlib
 import hmac
 import string
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
 from fastmcp.server.auth.auth import AccessToken, AuthProvider
 from pydantic import AnyHttpUrl, ConfigDict, TypeAdapter
@@ -29,6 +28,7 @@ from starlette.routing import Route
 
 from oauth_clients import Client, Clients, RegistrationError, UnknownClient, shown_host
 from oauth_google import Google, LoginError, ProviderDown
+from oauth_grants import RESOURCES, Grants
 from oauth_requests import (
     OAuthError,
     PageError,
@@ -42,13 +42,8 @@ from oauth_requests import (
 )
 from oauth_state import State
 from oauth_tokens import (
-    ACCESS_SECONDS,
     LOGIN_SECONDS,
-    REFRESH_SECONDS,
-    Access,
-    Code,
     Identity,
-    Refresh,
     Request,
     Tokens,
     Unreadable,
@@ -59,11 +54,8 @@ from pages import page
 from settings import Login
 
 SCOPE = "ssh"
-RESOURCES = ("/sse", "/mcp")
 
-_CODE_LIFETIME_SECONDS = 180
 _CHALLENGE_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-_")
-_VERIFIER_CHARACTERS = _CHALLENGE_CHARACTERS | frozenset(".~")
 _MOST_STATE_CHARACTERS = 4096
 _ANYWHERE = [
     Middleware(
@@ -88,7 +80,7 @@ class Provider(AuthProvider):
         self._tokens = Tokens(login.base_url, login.jwt_keys, login.session_keys, login.code_keys)
         self._clients = Clients(self._tokens, state, f"{login.base_url}/token")
         self._google = Google(login)
-        self._resources = [f"{login.base_url}{path}" for path in RESOURCES]
+        self._grants = Grants(login, state, self._tokens, self._clients)
         secure = login.base_url.startswith("https:")
         self._cookie = "__Host-ssh-mcp" if secure else "ssh-mcp"
         self._secure = secure
@@ -97,11 +89,8 @@ class Provider(AuthProvider):
 
     async def verify_token(self, token: str) -> AccessToken | None:
         """Return what a token grants, or None. Raises StateDown."""
-        try:
-            access = self._tokens.read_access(token, self._resources)
-        except Unreadable:
-            return None
-        if not self._may_enter(access.email) or await self._state.revoked(access.family, access.jti):
+        access = await self._grants.access(token)
+        if access is None:
             return None
         return AccessToken(
             token=token,
@@ -117,9 +106,6 @@ class Provider(AuthProvider):
         """Tell whether a token was given for what stands at that path: `/sse` with `/messages/`, or `/mcp`."""
         resource = "/sse" if path.startswith("/messages") else path
         return f"{self._login.base_url}{resource}" in token.claims["aud"]
-
-    def _may_enter(self, email: str) -> bool:
-        return email.isascii() and email.lower() in self._login.allowed_emails
 
     # Routes
 
@@ -251,17 +237,9 @@ class Provider(AuthProvider):
             redirect_uri,
             challenge,
             sent.get("state"),
-            self._named(sent.resources) or self._resources,
+            self._grants.named(sent.resources) or self._grants.resources,
             SCOPE,
         )
-
-    def _named(self, resources: list[str]) -> list[str]:
-        """Return the resources that are meant; the bare origin is all of them. Raises OAuthError."""
-        if not {*self._resources, self._login.base_url, f"{self._login.base_url}/"}.issuperset(resources):
-            raise OAuthError("invalid_target", f"the resources here are {' and '.join(self._resources)}")
-        if set(resources) - set(self._resources):
-            return self._resources
-        return [resource for resource in self._resources if resource in resources]
 
     @for_people
     async def _ask(self, request: HTTPRequest) -> Response:
@@ -275,7 +253,7 @@ class Provider(AuthProvider):
             client_uri_host=wanted.client_host,
             redirect_host=shown_host(wanted.redirect_uri),
             resources=wanted.resources,
-            fields={"request": signed, "csrf": self._tokens.mark("csrf", browser, signed)},
+            fields={"request": signed, "csrf": self._tokens.csrf(browser, signed)},
         )
         shown.set_cookie(self._cookie, browser, secure=self._secure, httponly=True, samesite="lax")
         return shown
@@ -287,7 +265,7 @@ class Provider(AuthProvider):
         sent = await form(request)
         signed, browser = sent.need("request"), self._browser(request)
         wanted = self._read_request(signed)
-        if browser is None or not self._tokens.marked(sent.need("csrf"), "csrf", browser, signed):
+        if browser is None or not self._tokens.is_csrf(sent.need("csrf"), browser, signed):
             raise PageError(
                 "This page belongs to another browser",
                 "Approval has to come from the page that this browser was shown.",
@@ -301,9 +279,7 @@ class Provider(AuthProvider):
             raise OAuthError("invalid_request", "the decision must be approve or deny")
         state = self._tokens.state(Visit(wanted, _digest(browser)))
         try:
-            url = await self._google.leave_url(
-                state, self._tokens.mark("nonce", state), self._tokens.mark("verifier", state)
-            )
+            url = await self._google.leave_url(state, *self._tokens.google_secrets(state))
         except ProviderDown:
             raise _GOOGLE_DOWN from None
         return _leaving(url)
@@ -321,7 +297,7 @@ class Provider(AuthProvider):
             code = "access_denied" if sent.get("error") == "access_denied" else "server_error"
             return self._sent_back(wanted.redirect_uri, wanted.state, error=code)
         identity = await self._identity(sent.need("code"), state)
-        if not self._may_enter(identity.email):
+        if not self._grants.may_enter(identity.email):
             return page(
                 "refused",
                 403,
@@ -329,7 +305,7 @@ class Provider(AuthProvider):
                 client_name=wanted.client_name,
                 leave_url=self._answer_url(wanted.redirect_uri, wanted.state, error="access_denied"),
             )
-        return self._sent_back(wanted.redirect_uri, wanted.state, code=self._code(wanted, identity))
+        return self._sent_back(wanted.redirect_uri, wanted.state, code=self._grants.code(wanted, identity))
 
     def _read_request(self, signed: str) -> Request:
         try:
@@ -377,32 +353,16 @@ class Provider(AuthProvider):
 
     async def _identity(self, code: str, state: str) -> Identity:
         try:
-            return await self._google.identity(
-                code, self._tokens.mark("nonce", state), self._tokens.mark("verifier", state)
-            )
+            return await self._google.identity(code, *self._tokens.google_secrets(state))
         except ProviderDown:
             raise _GOOGLE_DOWN from None
         except LoginError as error:
             raise PageError("You are not logged in", str(error), _START_AGAIN, 403) from None
 
-    def _code(self, wanted: Request, who: Identity) -> str:
-        return self._tokens.code(
-            Code(
-                new_id(),
-                wanted.client_id,
-                wanted.redirect_uri,
-                wanted.challenge,
-                wanted.resources,
-                wanted.scope,
-                who.sub,
-                who.email.lower(),
-            )
-        )
-
     def _answer_url(self, redirect_uri: str, state: str | None, **values: str) -> str:
         """Return where the application gets its answer (RFC 6749, 4.1.2; RFC 9207)."""
         given = values | ({} if state is None else {"state": state}) | {"iss": self._login.base_url}
-        return f"{redirect_uri}{'&' if urlsplit(redirect_uri).query else '?'}{urlencode(given)}"
+        return f"{redirect_uri}{'&' if '?' in redirect_uri else '?'}{urlencode(given)}"
 
     def _sent_back(self, redirect_uri: str, state: str | None, **values: str) -> Response:
         return _redirect(self._answer_url(redirect_uri, state, **values))
@@ -411,116 +371,12 @@ class Provider(AuthProvider):
 
     @for_programs
     async def _token(self, request: HTTPRequest) -> Response:
-        """RFC 6749, 4.1.3 and 6."""
-        sent = await form(request)
-        client_id = await self._authenticated(request, sent)
-        grant_type = sent.need("grant_type")
-        if grant_type == "authorization_code":
-            grant = await self._redeemed(sent, client_id)
-        elif grant_type == "refresh_token":
-            grant = await self._rotated(sent, client_id)
-        else:
-            raise OAuthError("unsupported_grant_type", "codes and refresh tokens are what is taken here")
-        return answer(
-            {
-                "access_token": self._tokens.access(grant, self._audience(sent, grant)),
-                "token_type": "Bearer",
-                "expires_in": ACCESS_SECONDS,
-                "refresh_token": self._tokens.refresh(grant),
-                "scope": grant.scope,
-            }
-        )
-
-    async def _authenticated(self, request: HTTPRequest, sent: Parameters) -> str:
-        """Return the client id of who asks. Raises OAuthError `invalid_client`."""
-        client_id = sent.get("client_id")
-        if client_id is None or "authorization" in request.headers or sent.get("client_secret") is not None:
-            raise OAuthError("invalid_client", "clients here have no secret: send client_id alone", 401)
-        try:
-            client = await self._clients.find(client_id)
-        except UnknownClient:
-            raise OAuthError(
-                "invalid_client", "this client id is not known here; register again", 401
-            ) from None
-        shown = sent.get("client_assertion_type"), sent.get("client_assertion")
-        if not await self._clients.proves_itself(client, *shown):
-            raise OAuthError("invalid_client", "the client's assertion does not prove who it is", 401)
-        return client.id
-
-    async def _redeemed(self, sent: Parameters, client_id: str) -> Refresh:
-        """Return the grant of a code, whose first use this must be."""
-        try:
-            code = self._tokens.read_code(sent.need("code"))
-        except Unreadable:
-            raise OAuthError("invalid_grant", "the code is not valid, or 60 seconds have passed") from None
-        if not _same(code.client_id, client_id):
-            raise OAuthError("invalid_grant", "the code was given to another client")
-        if not await self._state.claim(f"code:{code.family}", _CODE_LIFETIME_SECONDS):
-            await self._state.revoke(code.family, REFRESH_SECONDS)
-            raise OAuthError("invalid_grant", "the code was used before; what it gave is revoked")
-        if sent.get("redirect_uri") not in (None, code.redirect_uri):
-            raise OAuthError("invalid_grant", "the code was given for another redirect URI")
-        if not _answers(sent.need("code_verifier"), code.challenge):
-            raise OAuthError("invalid_grant", "the code verifier does not answer the challenge")
-        self._must_enter(code.email)
-        self._audience(sent, code)
-        await self._state.open_family(code.family, REFRESH_SECONDS)
-        return Refresh(code.family, 0, client_id, code.resources, code.scope, code.sub, code.email)
-
-    async def _rotated(self, sent: Parameters, client_id: str) -> Refresh:
-        """Return the grant of a refresh token, one generation on."""
-        try:
-            old = self._tokens.read_refresh(sent.need("refresh_token"))
-        except Unreadable:
-            raise OAuthError("invalid_grant", "the refresh token is not valid") from None
-        if not _same(old.client_id, client_id):
-            raise OAuthError("invalid_grant", "the refresh token was given to another client")
-        self._must_enter(old.email)
-        self._audience(sent, old)
-        ended = await self._state.revoked(old.family)
-        generation = None if ended else await self._state.rotate(old.family, old.generation)
-        if generation is None:
-            raise OAuthError("invalid_grant", "the grant has ended; log in again")
-        return Refresh(old.family, generation, client_id, old.resources, old.scope, old.sub, old.email)
-
-    def _must_enter(self, email: str) -> None:
-        if not self._may_enter(email):
-            raise OAuthError("invalid_grant", "this account may no longer come in")
-
-    def _audience(self, sent: Parameters, grant: Code | Refresh) -> list[str]:
-        """Return whom an access token is for: what is asked, of what was granted (RFC 8707, 2.2)."""
-        granted = [resource for resource in self._resources if resource in grant.resources]
-        if not sent.resources:
-            return granted
-        asked = self._named(sent.resources)
-        whole = set(sent.resources) - set(self._resources)
-        if not whole and not set(granted).issuperset(asked):
-            raise OAuthError("invalid_target", "access to that resource was not granted")
-        return [resource for resource in granted if resource in asked]
+        return answer(await self._grants.exchange(request))
 
     @for_programs
     async def _revoke(self, request: HTTPRequest) -> Response:
-        """RFC 7009: a refresh token ends its family, an access token itself; what is not valid needs no revoking."""
-        sent = await form(request)
-        client_id = await self._authenticated(request, sent)
-        token = sent.need("token")
-        for kind in (self._read_refresh, self._read_access):
-            try:
-                owner, key, lifetime_seconds = kind(token)
-            except Unreadable:
-                continue
-            if not _same(owner, client_id):
-                raise OAuthError("invalid_grant", "the token was given to another client")
-            await self._state.revoke(key, lifetime_seconds)
+        await self._grants.revoke(request)
         return answer({})
-
-    def _read_refresh(self, token: str) -> tuple[str, str, int]:
-        refresh = self._tokens.read_refresh(token)
-        return refresh.client_id, refresh.family, REFRESH_SECONDS
-
-    def _read_access(self, token: str) -> tuple[str, str, int]:
-        access: Access = self._tokens.read_access(token, self._resources)
-        return access.client_id, access.jti, ACCESS_SECONDS
 
 
 _EXPIRED = PageError(
@@ -547,15 +403,3 @@ def _leaving(url: str) -> Response:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _same(one: str, other: str) -> bool:
-    return hmac.compare_digest(one.encode(), other.encode())
-
-
-def _answers(verifier: str, challenge: str) -> bool:
-    """RFC 7636, 4.6."""
-    if not 43 <= len(verifier) <= 128 or not _VERIFIER_CHARACTERS.issuperset(verifier):
-        return False
-    digest = hashlib.sha256(verifier.encode()).digest()
-    return _same(base64.urlsafe_b64encode(digest).rstrip(b"=").decode(), challenge)

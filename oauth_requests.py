@@ -125,7 +125,10 @@ def for_programs(endpoint: Endpoint) -> Endpoint:
         try:
             return await endpoint(provider, request)
         except OAuthError as error:
-            return answer({"error": error.code, "error_description": str(error)}, error.status)
+            refusal = answer({"error": error.code, "error_description": str(error)}, error.status)
+            if error.status == 401 and "authorization" in request.headers:  # RFC 6749, 5.2
+                refusal.headers["WWW-Authenticate"] = 'Basic realm="OAuth"'
+            return refusal
         except StateDown:
             down = {"error": "temporarily_unavailable", "error_description": "try again in a moment"}
             return answer(down, 503)

@@ -154,6 +154,15 @@ class Tokens:
         visit = _read(Visit, self._visits, text, LOGIN_SECONDS)
         return Visit(Request(**visit.request), visit.browser)  # type: ignore[arg-type]
 
+    def google_secrets(self, state: str) -> tuple[str, str]:
+        """Return the nonce and the code verifier that belong to a `state`.
+
+        They come of the key that signed it, which is not the first any more when a secret is rotated meanwhile.
+        """
+        signing = (key for key in self._session_keys if _timed((key,), "state").loads_unsafe(state)[0])
+        key = next(signing, self._session_keys[0])
+        return _mark(key, "nonce", state), _mark(key, "verifier", state)
+
     def browser(self) -> str:
         """Make a cookie's value for a browser that has none."""
         return _text(self._browsers.dumps(secrets.token_urlsafe(16)))
@@ -166,26 +175,22 @@ class Tokens:
             return False
         return True
 
-    def mark(self, purpose: str, *of: str) -> str:
-        """Return what only this server can compute of the texts: a CSRF token, a nonce, a code verifier."""
-        return self._marks(purpose, *of)[0]
+    def csrf(self, browser: str, request: str) -> str:
+        """Return the token of a form that a browser is shown for a request."""
+        return _mark(self._session_keys[0], "csrf", browser, request)
 
-    def marked(self, mark: str, purpose: str, *of: str) -> bool:
-        """Tell in constant time whether it is the mark of the texts under one of the keys."""
-        marks = self._marks(purpose, *of)
-        return any(hmac.compare_digest(mark.encode(), expected.encode()) for expected in marks)
-
-    def _marks(self, purpose: str, *of: str) -> list[str]:
-        message = b"\0".join(hashlib.sha256(text.encode()).digest() for text in (purpose, *of))
-        return [hmac.new(key, message, hashlib.sha256).hexdigest() for key in self._session_keys]
+    def is_csrf(self, token: str, browser: str, request: str) -> bool:
+        """Tell in constant time whether a form's token is that of the browser and the request."""
+        marks = [_mark(key, "csrf", browser, request) for key in self._session_keys]
+        return any(hmac.compare_digest(token.encode(), mark.encode()) for mark in marks)
 
     def code(self, code: Code) -> str:
         """Sign an authorization code (RFC 6749, 4.1.2); it lives 60 seconds."""
         return _text(self._codes.dumps(asdict(code)))
 
-    def read_code(self, text: str) -> Code:
+    def read_code(self, text: str, lifetime_seconds: int = CODE_SECONDS) -> Code:
         """Read an authorization code; that it is used once is the caller's to see to."""
-        return _read(Code, self._codes, text, CODE_SECONDS)
+        return _read(Code, self._codes, text, lifetime_seconds)
 
     def refresh(self, refresh: Refresh) -> str:
         """Sign a refresh token; the state store knows when its family ends."""
@@ -242,6 +247,12 @@ def _access(text: str, key: bytes, issuer: str, audience: list[str]) -> Access:
         raise Unreadable
     meant = claims["aud"] if isinstance(claims["aud"], list) else [claims["aud"]]
     return Access(texts[0], meant, texts[1], texts[2], texts[3], texts[4], int(claims["exp"]))
+
+
+def _mark(key: bytes, purpose: str, *of: str) -> str:
+    """Return what only the key's holder can compute of the texts."""
+    message = b"\0".join(hashlib.sha256(text.encode()).digest() for text in (purpose, *of))
+    return hmac.new(key, message, hashlib.sha256).hexdigest()
 
 
 def new_id() -> str:
