@@ -22,7 +22,7 @@ from pages import PageName
 from test_pages import VALUES
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
@@ -523,6 +523,14 @@ def test_page_has_one_first_heading_a_title_and_a_language(name: PageName, show:
     assert tab.locator("html").get_attribute("lang") == "en"
     levels = tab.evaluate("[...document.querySelectorAll('h1,h2,h3')].map((h) => Number(h.tagName[1]))")
     assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+
+
+def test_name_of_stacked_marks_paints_over_nothing_else(show: Callable[..., Page]) -> None:
+    plain, stacked = (
+        show("consent", client_name="Claude" + marks) for marks in ("", "\u0301" * 60 + "\u0323" * 60)
+    )
+    for part in (".main-fact", "dd .quiet", ".warning", "form"):
+        assert plain.locator(part).first.screenshot() == stacked.locator(part).first.screenshot()
 
 
 def test_redirect_host_is_the_biggest_thing_in_the_box(show: Callable[..., Page]) -> None:
