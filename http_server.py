@@ -5,8 +5,8 @@ token whose audience fits its own path. A stream ends when the newest token seen
 checked wherever no other origin has business; who failed too often is held back (http_limits). The access log knows
 paths, never queries, since those of a login hold codes.
 
-Borrowed from inside FastMCP 4.1.2: `_mcp_server` (the MCP server that the transports drive) and `_lifespan_manager`
-(which starts the application's services once, whoever asks first).
+Borrowed from inside FastMCP 4.1.2: `_mcp_server` (the MCP server that the transports drive, an object of the SDK) and
+`_lifespan_manager` (which starts the application's services once, whoever asks first).
 """
 
 import asyncio
@@ -143,6 +143,9 @@ def _lifespan(server: FastMCP[Any], sessions: _Sessions, state: State) -> Callab
     async def running(_: Starlette) -> AsyncIterator[None]:
         try:
             async with server._lifespan_manager(), sessions.running():
+                # else the SDK lists all tools before each call of the newest protocol, to look at one's schema
+                schemas = {tool.name: tool.parameters for tool in await server.list_tools()}
+                server._mcp_server.get_tool_input_schema = schemas.get
                 yield
         finally:
             await state.close()

@@ -370,6 +370,7 @@ def test_what_is_borrowed_from_inside_fastmcp_is_still_there() -> None:
     server = FastMCP("test")
     assert inspect.signature(server._mcp_server.run).parameters.keys() >= {"read_stream", "write_stream"}
     assert callable(server._mcp_server.create_initialization_options)
+    assert server._mcp_server.get_tool_input_schema is None
     assert hasattr(server._lifespan_manager(), "__aenter__")
 
 
