@@ -74,7 +74,7 @@ class Google:
                 )
         except httpx2.HTTPError as error:
             raise _down(error) from error
-        except (AuthlibBaseError, ValueError) as error:
+        except (AuthlibBaseError, ValueError, RecursionError) as error:
             _log.warning("the login provider refused a code: %s", getattr(error, "error", "no JSON"))
             raise LoginError("The login was not confirmed. Start it again from your application.") from None
         claims = await self._claims(answer.get("id_token"), nonce)
@@ -131,6 +131,7 @@ class Google:
             KeyError,
             TypeError,
             ValueError,
+            RecursionError,
             jwt.PyJWTError,
         ) as error:
             raise _down(error) from error
@@ -182,10 +183,12 @@ async def _fetched(http: httpx2.AsyncClient, url: str) -> dict[str, Any]:
 
 def _check(document: dict[str, Any], discovery_url: str) -> None:
     """Check that the document is of that issuer and leads nowhere unprotected (OpenID Connect Discovery, 4.3)."""
-    issuer = document["issuer"].removesuffix("/")
-    if f"{issuer}/.well-known/openid-configuration" != discovery_url:
+    names = ("issuer", "authorization_endpoint", "token_endpoint", "jwks_uri")
+    if not all(isinstance(document[name], str) for name in names):
+        raise TypeError("a URL in the document is none")
+    if f"{document['issuer'].removesuffix('/')}/.well-known/openid-configuration" != discovery_url:
         raise ValueError("the document is another issuer's")
-    for name in ("authorization_endpoint", "token_endpoint", "jwks_uri"):
+    for name in names[1:]:
         parts = urlsplit(document[name])
         if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname or "")):
             raise ValueError(f"{name} is not protected")
