@@ -25,7 +25,7 @@ from fastmcp.server.auth.middleware import RequireAuthMiddleware
 from fastmcp.server.context import TransportType, reset_transport, set_transport
 from fastmcp.server.http import StarletteWithLifespan, set_http_request
 from mcp.server.auth.middleware.auth_context import AuthContextMiddleware
-from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, BearerAuthBackend
+from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, BearerAuthBackend, authorization_context
 from mcp.server.sse import SseServerTransport
 from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from mcp.server.transport_security import TransportSecuritySettings
@@ -74,24 +74,26 @@ def http_app(
     provider = Provider(login, state)
     sse = SseServerTransport("/messages/", _UNGUARDED, MESSAGE_BYTES)
     sessions = _Sessions(server, json_response=json_response, stateless=stateless)
-    streams = Streams()
+    of_mcp, of_sse = Streams(session_in_header), Streams(session_in_query)
 
     async def open_sse(scope: Scope, receive: Receive, send: Send) -> None:
         async with sse.connect_sse(scope, receive, send) as (reading, writing):
             inner = server._mcp_server
             await inner.run(reading, writing, inner.create_initialization_options())
 
-    def behind_login(app: ASGIApp, path: str, transport: TransportType) -> ASGIApp:
-        return _demanding_token(provider, login, path, streams.watching(_in_context(app, transport)))
+    def mcp(app: ASGIApp) -> ASGIApp:
+        inner = of_mcp.watching(_in_context(app, "streamable-http"))
+        return _demanding_token(provider, login, "/mcp", inner)
+
+    def legacy(app: ASGIApp) -> ASGIApp:
+        return _demanding_token(provider, login, "/sse", of_sse.watching(_in_context(app, "sse")))
 
     app = StarletteWithLifespan(
         routes=[
             *provider.get_routes("/mcp"),
-            Route(
-                "/mcp", behind_login(sessions, "/mcp", "streamable-http"), methods=["GET", "POST", "DELETE"]
-            ),
-            Route("/sse", behind_login(open_sse, "/sse", "sse"), methods=["GET"]),
-            Mount("/messages/", behind_login(sse.handle_post_message, "/sse", "sse")),
+            Route("/mcp", mcp(sessions), methods=["GET", "POST", "DELETE"]),
+            Route("/sse", legacy(open_sse), methods=["GET"]),
+            Mount("/messages/", legacy(sse.handle_post_message)),
             Route("/health", _health(provider, login, report), methods=["GET"]),
             Route("/", _landing(login), methods=["GET"]),
         ],
@@ -196,55 +198,61 @@ def _in_context(app: ASGIApp, transport: TransportType) -> ASGIApp:
 
 
 class _Life:
-    """Until when a stream may last, in seconds of the wall clock."""
+    """Whose stream it is, and until when it may last, in seconds of the wall clock."""
 
-    def __init__(self, ends: float) -> None:
-        self.ends = ends
+    def __init__(self, user: AuthenticatedUser) -> None:
+        self.owner = authorization_context(user)
+        self.ends = _expiry(user)
 
 
 class Streams:
-    """Ends each stream when the newest token seen on it has expired: that of a GET, or of a message to its session."""
+    """Ends each stream of one transport when the newest token seen on it has expired.
 
-    def __init__(self) -> None:
+    Seen on it is the token that opened it, and those of its owner's messages to its session. `session_of` tells the
+    session of a request, at the one place where this transport looks for it.
+    """
+
+    def __init__(self, session_of: Callable[[Request], str | None]) -> None:
+        self._session_of = session_of
         self._lives: dict[str, _Life] = {}
 
     def watching(self, app: ASGIApp) -> ASGIApp:
         """Return the application with its streams ended in time."""
 
         async def call(scope: Scope, receive: Receive, send: Send) -> None:
-            ends = _expiry(scope)
+            session = self._session_of(Request(scope))
             if scope["method"] in ("GET", "HEAD"):
-                await self._stream(app, _Life(ends), scope, receive, send)
-            elif session := _session_of(scope):
-                await self._message(app, session, ends, scope, receive, send)
+                await self._stream(app, session, scope, receive, send)
+            elif session is not None:
+                await self._message(app, session, scope, receive, send)
             else:
                 await app(scope, receive, send)
 
         return call
 
-    async def _message(
-        self, app: ASGIApp, session: str, ends: float, scope: Scope, receive: Receive, send: Send
-    ) -> None:
+    async def _message(self, app: ASGIApp, session: str, scope: Scope, receive: Receive, send: Send) -> None:
         async def watch(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] < 300:
-                life = self._lives.get(session)
-                if life is not None:
-                    life.ends = max(life.ends, ends)
+                life, user = self._lives.get(session), scope["user"]
+                if life is not None and life.owner == authorization_context(user):
+                    life.ends = max(life.ends, _expiry(user))
             await send(message)
 
         await app(scope, receive, watch)
 
-    async def _stream(self, app: ASGIApp, life: _Life, scope: Scope, receive: Receive, send: Send) -> None:
-        session, open_ = _session_of(scope), False
+    async def _stream(
+        self, app: ASGIApp, session: str | None, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        life, is_open = _Life(scope["user"]), False
 
         async def watch(message: Message) -> None:
-            nonlocal session, open_
+            nonlocal session, is_open
             if message["type"] == "http.response.start":
-                open_ = True
+                is_open = True
                 if message["status"] < 300 and session is not None:
                     self._lives[session] = life
             elif message["type"] == "http.response.body":
-                open_ = bool(message.get("more_body", False))
+                is_open = bool(message.get("more_body", False))
                 if session is None and (told := _ENDPOINT.search(message.get("body", b""))):
                     session = told[1].decode()
                     self._lives[session] = life
@@ -255,23 +263,27 @@ class Streams:
         finally:
             if session is not None and self._lives.get(session) is life:
                 del self._lives[session]
-        if open_:
+        if is_open:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def session_in_header(request: Request) -> str | None:
+    """Return the session that a request to `/mcp` names."""
+    return request.headers.get("mcp-session-id")
+
+
+def session_in_query(request: Request) -> str | None:
+    """Return the session that a message to `/messages/` names; `/sse` makes a new one, whatever its query says."""
+    return None if request.method in ("GET", "HEAD") else request.query_params.get("session_id")
 
 
 _ENDPOINT = re.compile(rb"^data: \S*[?&]session_id=([0-9a-f]{32})\b", re.MULTILINE)
 
 
-def _expiry(scope: Scope) -> float:
-    user = scope["user"]
-    if not isinstance(user, AuthenticatedUser) or user.access_token.expires_at is None:
+def _expiry(user: AuthenticatedUser) -> float:
+    if user.access_token.expires_at is None:
         raise RuntimeError("a stream is opened without a token that expires")
     return user.access_token.expires_at
-
-
-def _session_of(scope: Scope) -> str | None:
-    request = Request(scope)
-    return request.headers.get("mcp-session-id") or request.query_params.get("session_id")
 
 
 def _until_expiry(life: _Life, receive: Receive) -> Receive:

@@ -16,9 +16,11 @@ import httpx
 import pytest
 from fastmcp import Client, FastMCP
 from fastmcp.client.transports import SSETransport, StreamableHttpTransport
+from fastmcp.server.auth import AccessToken
+from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
 
 from conftest import wait_for
-from http_server import Streams
+from http_server import Streams, session_in_header
 from oauth import INITIALIZE, ME, App, Remote, http_from, query_of
 
 AppOf = Callable[..., App]
@@ -259,50 +261,64 @@ def test_access_log_of_another_way_of_serving_has_no_queries() -> None:
 # Streams
 
 
-class _Play:
-    """A stream that goes through `Streams`, without a network, so that its clock can be short."""
+def request(method: str, person: str, expires_at: float) -> dict[str, Any]:
+    """A request to the session `s` that was let in with a token of that person."""
+    token = AccessToken(token="t", client_id="app", scopes=[], expires_at=int(expires_at), subject=person)
+    return {
+        "type": "http",
+        "method": method,
+        "path": "/mcp",
+        "headers": [(b"mcp-session-id", b"s")],
+        "query_string": b"",
+        "user": AuthenticatedUser(token),
+    }
 
-    def __init__(self, expires_at: float) -> None:
-        from fastmcp.server.auth import AccessToken
-        from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
 
-        token = AccessToken(token="t", client_id="c", scopes=[], expires_at=int(expires_at))
-        self.user = AuthenticatedUser(token)
+async def endless(scope: Any, receive: Any, send: Any) -> None:
+    """Answer a GET with a stream that lasts until the client is gone."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    while scope["method"] == "GET" and (await receive())["type"] != "http.disconnect":
+        pass
+    if scope["method"] != "GET":
+        await send({"type": "http.response.body", "body": b""})
 
-    def scope(self, method: str, path: str, session: str | None = None) -> dict[str, Any]:
-        headers = [] if session is None else [(b"mcp-session-id", session.encode())]
-        return {
-            "type": "http",
-            "method": method,
-            "path": path,
-            "headers": headers,
-            "query_string": b"",
-            "user": self.user,
-        }
+
+async def silent() -> Any:
+    await asyncio.Event().wait()
+
+
+async def ignored(_: object) -> None:
+    """Take what is sent."""
 
 
 def test_stream_of_streamable_http_ends_with_its_token_too() -> None:
     sent: list[Any] = []
 
-    async def endless(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    async def silent() -> Any:
-        await asyncio.Event().wait()
-
     async def keep(message: Any) -> None:
         sent.append(message)
 
-    async def play() -> None:
-        app = Streams().watching(endless)
-        stream = _Play(time.time() + 2)
-        await asyncio.wait_for(app(stream.scope("GET", "/mcp", "s"), silent, keep), 30)
-
-    asyncio.run(play())
+    app = Streams(session_in_header).watching(endless)
+    opened = request("GET", "me", time.time() + 2)
+    asyncio.run(asyncio.wait_for(app(opened, silent, keep), 30))
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
     assert sent[-1]["more_body"] is False
+
+
+@pytest.mark.parametrize(("person", "lives_on"), [("me", True), ("you", False)])
+def test_only_its_owners_messages_lengthen_a_stream(person: str, lives_on: bool) -> None:
+    """A request of the newest protocol is answered whatever session it names: the SDK does not look."""
+
+    async def play() -> bool:
+        app = Streams(session_in_header).watching(endless)
+        stream = asyncio.ensure_future(app(request("GET", "me", time.time() + 2), silent, ignored))
+        await asyncio.sleep(0.1)
+        await app(request("POST", person, time.time() + 600), silent, ignored)
+        await asyncio.wait([stream], timeout=4)
+        ended = stream.done()
+        stream.cancel()
+        return not ended
+
+    assert asyncio.run(play()) is lives_on
 
 
 # How it ends
