@@ -91,11 +91,11 @@ def _ssh() -> Services:
 
 
 @asynccontextmanager
-async def _lifespan(server: FastMCP[None]) -> AsyncIterator[None]:
+async def _lifespan(_: FastMCP[None]) -> AsyncIterator[None]:
     """Keep the services while the server runs; signals end it as the end of stdin does."""
     global _services
     anyio.to_thread.current_default_thread_limiter().total_tokens = _MOST_CALLS_AT_ONCE
-    services = _services = Services(settings.load(), getattr(server, "job_key", local_key))
+    services = _services = Services(settings.load(), mcp.job_key)
     try:
         with _ended_by_signals(services):
             yield
@@ -190,6 +190,7 @@ _UVICORN: dict[str, Any] = {
 class _Server(FastMCP[None]):
     """FastMCP, whose HTTP transports are one application behind the login."""
 
+    job_key: Callable[[], str | Sequence[bytes]] = staticmethod(local_key)
     _listens_on: str | None = None
 
     async def run_http_async(self, *args: Any, **kwargs: Any) -> None:
@@ -209,7 +210,7 @@ class _Server(FastMCP[None]):
 
         current = settings.load()
         login = settings.login(current, self._listens_on)
-        self.job_key = lambda: login.session_keys[::-1]
+        self.job_key = lambda: login.session_keys[::-1]  # itsdangerous signs with the last
         return http_server.http_app(
             self,
             login,
