@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import wraps
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, Protocol, TypeVar
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from fastmcp.server.http import StarletteWithLifespan
 
 _MOST_CALLS_AT_ONCE = 256
+_MOST_FILES = 65_536
 _ERROR_CHARACTERS = 1000
 _FINISH_SECONDS = 3.0
 
@@ -198,6 +199,7 @@ class _Server(FastMCP[None]):
         host = kwargs.get("host") or fastmcp.settings.host
         self._listens_on = settings.http_url(host, kwargs.get("port") or fastmcp.settings.port)
         logging.getLogger("uvicorn").handlers = _log.handlers
+        _allow_many_connections()
         kwargs["uvicorn_config"] = _UVICORN | (kwargs.get("uvicorn_config") or {})
         try:
             await super().run_http_async(*args, **kwargs)
@@ -219,6 +221,19 @@ class _Server(FastMCP[None]):
             json_response=bool(kwargs.get("json_response")),
             stateless=bool(kwargs.get("stateless_http")),
         )
+
+
+def _allow_many_connections() -> None:
+    """Raise the soft limit of file descriptors, usually 1024: each stream holds one, and each message another."""
+    if os.name != "posix":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with suppress(ValueError, OSError):  # macOS allows less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _default_target_report() -> dict[str, Any]:

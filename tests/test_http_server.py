@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import threading
@@ -319,6 +320,27 @@ def test_only_its_owners_messages_lengthen_a_stream(person: str, lives_on: bool)
         return not ended
 
     assert asyncio.run(play()) is lives_on
+
+
+def test_streams_are_not_held_to_the_usual_limit_of_open_files(
+    own_remote: Callable[..., Remote], app_of: AppOf
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+    try:
+        remote = own_remote()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    headers = {"Authorization": f"Bearer {app_of(remote).log_in(resource=None).access}"}
+    clients = [http_from() for _ in range(150)]
+    streams = [http.stream("GET", f"{remote.url}/sse", headers=headers) for http in clients]
+    try:
+        assert {stream.__enter__().status_code for stream in streams} == {200}
+    finally:
+        for stream in streams:
+            stream.__exit__(None, None, None)
+        for http in clients:
+            http.close()
 
 
 # How it ends
