@@ -107,9 +107,8 @@ def http_app(
     return app
 
 
-_UNGUARDED = TransportSecuritySettings(
-    enable_dns_rebinding_protection=False
-)  # the entrance guards all paths alike
+# the entrance guards all paths alike
+_UNGUARDED = TransportSecuritySettings(enable_dns_rebinding_protection=False)
 
 
 class _Sessions:
