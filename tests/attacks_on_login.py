@@ -351,6 +351,15 @@ def callback_twice(stage: Stage) -> httpx.Response:
     return browser.get(url)
 
 
+def state_for_a_second_login(stage: Stage) -> httpx.Response:
+    """One approval, two logins at Google with its state: the second code of Google is a good one."""
+    browser = stage.browser()
+    google_url = browser.google_url(stage.app().authorize_url())
+    first, second = browser.log_in_at_google(google_url), browser.log_in_at_google(google_url)
+    gives_code(browser.get(first))
+    return browser.get(second)
+
+
 def callback_with_doubled(name: str) -> Move:
     def move(stage: Stage) -> httpx.Response:
         browser = stage.browser()

@@ -301,24 +301,32 @@ def token_for_the_origin_with_slash(stage: Stage) -> httpx.Response:
     return app.call(tokens.access, "/mcp")
 
 
-def session_of_another_person(stage: Stage) -> httpx.Response:
-    """A session id is no login: with another person's token it leads nowhere."""
-    mine, yours = stage.app(), stage.app()
-    answer = mine.call(stage.tokens(mine, ME).access)
-    works(answer)
-    session = answer.headers.get("Mcp-Session-Id")
-    if session is None:
-        return yours.call(secrets.token_hex(16))  # no session exists that could be taken over
-    headers = {
-        "Authorization": f"Bearer {stage.tokens(yours, YOU).access}",
-        "Mcp-Session-Id": session,
-        "Accept": "application/json, text/event-stream",
-        "MCP-Protocol-Version": "2025-06-18",
-    }
-    listing = {"jsonrpc": "2.0", "id": 2, "method": "tools/list"}
-    response = yours.http.post(f"{stage.remote.url}/mcp", json=listing, headers=headers)
-    assert "ssh_execute" not in response.text
-    return response
+def session_of_another_person(method: str) -> Move:
+    """A session id is no login: with another person's token it neither answers nor ends."""
+
+    def move(stage: Stage) -> httpx.Response:
+        mine, yours = stage.app(), stage.app()
+        token = stage.tokens(mine, ME).access
+        answer = mine.call(token)
+        works(answer)
+        session = {
+            "Mcp-Session-Id": answer.headers["Mcp-Session-Id"],
+            "Accept": "application/json, text/event-stream",
+            "MCP-Protocol-Version": "2025-06-18",
+        }
+        listing = {"jsonrpc": "2.0", "id": 2, "method": "tools/list"}
+        url, body = f"{stage.remote.url}/mcp", listing if method == "POST" else None
+        foreign = session | {"Authorization": f"Bearer {stage.tokens(yours, YOU).access}"}
+        with yours.http.stream(method, url, json=body, headers=foreign) as response:
+            if response.status_code != 200:
+                response.read()
+        own = session | {"Authorization": f"Bearer {token}"}
+        again = mine.http.post(url, json=listing, headers=own)
+        works(again)
+        assert "ssh_execute" in again.text
+        return response
+
+    return move
 
 
 def claims_are_those_of_the_contract(stage: Stage) -> httpx.Response:

@@ -189,7 +189,8 @@ def test_stream_answers_its_owner(stage: Stage, stream_of: Callable[..., Stream]
 
 
 def test_second_login_of_the_owner_may_send(stage: Stage, stream_of: Callable[..., Stream]) -> None:
-    token, later = (stage.tokens(resource=None).access for _ in range(2))
+    token = stage.tokens(resource=None).access
+    later = stage.tokens(resource=None).access
     stream = stream_of(stage.remote, token)
     stream.initialize(token)
     assert stream.send(echo(2, "again"), later).status_code == 202
@@ -265,7 +266,20 @@ def test_foreign_token_does_not_lengthen_a_stream(stage: Stage, stream_of: Calla
     stream.initialize(short)
     for other in (yours, for_mcp):
         assert stream.send(echo(2, "x"), other).status_code in (401, 403, 404)
+    own = stream_of(stage.remote, yours)
+    session = stream.path.partition("session_id=")[2]
+    knocks = {
+        "their stream, my session's name": (own.path, yours),
+        "another transport": (f"/mcp?session_id={session}", yours),
+        "another resource": (f"/mcp?session_id={session}", for_mcp),
+    }
+    with http_from() as http:
+        for path, token in knocks.values():
+            headers = {"Authorization": f"Bearer {token}", "Accept": "application/json, text/event-stream"}
+            http.post(stage.remote.url + path, json=INITIALIZE, headers=headers | {"Mcp-Session-Id": session})
+            http.post(stage.remote.url + path, json=INITIALIZE, headers=headers)
     assert stream.ended.wait(40)
+    assert not own.ended.is_set()
 
 
 @pytest.mark.parametrize("background", [True, False])
