@@ -411,14 +411,14 @@ def with_header(key: str | None = None, algorithm: str = "HS256", **header: Any)
 
     def forge(stage: Stage, tokens: Tokens) -> str:
         secret = stage.remote.environment["JWT_SECRET"] if key is None else key
-        return jwt.encode(tokens.claims, secret, algorithm, header)
+        return jwt.encode(tokens.claims, secret, algorithm, {"typ": "at+jwt"} | header)
 
     return forge
 
 
 def unsigned(algorithm: str) -> Forge:
     def forge(stage: Stage, tokens: Tokens) -> str:
-        return f"{encoded({'alg': algorithm, 'typ': 'JWT'})}.{tokens.access.split('.')[1]}."
+        return f"{encoded({'alg': algorithm, 'typ': 'at+jwt'})}.{tokens.access.split('.')[1]}."
 
     return forge
 

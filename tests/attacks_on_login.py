@@ -302,14 +302,6 @@ def honest_login(stage: Stage) -> httpx.Response:
     return browser.get(browser.callback_url(stage.app().authorize_url()))
 
 
-def login_as(sub: str) -> Move:
-    def move(stage: Stage) -> httpx.Response:
-        browser = stage.browser()
-        return browser.get(browser.callback_url(stage.app().authorize_url(), sub))
-
-    return move
-
-
 def callback_in_another_browser(stage: Stage) -> httpx.Response:
     """The victim opens a link with the attacker's answer and would work in the attacker's account."""
     url = stage.browser().callback_url(stage.app().authorize_url())

@@ -1,6 +1,5 @@
 """Attacks on codes, tokens and the server around them; the table is in test_oauth_attacks.py."""
 
-import secrets
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -250,12 +249,6 @@ def token_in_the_form(stage: Stage) -> httpx.Response:
     return app.http.post(f"{stage.remote.url}/mcp", data=form, headers={"Accept": "application/json"})
 
 
-def token_of_another_server(stage: Stage) -> str:
-    """As our own, but by a key of somebody else."""
-    claims = stage.tokens().claims
-    return jwt.encode(claims, secrets.token_bytes(32), "HS256")
-
-
 def google_id_token(stage: Stage, _: Tokens) -> str:
     claims = {"iss": stage.google.url, "aud": "our-id-at-google", "email": ME, "email_verified": True}
     return stage.google.sign(claims | {"sub": ME, "exp": 9_999_999_999})
@@ -274,7 +267,9 @@ def signature_of_another_token(stage: Stage, tokens: Tokens) -> str:
 
 def key_file_in_header(stage: Stage, tokens: Tokens) -> str:
     """A key id that leads to an empty file, and a signature with the empty key."""
-    signed = f"{encoded({'alg': 'HS256', 'typ': 'JWT', 'kid': '../../../dev/null'})}.{encoded(tokens.claims)}"
+    signed = (
+        f"{encoded({'alg': 'HS256', 'typ': 'at+jwt', 'kid': '../../../dev/null'})}.{encoded(tokens.claims)}"
+    )
     return f"{signed}.{hmac_of(b'', signed)}"
 
 

@@ -301,33 +301,6 @@ def make_remote(
     return remote
 
 
-@contextmanager
-def in_thread(remote: Remote) -> Iterator[Remote]:
-    """Serve in a thread of the tests' own process, which can then look inside; one at a time."""
-    import uvicorn
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith(("SSH_", "FASTMCP_"))]:
-            patch.delenv(name)
-        for name, value in (remote.environment | {"PUBLIC_BASE_URL": remote.url}).items():
-            patch.setenv(name, value)
-        import app
-
-        config = uvicorn.Config(
-            app.mcp.http_app(), "127.0.0.1", remote.port, log_config=None, timeout_graceful_shutdown=1
-        )
-        server = uvicorn.Server(config)
-        serving = threading.Thread(target=server.run)
-        serving.start()
-        try:
-            wait_for(lambda: server.started or not serving.is_alive())
-            assert server.started
-            yield remote
-        finally:
-            server.should_exit = True
-            serving.join()
-
-
 @pytest.fixture(scope="session")
 def google(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Google]:
     """The provider for all tests, where `me`, `you`, `kiss` and a `stranger` have accounts."""
