@@ -24,6 +24,7 @@ from ssh_errors import ArgumentError, SSHError
 from ssh_jobs import Jobs
 from ssh_output import Kept
 from ssh_pool import Pool
+from ssh_shells import Task
 
 Start = Callable[..., CommandResult]
 KEY = "k" * 64
@@ -40,10 +41,13 @@ def jobs(commands: Commands) -> Iterator[Jobs]:
 def start(jobs: Jobs, commands: Commands, sshd: Server) -> Start:
     """Start a command on a connection that is there, and wait for it a second: much less than it takes."""
 
-    def start(command: str, *, account: str = "tester", owner: str = "me", **more: object) -> CommandResult:
+    def start(
+        command: str, *, account: str = "tester", owner: str = "me", stdin: str = "", **more: object
+    ) -> CommandResult:
         given = {"timeout": 1, "on_timeout": "detach"} | more
+        task = Task.of(command, stdin=stdin)
         commands.run(sshd.account(account), "true", cancelled=nobody_cancels)
-        return jobs.execute(owner, sshd.account(account), command, cancelled=nobody_cancels, **given)  # type: ignore[arg-type]
+        return jobs.execute(owner, sshd.account(account), task, cancelled=nobody_cancels, **given)  # type: ignore[arg-type]
 
     return start
 
@@ -244,7 +248,7 @@ def test_job_whose_connection_is_cut_is_lost(own_sshd: Callable[..., Server]) ->
     first = jobs.execute(
         "me",
         target,
-        "echo run >> count; echo said; sleep 10",
+        Task.of("echo run >> count; echo said; sleep 10"),
         timeout=3,
         on_timeout="detach",
         cancelled=nobody_cancels,
@@ -266,7 +270,7 @@ def test_detached_jobs_do_not_hold_others_or_the_end(sshd: Server) -> None:
 
     def detach(_: int) -> str:
         return jobs.execute(
-            "me", sshd.target, "sleep 30", timeout=3, on_timeout="detach", cancelled=nobody_cancels
+            "me", sshd.target, Task.of("sleep 30"), timeout=3, on_timeout="detach", cancelled=nobody_cancels
         ).status
 
     with ThreadPoolExecutor(12) as threads:
@@ -290,7 +294,7 @@ def test_session_of_an_ended_job_is_given_back(own_sshd: Callable[..., Server]) 
     commands.run(server.target, "true", cancelled=nobody_cancels)
     for _ in range(3):
         first = jobs.execute(
-            "me", server.target, "sleep 3", timeout=1, on_timeout="detach", cancelled=nobody_cancels
+            "me", server.target, Task.of("sleep 3"), timeout=1, on_timeout="detach", cancelled=nobody_cancels
         )
         assert first.job_id
         jobs.go_on("me", first.job_id, on_timeout="detach", cancelled=nobody_cancels)
