@@ -50,6 +50,7 @@ _PLAIN_SECONDS = 3600.0
 _NO_FOLDER = 3
 _TOO_MANY_JOBS = 4
 _SFTP_INIT = b"\0\0\0\5\1\0\0\0\3"
+_SFTP_ALONE = b"This service allows sftp connections only."  # OpenSSH, for a forced internal-sftp
 _PLAIN_NOTE = (
     "sent as a plain exec request, since no shell of this account reads more (forced command, restricted shell, or "
     "an rc file that exits): what that runs is the account's choice"
@@ -288,7 +289,8 @@ class Commands:
             if exchange.hurried:
                 patience = 0.0
             silent = silent and exchange.hurried and not (outcome.exit_status or outcome.out.total)
-        if silent and self._speaks_sftp(target, deadline, cancelled):
+        closed = _SFTP_ALONE in outcome.out.whole()
+        if closed or (silent and self._speaks_sftp(target, deadline, cancelled)):
             raise SSHError(
                 f"{target} is an account for SFTP alone (ForceCommand internal-sftp or the like in its sshd_config); "
                 "no command can be run there, the file tools work"
@@ -304,8 +306,7 @@ class Commands:
         """
         with self._pool.session(target, deadline, cancelled) as session:
             start_ahead(session, "posix")
-            session.send(_SFTP_INIT)
-            session.send_eof()
+            session.send(_SFTP_INIT, _PATIENCE_SECONDS)
             said = b""
             until = min(deadline, time.monotonic() + _PATIENCE_SECONDS)
             while len(said) < 5 and not session.exited and time.monotonic() < until:
@@ -431,8 +432,8 @@ def _kill_plainly(exchange: Exchange, over: Callable[[float], bool]) -> None:
             return
     outcome.killed, outcome.lost = False, True
     outcome.note = (
-        "the SSH server did not end it (OpenSSH never does for root, nor across a forced command that changes "
-        "user); it may still be running"
+        "the SSH server did not end it (OpenSSH never does so for root, nor where it forces a command); it may still "
+        "be running"
     )
 
 
