@@ -313,7 +313,7 @@ class Commands:
                 session.wait(0.1)
                 said += session.read()[0]
             said += session.read()[0]
-        return said[:3] == b"\0\0\0" and said[4:5] == b"\2"
+        return said[:2] == b"\0\0" and said[4:5] == b"\2"
 
     def _attempt(
         self,
