@@ -227,7 +227,7 @@ class _Telling:
         self._sending: asyncio.Task[None] | None = None
 
     def __call__(self, seconds: float, size: int, line: str) -> None:
-        message = f"{seconds:.0f} s, {size} bytes" + (f": {visible(line)}" if line else "")
+        message = f"{seconds:.0f} s, {size} bytes" + (f": {line}" if line else "")
         anyio.from_thread.run_sync(self._send, seconds, message)
 
     def _send(self, seconds: float, message: str) -> None:

@@ -351,3 +351,40 @@ def test_answers_after_cursors_show_or_count_every_byte(
     whole = b"".join(chunks)
     if len(whole) <= budget:
         assert "".join(texts) == whole.decode("utf-8", "replace")
+
+
+def test_error_in_one_job_leaves_the_others(
+    start: Start, go_on: Start, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[type[BaseException]] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: told.append(args.exc_type))
+    one, other = start("sleep 4; echo one"), start("sleep 4; echo other")
+    broken = next(iter(jobs._jobs.values()))
+    monkeypatch.setattr(broken.running.exchange, "step", lambda: 1 // 0)
+    ended = go_on(one.job_id)
+    assert (ended.status, ended.exit_code) == ("lost", None)
+    assert "log" in (ended.note or "")
+    assert go_on(other.job_id).stdout == "other\n"
+    assert told == [ZeroDivisionError]
+    assert start("sleep 2; echo later").status == "running"
+
+
+def test_ended_jobs_are_forgotten_without_another_call(
+    start: Start, go_on: Start, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssh_jobs, "_SWEEP_SECONDS", 0.1)
+    monkeypatch.setattr(ssh_jobs, "_ANSWERS_SECONDS", 3)
+    first = start("sleep 2; echo end")
+    assert go_on(first.job_id).stdout == "end\n"
+    wait_for(lambda: not jobs._jobs)
+    wait_for(lambda: "ssh-jobs" not in [thread.name for thread in threading.enumerate()])
+    assert go_on(start("sleep 2; echo more").job_id).stdout == "more\n"
+
+
+def test_kill_of_what_has_just_ended_keeps_its_own_outcome(start: Start, go_on: Start, jobs: Jobs) -> None:
+    first = start("sleep 2; exit 6")
+    (job,) = jobs._jobs.values()
+    wait_for(lambda: job.ended_at is not None)
+    jobs._commands.kill(job.running, lambda seconds: True)
+    ended = go_on(first.job_id)
+    assert (ended.status, ended.exit_code, ended.note) == ("exited", 6, None)
