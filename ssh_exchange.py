@@ -215,8 +215,6 @@ class Exchange:
             and self._session.connected
             and self._out.greeted_with(self._greeting)
         )
-        self._out.finish(outcome.started)
-        self._err.finish(outcome.started)
         outcome.exit_status = self._session.exit_status
         outcome.exit_signal = self._session.exit_signal
         if outcome.killed and outcome.exit_status is None and outcome.exit_signal is None:
@@ -225,6 +223,8 @@ class Exchange:
             outcome.lost = True
         elif outcome.lost and self._session.exited:  # a kill that was not answered, and an end that was seen
             outcome.lost, outcome.note = False, None
+        self._out.finish(outcome.started or outcome.lost)
+        self._err.finish(outcome.started or outcome.lost)
 
 
 class _Grace:
@@ -280,7 +280,7 @@ class _Marked:
         """Whether all that came, without a mark, ends in this line: what reads the streams shows what is printed."""
         return self.said is None and self._before.endswith(greeting)
 
-    def finish(self, started: bool) -> None:
+    def finish(self, started_or_lost: bool) -> None:
         """Without a mark at the end of a command that was not run, what there is explains why."""
-        if not started and self.said is None:
+        if not started_or_lost and self.said is None:
             self._kept.add(bytes(self._before))

@@ -580,6 +580,10 @@ def _authenticate(target: Target, transport: _Transport, keys: Keys, deadline: f
             except paramiko.AuthenticationException:
                 tried.append(name)
             except _SOCKET_ERRORS:
+                if not (tried or transport.is_active()):  # else it may have had enough of keys (MaxAuthTries)
+                    raise UnreachableError(
+                        f"{target}: the connection went away during the login; try again"
+                    ) from None
                 tried.append(name)
             if not transport.is_active():
                 break
