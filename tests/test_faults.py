@@ -296,7 +296,9 @@ def test_thousand_calls_with_random_faults_end_truly_and_leave_nothing(
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)  # pytest keeps what records refer to
+    monkeypatch.setattr(
+        logging.root.manager, "disable", logging.CRITICAL
+    )  # pytest keeps what records refer to
     server = own_sshd("MaxStartups 200")
     before = Left.now(temporary)
     over = threading.Event()

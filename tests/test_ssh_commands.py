@@ -1,6 +1,9 @@
 """What the contract says of commands, against a real sshd."""
 
 import os
+import re
+import shlex
+import signal
 import subprocess
 import threading
 import time
@@ -182,6 +185,37 @@ def test_both_streams_are_drained(run: Run) -> None:
     assert result.exit_code == 0
 
 
+def test_binary_floods_on_both_streams_are_counted_to_the_byte(run: Run) -> None:
+    result = run(
+        "head -c 20000000 /dev/urandom >&2 & head -c 20000000 /dev/urandom; wait; exit 3", timeout=60
+    )
+    assert (result.stdout_bytes, result.stderr_bytes, result.exit_code) == (20_000_000, 20_000_000, 3)
+    assert result.stdout_omitted + result.stderr_omitted > 39_000_000
+    assert not re.search("[\0-\x08]", result.text())
+
+
+def test_reader_that_stops_before_the_end_of_its_input_holds_nothing(run: Run) -> None:
+    result = run("head -c 1000000 | wc -c; exec <&-; sleep 1; echo done", stdin="x" * 50_000_000, timeout=60)
+    assert (result.stdout.split(), result.exit_code) == (["1000000", "done"], 0)
+
+
+@pytest.mark.parametrize("timeout", [20, 1])
+def test_daemon_that_left_the_group_is_left_alone(run: Run, timeout: float) -> None:
+    marker = f"{os.getpid()}{time.monotonic_ns()}"
+    result = run(f"setsid sleep 8.{marker} </dev/null >/dev/null 2>&1 & sleep 3; echo x", timeout=timeout)
+    assert result.status == ("exited" if timeout == 20 else "killed")
+    assert running(marker)
+    found = subprocess.run(["pgrep", "-f", f"^sleep 8.{marker}"], capture_output=True, text=True, check=True)
+    os.kill(int(found.stdout), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("account", ["tester", "dash", "ash", "zsh", "ksh"])
+def test_all_bytes_but_nul_reach_the_command(run: Run, account: str) -> None:
+    text = "".join(chr(code) for code in range(1, 0x180))
+    result = run(f"printf %s {shlex.quote(text)} | cksum", account=account)
+    assert result.stdout == run("cksum", stdin=text).stdout
+
+
 def test_long_output_keeps_head_and_tail_and_counts_the_rest(run: Run, sshd: Server) -> None:
     result = run("seq 100000")
     head, tail = result.stdout.split(f"\n[... {result.stdout_omitted} bytes omitted ...]\n")
@@ -214,6 +248,7 @@ def test_command_killed_by_a_signal_says_which(run: Run) -> None:
         ("(sleep 30.{marker} & wait) & wait", "TERM"),
         ("trap '' TERM; sleep 30.{marker}", "KILL"),
         ("kill -STOP $$; sleep 30.{marker}", "KILL"),
+        ("trap '' TERM; sleep 30.{marker} | (trap '' TERM; cat; sleep 30.{marker}) | cat", "KILL"),
     ],
 )
 def test_timed_out_command_is_killed_with_its_group(run: Run, command: str, signal: str) -> None:
