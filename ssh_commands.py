@@ -5,11 +5,7 @@ shell's process id on both streams and hands the command line to the account's o
 prints is taken for the command's output, and the process group to kill is known. On a warm shell that is one round
 trip; without one, a session is opened first.
 
-A POSIX login shell reads the line itself. Another one (fish, tcsh) cannot, and ends; then `/bin/sh` reads the line and
-starts `$SHELL -c COMMAND`. Where neither is run (a forced command, a restricted shell) the command line goes as it is
-in a plain exec request. Which of these a target needs is found out once: at first contact the line waits for the
-greeting of a shell that can read it, so that none that cannot has got it. Only a target of which that is known gets
-warm shells.
+Who reads the line where (`ssh_accounts`) is found out once.
 
 Invariants:
 
@@ -25,18 +21,17 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 
 import ssh_background
 from settings import Settings, Target
+from ssh_accounts import AHEAD, Accounts, refuse_unless_carried
 from ssh_answers import CommandResult, Status
 from ssh_errors import ArgumentError, ConnectionLostError, SSHError
-from ssh_exchange import Exchange, Outcome, Progress, Pulse, untold
+from ssh_exchange import Exchange, Progress, Pulse, untold
 from ssh_kill import Signal, ending, signalling
 from ssh_output import Kept, share, visible
 from ssh_pool import Cancelled, Pool
 from ssh_shells import Dialect, Task, start_ahead
-from ssh_warm import Prepare
 
 _log = logging.getLogger("ssh_mcp_server.commands")
 
@@ -45,21 +40,12 @@ _KILL_SECONDS = 8.0
 _START_SECONDS = 10.0
 _SCRIPT_BYTES = 1_000_000
 _SIGNAL_SECONDS = 2.0
-_PATIENCE_SECONDS = 3.0
-_PLAIN_SECONDS = 3600.0
 _NO_FOLDER = 3
 _TOO_MANY_JOBS = 4
-_SFTP_INIT = b"\0\0\0\5\1\0\0\0\3"
-_SFTP_ALONE = b"This service allows sftp connections only."  # OpenSSH, for a forced internal-sftp
 _PLAIN_NOTE = (
     "sent as a plain exec request, since no shell of this account reads more (forced command, restricted shell, or "
     "an rc file that exits): what that runs is the account's choice"
 )
-
-_AHEAD: dict[Dialect, Prepare] = {
-    "posix": partial(start_ahead, dialect="posix"),
-    "foreign": partial(start_ahead, dialect="foreign"),
-}
 
 
 class Commands:
@@ -68,7 +54,7 @@ class Commands:
     def __init__(self, pool: Pool, settings: Settings) -> None:
         self._pool = pool
         self.budget = settings.ssh_max_output_bytes
-        self._dialects: dict[Target, tuple[Dialect, float]] = {}
+        self._accounts = Accounts(pool)
         self._stopping = threading.Event()
         self._running = _Count()
 
@@ -219,15 +205,15 @@ class Commands:
             )
 
         with self._running:
-            dialect = self._known_dialect(target)
+            dialect = self._accounts.dialect(target)
             if dialect is None:
-                dialect, exchange = self._first_contact(target, task, attempt, deadline, cancelled)
+                dialect, exchange = self._accounts.meet(target, task, attempt, deadline, cancelled)
             else:
-                _refuse_unless_carried(target, task, dialect)
+                refuse_unless_carried(target, task, dialect)
                 exchange = attempt(dialect, warm=True)
             if exchange.outcome.unread:
                 exchange = attempt(dialect)
-            self._learn(target, dialect, exchange.outcome)
+            self._accounts.learn(target, dialect, exchange.outcome)
         outcome = exchange.outcome
         if dialect == "plain":
             if outcome.lost and not outcome.note and exchange.connected:
@@ -248,72 +234,6 @@ class Commands:
                 + (f": {said[:300]}" if said else "; see the account's login shell and rc files")
             )
         return exchange
-
-    def _known_dialect(self, target: Target) -> Dialect | None:
-        """Return what was found out; that no shell reads a line is believed for an hour, for it may be mended."""
-        dialect, learned_at = self._dialects.get(target, (None, 0.0))
-        if dialect == "plain" and time.monotonic() - learned_at > _PLAIN_SECONDS:
-            return None
-        return dialect
-
-    def _learn(self, target: Target, dialect: Dialect, outcome: Outcome) -> None:
-        if not outcome.answered:
-            self._dialects.pop(target, None)
-        elif self._known_dialect(target) is None:
-            self._dialects[target] = dialect, time.monotonic()
-            if dialect in _AHEAD:
-                self._pool.expect(target, _AHEAD[dialect])
-
-    def _first_contact(
-        self,
-        target: Target,
-        task: Task,
-        attempt: Callable[..., Exchange],
-        deadline: float,
-        cancelled: Cancelled,
-    ) -> tuple[Dialect, Exchange]:
-        """Run a task where it is not known who reads it: by whoever greets, and else in a plain exec request.
-
-        A session that ended without a greeting got nothing. A forced command is started up to two times by this,
-        without input, and what waits for the end of its input gets that after `_PATIENCE_SECONDS`.
-        """
-        patience, silent = _PATIENCE_SECONDS, True
-        dialects: tuple[Dialect, ...] = ("posix", "foreign")
-        for dialect in dialects:
-            exchange = attempt(dialect, patience=patience)
-            outcome = exchange.outcome
-            if outcome.greeted:
-                return dialect, exchange
-            if not exchange.connected:
-                raise ConnectionLostError(f"{target}: the connection went away; nothing was run")
-            if exchange.hurried:
-                patience = 0.0
-            silent = silent and exchange.hurried and not (outcome.exit_status or outcome.out.total)
-        closed = _SFTP_ALONE in outcome.out.whole()
-        if closed or (silent and self._speaks_sftp(target, deadline, cancelled)):
-            raise SSHError(
-                f"{target} is an account for SFTP alone (ForceCommand internal-sftp or the like in its sshd_config); "
-                "no command can be run there, the file tools work"
-            )
-        _refuse_unless_carried(target, task, "plain")
-        _log.info("%s: no shell reads a line there; commands go as plain exec requests", target)
-        return "plain", attempt("plain")
-
-    def _speaks_sftp(self, target: Target, deadline: float, cancelled: Cancelled) -> bool:
-        """Whether an exec request, whatever it asks for, is answered by an SFTP server.
-
-        Asked only of what reads its input to the end and says nothing.
-        """
-        with self._pool.session(target, deadline, cancelled) as session:
-            start_ahead(session, "posix")
-            session.send(_SFTP_INIT, _PATIENCE_SECONDS)
-            said = b""
-            until = min(deadline, time.monotonic() + _PATIENCE_SECONDS)
-            while len(said) < 5 and not session.exited and time.monotonic() < until:
-                session.wait(0.1)
-                said += session.read()[0]
-            said += session.read()[0]
-        return said[:2] == b"\0\0" and said[4:5] == b"\2"
 
     def _attempt(
         self,
@@ -336,7 +256,7 @@ class Commands:
             if self._stopping.is_set():
                 raise SSHError(f"{target}: the server is stopping; the command was ended")
 
-        prepare = _AHEAD.get(dialect) if warm else None
+        prepare = AHEAD.get(dialect) if warm else None
         with ExitStack() as lent:
             session, greeting = lent.enter_context(
                 self._pool.prepared_session(target, prepare, deadline, check)
@@ -411,14 +331,6 @@ class Commands:
             _log.warning("%s: a running command was not reached: %s", target, error)
             return []
         return killer.outcome.out.shown(4096).text.split() if done else []
-
-
-def _refuse_unless_carried(target: Target, task: Task, dialect: Dialect) -> None:
-    if dialect == "plain" and (more := task.plainly()):
-        raise ArgumentError(
-            f"{target} takes only plain commands (a forced command, or a restricted shell); {more} cannot be had "
-            "there, so nothing was run"
-        )
 
 
 def _kill_plainly(exchange: Exchange, over: Callable[[float], bool]) -> None:
