@@ -298,6 +298,7 @@ def test_session_of_an_ended_job_is_given_back(own_sshd: Callable[..., Server]) 
         )
         assert first.job_id
         jobs.go_on("me", first.job_id, on_timeout="detach", cancelled=nobody_cancels)
+    jobs.close()
     pool.close()
 
 
@@ -377,7 +378,7 @@ def test_ended_jobs_are_forgotten_without_another_call(
     first = start("sleep 2; echo end")
     assert go_on(first.job_id).stdout == "end\n"
     wait_for(lambda: not jobs._jobs)
-    wait_for(lambda: "ssh-jobs" not in [thread.name for thread in threading.enumerate()])
+    wait_for(lambda: not jobs._driving)
     assert go_on(start("sleep 2; echo more").job_id).stdout == "more\n"
 
 
