@@ -54,6 +54,11 @@ def _is_this_computer(host: str) -> bool:
         return name == "localhost"
 
 
+def _is_program_link(host: str) -> bool:
+    """Tell whether what is shown of a redirect URI is a private-use scheme (RFC 8252, 7.1)."""
+    return host.endswith(":")
+
+
 def _style() -> str:
     return (_FOLDER / "style.css").read_text(encoding="utf-8")
 
@@ -72,6 +77,7 @@ _environment = Environment(
 )
 _environment.filters["plain"] = _plain
 _environment.tests["this_computer"] = _is_this_computer
+_environment.tests["program_link"] = _is_program_link
 _environment.globals["style"] = Markup(_style())  # noqa: S704 - our own file; escaping would change its hash
 
 _HEADERS = {

@@ -20,7 +20,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import astuple, replace
 from hashlib import sha256
@@ -111,7 +111,7 @@ class Job:
 class Jobs:
     """All detached commands of the process. Thread-safe."""
 
-    def __init__(self, commands: Commands, key: Callable[[], str]) -> None:
+    def __init__(self, commands: Commands, key: Callable[[], str | Sequence[bytes]]) -> None:
         self._commands = commands
         self._key = key
         self._books = threading.Lock()

@@ -5,6 +5,7 @@ login shell of its own. So no rc file of this machine is read, and no account of
 """
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -42,10 +43,12 @@ def keygen(path: Path, *arguments: str) -> Path:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a port that nobody uses, below those that the system gives to connections that go out."""
+    while True:
+        port = random.randrange(15_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 20) -> None:

@@ -33,7 +33,7 @@ from jwt.algorithms import RSAAlgorithm
 
 from conftest import Server, free_port, wait_for
 
-ME, YOU, STRANGER = "me@example.com", "you@example.com", "stranger@example.com"
+ME, YOU, KISS, STRANGER = "me@example.com", "you@example.com", "kiss@example.com", "stranger@example.com"
 BIN, HERE = Path(sys.executable).parent, Path(__file__).parent
 CALLBACK = "http://127.0.0.1:39999/callback"
 """Where the applications of the tests are sent; nothing listens there, the tests read the URL."""
@@ -281,7 +281,7 @@ def make_remote(
         "GOOGLE_CLIENT_ID": "our-id-at-google",
         "GOOGLE_CLIENT_SECRET": "our-secret-at-google-" + secrets.token_hex(8),
         "GOOGLE_DISCOVERY_URL": google.discovery_url,
-        "ALLOWED_EMAIL": f"{ME},{YOU}",
+        "ALLOWED_EMAIL": f"{ME},{YOU},{KISS}",
         "JWT_SECRET": secrets.token_hex(32),
         "SESSION_SECRET": secrets.token_hex(32),
         "OAUTH_CODE_SECRET": secrets.token_hex(32),
@@ -330,9 +330,9 @@ def in_thread(remote: Remote) -> Iterator[Remote]:
 
 @pytest.fixture(scope="session")
 def google(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Google]:
-    """The provider for all tests, where `me`, `you` and a `stranger` have accounts."""
+    """The provider for all tests, where `me`, `you`, `kiss` and a `stranger` have accounts."""
     google = Google(tmp_path_factory.mktemp("google"))
-    for name in (ME, YOU, STRANGER):
+    for name in (ME, YOU, KISS, STRANGER):
         google.person(name)
     yield google
     google.close()
@@ -340,7 +340,7 @@ def google(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Google]:
 
 @pytest.fixture(scope="session")
 def remote(google: Google, sshd: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
-    """One server for all tests that leave it as it is; `me` and `you` may log in, a `stranger` may not."""
+    """One server for all tests that leave it as it is; `me`, `you` and `kiss` may log in, a `stranger` may not."""
     remote = make_remote(tmp_path_factory.mktemp("remote"), google, sshd)
     remote.start()
     yield remote
@@ -404,11 +404,13 @@ class Browser:
     def get(self, url: str, **options: Any) -> httpx.Response:
         """Open a URL as a click on a link of another site does, and follow redirects inside our server."""
         for _ in range(5):
+            if url.startswith(self.remote.base_url + "/"):
+                url = url.replace(self.remote.base_url, self.remote.url, 1)
             response = self.http.get(url, **options)
             target = urljoin(url, response.headers.get("Location", ""))
             if not response.is_redirect or not target.startswith(self.remote.base_url + "/"):
                 return response
-            url = target.replace(self.remote.base_url, self.remote.url, 1)
+            url = target
         pytest.fail(f"too many redirects, the last to {url}")
 
     def page(self, url: str) -> Page:
@@ -424,10 +426,9 @@ class Browser:
     def post(self, page: Page, data: Mapping[str, str], **headers: str) -> httpx.Response:
         """Send a page's form with that data."""
         assert page.action is not None
-        parts = urlsplit(page.url)
         sent = {
-            "Origin": f"{parts.scheme}://{parts.netloc}",
-            "Referer": page.url,
+            "Origin": self.remote.base_url,
+            "Referer": page.url.replace(self.remote.url, self.remote.base_url, 1),
             "Sec-Fetch-Site": "same-origin",
         }
         return self.http.post(page.action, data=dict(data), headers=sent | headers)
@@ -570,6 +571,8 @@ class App:
             headers = {"Authorization": f"Bearer {access_token}"} | headers
         if path != "/mcp":
             with self.http.stream("GET", f"{self.remote.url}{path}", headers=headers) as response:
+                if response.status_code != 200:
+                    response.read()
                 return response
         headers = {"Accept": "application/json, text/event-stream"} | headers
         return self.http.post(f"{self.remote.url}{path}", json=INITIALIZE, headers=headers)

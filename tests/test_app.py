@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastmcp import Client, Context, FastMCP
+from fastmcp import Client, FastMCP
 from fastmcp.client.transports import StdioTransport
+from fastmcp.server.context import Context, set_transport
 from mcp_types import Tool
 
 import app
 from conftest import Server, wait_for
 from settings import SettingsError
+from ssh_errors import SSHError
 
 NAMES = [
     "ssh_close_connection",
@@ -275,10 +277,29 @@ def test_fifty_calls_at_once_all_answer(environment: None) -> None:
 
 
 @pytest.mark.parametrize("transport", ["sse", "http"])
-def test_http_is_refused_while_there_is_no_login(transport: str) -> None:
+def test_http_is_refused_without_a_login(
+    environment: None, transport: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     server: FastMCP[Any] = app.mcp
-    with pytest.raises(SettingsError, match="login"):
+    with pytest.raises(SystemExit) as ended:
         asyncio.run(server.run_async(transport=transport, port=1))  # type: ignore[arg-type]
+    assert ended.value.code == 2
+    assert "JWT_SECRET is not set" in capsys.readouterr().err
+    with pytest.raises(SettingsError, match="JWT_SECRET is not set"):
+        server.http_app()
+
+
+@pytest.mark.parametrize("transport", ["sse", "streamable-http"])
+def test_call_over_http_without_a_token_has_no_identity(transport: str) -> None:
+    """No request gets that far; if one did, it must not pass for the local user."""
+
+    async def ask() -> str:
+        set_transport(transport)  # type: ignore[arg-type]
+        async with Context(app.mcp):
+            return app.identity()
+
+    with pytest.raises(SSHError, match="without a login"):
+        asyncio.run(ask())
 
 
 def test_command_over_its_time_is_waited_for_with_its_job_id(call: Call) -> None:

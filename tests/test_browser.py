@@ -1,26 +1,28 @@
 """The pages in Chromium: a person's ways through a login, and whether everybody can read and use them.
 
-JavaScript is switched off in every browser here, since no page needs it.
+JavaScript is switched off, since no page needs it; only an application that runs inside a browser has it.
 """
 
 import itertools
+import json
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Route, expect, sync_playwright
 
 import pages
 from conftest import program
-from oauth import ME, STRANGER, App, Google, Remote, query_of, tokens_of
+from oauth import CALLBACK, ME, STRANGER, App, Google, Remote, query_of, tokens_of
+from oauth import Browser as Visitor
 from pages import PageName
 from test_pages import VALUES
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
@@ -41,7 +43,7 @@ def context_of(chromium: Browser) -> Iterator[Callable[..., BrowserContext]]:
             violations.append(message.text)
 
     def make(**options: Any) -> BrowserContext:
-        context = chromium.new_context(java_script_enabled=False, **options)
+        context = chromium.new_context(**({"java_script_enabled": False} | options))
         context.set_default_timeout(20_000)
         context.on("console", note)
         context.route(lambda url: urlsplit(url).hostname != "127.0.0.1", lambda route: route.abort())
@@ -292,6 +294,98 @@ def test_click_on_an_address_selects_all_of_it(remote: Remote, tab: Page) -> Non
     assert tab.evaluate("getSelection().toString()") == f"{remote.base_url}/mcp"
 
 
+# An application inside a browser, whose requests come from another origin
+
+FETCH = """async ([url, options]) => {
+  try {
+    const answer = await fetch(url, options);
+    return [answer.status, await answer.text(), answer.headers.get("www-authenticate")];
+  } catch (error) {
+    return String(error);
+  }
+}"""
+
+
+@pytest.fixture
+def fetch(context_of: Callable[..., BrowserContext], callback: Callback) -> Callable[..., Any]:
+    """Fetch as a script on another origin's page does: what Chromium lets it see, or the error."""
+    tab = context_of(java_script_enabled=True).new_page()
+    tab.goto(callback.origin)
+    return lambda url, **options: tab.evaluate(FETCH, [url, options])
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/.well-known/oauth-protected-resource",
+        "/.well-known/oauth-protected-resource/mcp",
+        "/.well-known/oauth-protected-resource/sse",
+        "/.well-known/oauth-authorization-server",
+        "/.well-known/openid-configuration",
+    ],
+)
+def test_application_inside_a_browser_reads_the_metadata(
+    path: str, remote: Remote, fetch: Callable[..., Any]
+) -> None:
+    # a header that makes Chromium ask first (CORS preflight), as the SDK's does
+    status, body, _ = fetch(f"{remote.url}{path}", headers={"MCP-Protocol-Version": "2025-11-25"})
+    assert status == 200
+    assert remote.base_url in body
+
+
+def test_application_inside_a_browser_registers_gets_tokens_and_revokes_them(
+    remote: Remote, fetch: Callable[..., Any], app_of: Callable[..., App], browser_of: Callable[..., Visitor]
+) -> None:
+    metadata = {
+        "client_name": "In a browser",
+        "redirect_uris": [CALLBACK],
+        "token_endpoint_auth_method": "none",
+    }
+    in_json = {"Content-Type": "application/json"}
+    status, body, _ = fetch(
+        f"{remote.url}/register", method="POST", headers=in_json, body=json.dumps(metadata)
+    )
+    assert status == 201
+    app = app_of(remote, client_id=json.loads(body)["client_id"])
+    answer = browser_of(remote).log_in(app.authorize_url())
+    in_form = {"Content-Type": "application/x-www-form-urlencoded"}
+    code = {
+        "grant_type": "authorization_code",
+        "client_id": app.client_id,
+        "code": query_of(answer)["code"],
+        "redirect_uri": CALLBACK,
+        "code_verifier": app.verifier,
+    }
+    status, body, _ = fetch(f"{remote.url}/token", method="POST", headers=in_form, body=urlencode(code))
+    assert status == 200
+    token = json.loads(body)["access_token"]
+    assert app.call(token).status_code == 200
+    taken = {"client_id": app.client_id, "token": token}
+    status, _, _ = fetch(f"{remote.url}/revoke", method="POST", headers=in_form, body=urlencode(taken))
+    assert status == 200
+    assert app.call(token).status_code == 401
+
+
+def test_application_inside_a_browser_can_read_why_it_got_no_token(
+    remote: Remote, fetch: Callable[..., Any]
+) -> None:
+    status, body, _ = fetch(
+        f"{remote.url}/token",
+        method="POST",
+        headers={"Content-Type": "application/x-www-form-urlencoded"},
+        body="grant_type=authorization_code&client_id=nobody&code=x&code_verifier=y",
+    )
+    assert status in (400, 401)
+    assert json.loads(body)["error"] == "invalid_client"
+
+
+@pytest.mark.parametrize("path", ["/mcp", "/sse", "/consent?request=x", "/"])
+def test_page_of_another_origin_cannot_read_what_is_a_persons_or_behind_the_login(
+    path: str, remote: Remote, fetch: Callable[..., Any]
+) -> None:
+    assert fetch(f"{remote.url}{path}") == "TypeError: Failed to fetch"
+
+
 # What everybody can read and use
 
 WIDTHS = (320, 768, 1600)
@@ -429,6 +523,14 @@ def test_page_has_one_first_heading_a_title_and_a_language(name: PageName, show:
     assert tab.locator("html").get_attribute("lang") == "en"
     levels = tab.evaluate("[...document.querySelectorAll('h1,h2,h3')].map((h) => Number(h.tagName[1]))")
     assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+
+
+def test_name_of_stacked_marks_paints_over_nothing_else(show: Callable[..., Page]) -> None:
+    plain, stacked = (
+        show("consent", client_name="Claude" + marks) for marks in ("", "\u0301" * 60 + "\u0323" * 60)
+    )
+    for part in (".main-fact", "dd .quiet", ".warning", "form"):
+        assert plain.locator(part).first.screenshot() == stacked.locator(part).first.screenshot()
 
 
 def test_redirect_host_is_the_biggest_thing_in_the_box(show: Callable[..., Page]) -> None:

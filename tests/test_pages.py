@@ -129,9 +129,9 @@ def test_consent_form_carries_its_fields_and_two_equal_buttons() -> None:
     ]
 
 
-def test_consent_says_nothing_of_a_home_page_that_the_client_did_not_give() -> None:
-    assert "It says it is from" in html("consent")
-    assert "It says it is from" not in html("consent", client_uri_host=None)
+def test_consent_says_where_a_client_describes_itself_only_if_it_does() -> None:
+    assert "It describes itself at" in html("consent")
+    assert "It describes itself at" not in html("consent", client_uri_host=None)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +146,11 @@ def test_consent_says_that_a_loopback_address_is_this_computer(host: str) -> Non
 )
 def test_consent_takes_no_other_address_for_this_computer(host: str) -> None:
     assert "the computer that you sit at" not in html("consent", redirect_host=host)
+
+
+def test_consent_says_that_a_scheme_of_its_own_is_opened_by_some_program() -> None:
+    assert "whichever program on this device" in html("consent", redirect_host="cursor:")
+    assert "whichever program on this device" not in html("consent", redirect_host="cursor.example.com:443")
 
 
 @pytest.mark.parametrize(
