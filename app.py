@@ -5,6 +5,7 @@ calls the room that does the work, and returns an answer that has fields for pro
 in threads, since SSH blocks; a client that cancels, or goes away, ends what its waiting calls run.
 """
 
+import asyncio
 import base64
 import binascii
 import logging
@@ -41,6 +42,7 @@ from ssh_kill import Signal
 from ssh_output import visible
 from ssh_policy import Reach
 from ssh_pool import Pool
+from ssh_shells import Task
 from ssh_system import SystemInfo, SystemReports
 
 if TYPE_CHECKING:
@@ -275,10 +277,30 @@ Hash = Annotated[
 _cancelled = anyio.from_thread.check_cancelled
 
 
-def _progress(seconds: float, size: int, line: str) -> None:
-    """Tell the client how the call goes on, if it asked for that."""
-    message = f"{seconds:.0f} s, {size} bytes" + (f": {line}" if line else "")
-    anyio.from_thread.run(get_context().report_progress, seconds, None, message)
+class _Telling:
+    """Tells one call's client how it goes on, if it asked for that.
+
+    Whoever waits for a command must not wait for its client: a notification that fails ends nothing, and while one
+    is on its way no other is sent.
+    """
+
+    def __init__(self) -> None:
+        self._context = get_context()
+        self._sending: asyncio.Task[None] | None = None
+
+    def __call__(self, seconds: float, size: int, line: str) -> None:
+        message = f"{seconds:.0f} s, {size} bytes" + (f": {line}" if line else "")
+        anyio.from_thread.run_sync(self._send, seconds, message)
+
+    def _send(self, seconds: float, message: str) -> None:
+        if self._sending is None or self._sending.done():
+            self._sending = asyncio.create_task(self._context.report_progress(seconds, None, message))
+            self._sending.add_done_callback(_untold)
+
+
+def _untold(sending: asyncio.Task[None]) -> None:
+    if not sending.cancelled() and (error := sending.exception()):
+        _log.info("a progress notification was not sent: %s", error)
 
 
 def identity() -> str:
@@ -326,39 +348,35 @@ def ssh_execute(
     next call, which waits again and returns what came since. Background processes do not hold the call.
     """
     ssh = _ssh()
+    begins = command is not None or cwd is not None or env is not None or bool(input) or background
     if job_id is None:
         if command is None or cursor is not None or signal is not None:
             raise ArgumentError(
                 "give a command, or the job_id of a running one; cursor and signal need job_id"
             )
         target = ssh.reach.target(host, user, port)
-        if background:
-            return ssh.jobs.start_background(
+        task = Task.of(command, cwd, env, input)
+        if not background:
+            return ssh.jobs.execute(
                 identity(),
                 target,
-                command,
-                cwd=cwd,
-                env=env,
-                stdin=input,
+                task,
                 timeout=timeout,
+                on_timeout=on_timeout,
                 cancelled=_cancelled,
+                progress=_Telling(),
             )
-        return ssh.jobs.execute(
-            identity(),
-            target,
-            command,
-            cwd=cwd,
-            env=env,
-            stdin=input,
-            timeout=timeout,
-            on_timeout=on_timeout,
-            cancelled=_cancelled,
-            progress=_progress,
-        )
-    if command is not None or cwd is not None or env is not None or input:
+        if on_timeout == "kill":
+            raise ArgumentError(
+                "a command in the background has no time-out: leave on_timeout out, or background; nothing was run"
+            )
+        return ssh.jobs.start_background(identity(), target, task, timeout=timeout, cancelled=_cancelled)
+    if begins:
         raise ArgumentError(
-            "give a command or a job_id, not both; command, cwd, env and input begin a new command"
+            "give a command or a job_id, not both; command, cwd, env, input and background begin a new command"
         )
+    if host is not None or user is not None or port is not None:
+        raise ArgumentError("a job_id says where its job runs; leave host, user and port out")
     runs_on = ssh.jobs.target_of(identity(), job_id)
     ssh.reach.target(runs_on.host, runs_on.user, runs_on.port)
     return ssh.jobs.go_on(
@@ -369,7 +387,7 @@ def ssh_execute(
         timeout=timeout,
         on_timeout=on_timeout,
         cancelled=_cancelled,
-        progress=_progress,
+        progress=_Telling(),
     )
 
 

@@ -148,7 +148,15 @@ class Server:
                 os.kill(pid, signal.SIGKILL)
 
 
-SHELLS = {"tester": "bash", "dash": "dash", "zsh": "zsh", "ksh": "ksh93", "fish": "fish", "tcsh": "tcsh"}
+SHELLS = {
+    "tester": "bash",
+    "dash": "dash",
+    "ash": "busybox",
+    "zsh": "zsh",
+    "ksh": "ksh93",
+    "fish": "fish",
+    "tcsh": "tcsh",
+}
 """The accounts of a test server and the packages that hold their login shells."""
 
 ORDINARY_UID = 4242 if os.getuid() == 0 else os.getuid()
@@ -162,7 +170,12 @@ def make_accounts(folder: Path) -> None:
     for name, package in SHELLS.items():
         home = folder / name
         home.mkdir()
-        shell = program("bash" if name == "tester" else name, package)
+        if name == "ash":
+            shell = str(folder / "ash.shell" / "ash")
+            Path(shell).parent.mkdir()
+            Path(shell).symlink_to(program("busybox", package))
+        else:
+            shell = program("bash" if name == "tester" else name, package)
         lines.append(f"{name}:*:{os.getuid()}:{os.getgid()}::{home}:{shell}")
     (folder / "ordinary").mkdir()
     os.chown(folder / "ordinary", ORDINARY_UID, -1)
