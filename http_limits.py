@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pages import page
 
-LIMITED = frozenset({"/token", "/register", "/authorize", "/consent", "/google/callback"})
+LIMITED = frozenset({"/token", "/revoke", "/register", "/authorize", "/consent", "/google/callback"})
 PAGES = frozenset({"/authorize", "/consent", "/google/callback"})
 """Where a browser lands: what goes wrong there is told on a page."""
 

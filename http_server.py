@@ -14,6 +14,7 @@ import logging
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -50,6 +51,7 @@ MESSAGE_BYTES = 48 * 1024 * 1024
 
 _OPEN_TO_ALL = frozenset({"/health", "/register", "/token", "/revoke"})
 _CLOCK_SECONDS = 5.0
+_RESOLVERS = 64
 
 _log = logging.getLogger("ssh_mcp_server")
 
@@ -142,6 +144,8 @@ class _Sessions:
 def _lifespan(server: FastMCP[Any], sessions: _Sessions, state: State) -> Callable[[Starlette], Any]:
     @asynccontextmanager
     async def running(_: Starlette) -> AsyncIterator[None]:
+        # names are resolved here, also those that strangers' client documents have: a few slow ones must not fill it
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_RESOLVERS, "resolver"))
         try:
             async with server._lifespan_manager(), sessions.running():
                 # else the SDK lists all tools before each call of the newest protocol, to look at one's schema

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
+import anyio
+import jwt
 from fastmcp.server.auth.cimd import (
     CIMDAssertionValidator,
     CIMDDocument,
@@ -34,23 +36,26 @@ _MOST_NAME_CHARACTERS = 200
 _MOST_URI_CHARACTERS = 1000
 _MOST_CLIENT_ID_CHARACTERS = 16_000
 _ASSERTION_SECONDS = 600
+_MOST_ASSERTION_CHARACTERS = 4096
+_MOST_FETCHES = 16
+_FETCH_SECONDS = 10
 
 _URI_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-._~:/?[]@!$&'()+,;=%")
 _SCHEME_CHARACTERS = frozenset(string.ascii_lowercase + string.digits + "+-.")
-_NEVER = {
-    "about",
-    "blob",
-    "chrome",
-    "data",
-    "file",
-    "filesystem",
-    "ftp",
-    "ftps",
-    "intent",
-    "jar",
-    "javascript",
+_PROGRAMS = {
+    "claude",
+    "cherrystudio",
+    "cursor",
+    "goose",
+    "kiro",
+    "lmstudio",
+    "raycast",
+    "trae",
+    "vscode",
+    "warp",
 }
-_NEVER |= {"mailto", "resource", "sms", "ssh", "tel", "vbscript", "view-source", "ws", "wss", "x-javascript"}
+_PROGRAMS |= {"vscode-insiders", "vscodium", "windsurf", "zed"}
+"""Schemes without a dot that known MCP clients use; any other could start what was never meant to be a redirect."""
 
 
 class RegistrationError(Exception):
@@ -93,6 +98,7 @@ class Clients:
         self._state = state
         self._token_endpoint = token_endpoint
         self._fetcher = CIMDFetcher()
+        self._fetching = 0
         self._assertions = CIMDAssertionValidator()  # type: ignore[no-untyped-call]
 
     def register(self, body: bytes) -> dict[str, Any]:
@@ -127,12 +133,18 @@ class Clients:
 
     async def _described(self, url: str) -> Client:
         host = _document_host(url)
+        if self._fetching >= _MOST_FETCHES:
+            raise UnknownClient
+        self._fetching += 1
         try:
-            document = await self._fetcher.fetch(url)
-        except (CIMDFetchError, CIMDValidationError):
+            with anyio.fail_after(_FETCH_SECONDS):
+                document = await self._fetcher.fetch(url)
+        except (CIMDFetchError, CIMDValidationError, TimeoutError):
             raise UnknownClient from None
         except (ValueError, RecursionError):  # FastMCP 4.1.2 parses strange JSON and UTF-8 unguarded
             raise UnknownClient from None
+        finally:
+            self._fetching -= 1
         uris = tuple(uri for uri in document.redirect_uris[:_MOST_REDIRECT_URIS] if is_redirect_uri(uri))
         name = (document.client_name or "").strip()[:_MOST_NAME_CHARACTERS]
         if not _is_unicode(name):
@@ -143,7 +155,11 @@ class Clients:
         """Tell whether the client at `/token` is who it says; a public client need not show anything."""
         if client.document is None or client.document.token_endpoint_auth_method == "none":  # noqa: S105
             return assertion is None
-        if assertion_type != ASSERTION_TYPE or assertion is None:
+        if (
+            assertion_type != ASSERTION_TYPE
+            or assertion is None
+            or len(assertion) > _MOST_ASSERTION_CHARACTERS
+        ):
             return False
         try:
             await self._assertions.validate_assertion(
@@ -156,12 +172,20 @@ class Clients:
             RecursionError,
         ):  # FastMCP 4.1.2 trusts the claims' types
             return False
-        seen = hashlib.sha256(assertion.encode()).hexdigest()
+        finally:
+            self._assertions._jti_cache.clear()
+        named = jwt.decode(assertion, options={"verify_signature": False})["jti"]
+        if not isinstance(named, str):
+            return False
+        seen = hashlib.sha256(f"{client.id}\0{named}".encode("utf-8", "surrogatepass")).hexdigest()
         return await self._state.claim(f"assertion:{seen}", _ASSERTION_SECONDS)
 
 
 def is_redirect_uri(uri: object) -> bool:
-    """Tell whether a redirect URI may be registered: https, http on loopback, or an application's own scheme."""
+    """Tell whether a redirect URI may be registered: https, http on loopback, or an application's own scheme.
+
+    Such a scheme has a dot (RFC 8252, 7.1) or is a known program's: others open what the system happens to have.
+    """
     if not isinstance(uri, str) or not uri or len(uri) > _MOST_URI_CHARACTERS:
         return False
     if not _URI_CHARACTERS.issuperset(uri):
@@ -217,7 +241,7 @@ def _is_private_use(uri: str, parts: SplitResult) -> bool:
         scheme == parts.scheme
         and scheme[:1].isalpha()
         and _SCHEME_CHARACTERS.issuperset(scheme)
-        and scheme not in _NEVER
+        and ("." in scheme or scheme in _PROGRAMS)
         and bool(parts.netloc or parts.path.startswith("/"))
     )
 

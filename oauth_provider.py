@@ -16,7 +16,7 @@ endpoints of our own its methods for them would be there for nobody.
 import hashlib
 import hmac
 import string
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 from fastmcp.server.auth.auth import AccessToken, AuthProvider
 from pydantic import AnyHttpUrl, ConfigDict, TypeAdapter
@@ -26,7 +26,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from oauth_clients import Client, Clients, RegistrationError, UnknownClient, shown_host
+from oauth_clients import Client, Clients, RegistrationError, UnknownClient, is_loopback, shown_host
 from oauth_google import Google, LoginError, ProviderDown
 from oauth_grants import RESOURCES, Grants
 from oauth_requests import (
@@ -112,10 +112,25 @@ class Provider(AuthProvider):
     def get_routes(self, mcp_path: str | None = None) -> list[Route]:
         """Return all endpoints and documents."""
         return [
-            Route("/.well-known/oauth-authorization-server", self._metadata, middleware=_ANYWHERE),
-            Route("/.well-known/openid-configuration", self._metadata, middleware=_ANYWHERE),
+            Route(
+                "/.well-known/oauth-authorization-server",
+                self._metadata,
+                methods=["GET", "OPTIONS"],
+                middleware=_ANYWHERE,
+            ),
+            Route(
+                "/.well-known/openid-configuration",
+                self._metadata,
+                methods=["GET", "OPTIONS"],
+                middleware=_ANYWHERE,
+            ),
             *(
-                Route(f"/.well-known/oauth-protected-resource{path}", self._resource, middleware=_ANYWHERE)
+                Route(
+                    f"/.well-known/oauth-protected-resource{path}",
+                    self._resource,
+                    methods=["GET", "OPTIONS"],
+                    middleware=_ANYWHERE,
+                )
                 for path in ("", *RESOURCES)
             ),
             Route("/register", self._register, methods=["POST", "OPTIONS"], middleware=_ANYWHERE),
@@ -184,8 +199,11 @@ class Provider(AuthProvider):
         try:
             wanted = self._wanted(sent, client, redirect_uri)
         except OAuthError as error:
-            return self._sent_back(
+            url = self._answer_url(
                 redirect_uri, sent.get("state"), error=error.code, error_description=str(error)
+            )
+            return (
+                _redirect(url) if _is_own_machine(redirect_uri) else _offering(url, client.name, str(error))
             )
         return _redirect(
             f"{self._login.base_url}/consent?{urlencode({'request': self._tokens.request(wanted)})}"
@@ -314,8 +332,19 @@ class Provider(AuthProvider):
             raise _EXPIRED from None
 
     def _browser(self, request: HTTPRequest) -> str | None:
-        cookie = request.cookies.get(self._cookie, "")
-        return cookie if self._tokens.knows_browser(cookie) else None
+        """Return our cookie, its name read byte for byte.
+
+        Starlette's parser strips more than browsers do: a neighbour's `\\xa0__Host-...` would count as ours.
+        """
+        name = f"{self._cookie}=".encode()
+        pairs = [
+            pair.strip(b" \t")
+            for header, value in request.scope["headers"]
+            if header == b"cookie"
+            for pair in value.split(b";")
+        ]
+        ours = [pair.removeprefix(name).decode("latin-1") for pair in pairs if pair.startswith(name)]
+        return ours[0] if len(ours) == 1 and self._tokens.knows_browser(ours[0]) else None
 
     def _must_be_ours(self, request: HTTPRequest) -> None:
         origin = request.headers.get("origin", self._login.base_url)
@@ -399,6 +428,16 @@ def _redirect(url: str) -> Response:
 def _leaving(url: str) -> Response:
     """Leave by a page: browsers apply the form's policy to every redirect that follows a form."""
     return page("leaving", url=url, host=shown_host(url))
+
+
+def _is_own_machine(redirect_uri: str) -> bool:
+    parts = urlsplit(redirect_uri)
+    return parts.scheme == "http" and is_loopback(parts.hostname or "")
+
+
+def _offering(url: str, client_name: str, reason: str) -> Response:
+    """Leave the way back to the person: anybody may register an address, so none is trusted (RFC 9700, 4.11.2)."""
+    return page("faulty", 400, url=url, host=shown_host(url), client_name=client_name, reason=reason)
 
 
 def _digest(text: str) -> str:

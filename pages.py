@@ -1,4 +1,4 @@
-"""The pages that people see: landing, consent, leaving, refused, error.
+"""The pages that people see: landing, consent, leaving, refused, faulty, error.
 
 Templates in `templates/` are filled by Jinja2, which escapes every value. The pages run no script, load nothing, may
 not be framed and are never stored; the one stylesheet stands inside the page and the policy names its hash.
@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from starlette.responses import HTMLResponse
 
-PageName = Literal["landing", "consent", "leaving", "refused", "error"]
+PageName = Literal["landing", "consent", "leaving", "refused", "faulty", "error"]
 
 _FOLDER = Path(__file__).resolve().parent / "templates"
 _SHOWN_CHARACTERS = 200

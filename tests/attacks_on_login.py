@@ -472,3 +472,33 @@ def refused_person(response: httpx.Response) -> None:
     check_page_headers(response)
     assert "code=" not in response.text
     assert "Location" not in response.headers
+
+
+def consent_cookie_behind_a_space_that_only_servers_strip(stage: Stage) -> httpx.Response:
+    """A neighbour's cookie whose name begins with a no-break space is not ours (RFC 6265bis, 4.1.3)."""
+    browser, page = consent_page(stage)
+    value = next(cookie.value for cookie in browser.http.cookies.jar if cookie.name == "ssh-mcp")
+    browser.http.cookies.clear()
+    header = b"\xa0ssh-mcp=" + str(value).encode()
+    request = browser.http.build_request(
+        "POST", str(page.action), data=page.fields | {"decision": "approve"}, headers=[(b"Cookie", header)]
+    )
+    return browser.http.send(request)
+
+
+def consent_cookie_twice(stage: Stage) -> httpx.Response:
+    """Of two cookies of one name nobody knows which one is ours."""
+    browser, page = consent_page(stage)
+    value = next(cookie.value for cookie in browser.http.cookies.jar if cookie.name == "ssh-mcp")
+    browser.http.cookies.clear()
+    return browser.post(
+        page, page.fields | {"decision": "approve"}, Cookie=f"ssh-mcp={value}; ssh-mcp={value}"
+    )
+
+
+def faulty_request_of_a_stranger(stage: Stage) -> httpx.Response:
+    """A link with our name in it leads nowhere without a person's click (RFC 9700, 4.11.2)."""
+    app = stage.app(redirect_uri=GOOD)
+    response = stage.browser().get(app.authorize_url(prompt="none"))
+    assert [link for link in Page(response).links if link.startswith(GOOD)]
+    return response

@@ -33,6 +33,12 @@ VALUES: dict[PageName, dict[str, Any]] = {
         "client_name": "Claude",
         "leave_url": "https://claude.ai/callback?error=access_denied&state=x",
     },
+    "faulty": {
+        "url": "https://claude.ai/callback?error=invalid_request&state=x",
+        "host": "claude.ai",
+        "client_name": "Claude",
+        "reason": "code_challenge is missing",
+    },
     "error": {"title": "This page has expired", "message": "It was open too long.", "hint": "Connect again."},
 }
 each_page = pytest.mark.parametrize("name", VALUES)
