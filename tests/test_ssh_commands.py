@@ -173,7 +173,7 @@ def test_background_process_does_not_hold_the_call(run: Run) -> None:
 def test_chatty_background_process_does_not_hold_the_call(run: Run) -> None:
     started = time.monotonic()
     result = run(
-        "(while :; do echo tick; sleep 0.05; done) & echo x; trap 'kill $!' EXIT; (sleep 3; kill $!) &"
+        "echo x; (while :; do echo tick; sleep 0.05; done) & trap 'kill $!' EXIT; (sleep 3; kill $!) &"
     )
     assert result.stdout.startswith("x\n")
     assert time.monotonic() - started < 10
