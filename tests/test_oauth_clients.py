@@ -439,6 +439,55 @@ def test_an_assertion_is_taken_once_also_after_a_restart(tmp_path: Path, web: We
     assert proofs(tmp_path, shown) == [False]
 
 
+def test_another_assertion_of_the_same_name_is_the_same_assertion(tmp_path: Path, web: Web) -> None:
+    """A signature may be written in several ways; what counts is whose assertion it is, and its `jti`."""
+    web.document(token_endpoint_auth_method="private_key_jwt", jwks=jwks())
+    assert proofs(tmp_path, assertion()) == [True]
+    assert proofs(tmp_path, assertion({"iat": int(time.time()) - 1})) == [False]
+    assert proofs(tmp_path, assertion({"jti": "another"})) == [True]
+
+
+def test_no_client_fills_the_memory_of_assertions_for_the_others(tmp_path: Path, web: Web) -> None:
+    web.document(token_endpoint_auth_method="private_key_jwt", jwks=jwks())
+
+    async def work(clients: Clients) -> int:
+        client = await clients.find(DOCUMENT)
+        for number in range(3):
+            assert await clients.proves_itself(client, ASSERTION_TYPE, assertion({"jti": str(number)}))
+        assert not await clients.proves_itself(client, ASSERTION_TYPE, assertion({"jti": "j" * 4096}))
+        return len(clients._assertions._jti_cache)
+
+    assert with_clients(tmp_path, work) == 0
+
+
+def test_few_documents_are_fetched_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strangers who make us wait hold a bounded part of the server, whatever they ask."""
+
+    async def work(clients: Clients) -> int:
+        waiting, go_on = 0, asyncio.Event()
+
+        async def fetch(url: str) -> cimd.CIMDDocument:
+            nonlocal waiting
+            waiting += 1
+            await go_on.wait()
+            raise cimd.CIMDFetchError("slow")
+
+        monkeypatch.setattr(clients._fetcher, "fetch", fetch)
+        asked = [asyncio.create_task(clients.find(f"{DOCUMENT}{number}")) for number in range(40)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        seen = waiting
+        go_on.set()
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert all(isinstance(answer, UnknownClient) for answer in answers)
+        waiting, after = 0, await asyncio.gather(clients.find(DOCUMENT + "x"), return_exceptions=True)
+        assert waiting == 1
+        assert isinstance(after[0], UnknownClient)
+        return seen
+
+    assert with_clients(tmp_path, work) == 16
+
+
 def test_a_public_client_shows_nothing(tmp_path: Path, web: Web) -> None:
     web.document()
     assert proofs(tmp_path, None, assertion()) == [True, False]
