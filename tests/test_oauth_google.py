@@ -155,8 +155,6 @@ def changed(google: Google, **changes: Any) -> Forgery:
         {"aud": [OUR_ID]},
         {"aud": [OUR_ID, "other"], "azp": OUR_ID},
         {"azp": OUR_ID},
-        {"iat": int(time.time()) + 30},
-        {"exp": int(time.time()) - 30},
     ],
     ids=str,
 )
@@ -164,6 +162,13 @@ def test_an_id_token_that_is_for_us_is_believed(
     google: Google, ours: oauth_google.Google, changes: dict[str, Any]
 ) -> None:
     assert identity(google, ours, changed(google, **changes)) == Identity(ME, ME)
+
+
+@pytest.mark.parametrize(("claim", "seconds"), [("iat", 30), ("exp", -30)])
+def test_an_id_token_by_a_clock_that_differs_a_little_is_believed(
+    google: Google, ours: oauth_google.Google, claim: str, seconds: int
+) -> None:
+    assert identity(google, ours, changed(google, **{claim: int(time.time()) + seconds})) == Identity(ME, ME)
 
 
 @pytest.mark.parametrize(
