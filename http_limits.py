@@ -3,7 +3,6 @@
 Successes never count. Everything here is bounded in memory, belongs to one process, and is used by one event loop.
 """
 
-import asyncio
 import base64
 import binascii
 import hashlib
@@ -13,18 +12,17 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from starlette.responses import JSONResponse, Response
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from oauth_requests import OAuthError, answer, arriving
 from pages import page
 
 LIMITED = frozenset({"/token", "/revoke", "/register", "/authorize", "/consent", "/google/callback"})
 PAGES = frozenset({"/authorize", "/consent", "/google/callback"})
 """Where a browser lands: what goes wrong there is told on a page."""
 
-BODY_BYTES = 64 * 1024
-
-_BODY_SECONDS = 15.0
 _WINDOW_SECONDS = 60.0
 _CLIENT_FAILURES = 60
 _ADDRESS_FAILURES = 600
@@ -143,15 +141,11 @@ class OAuthLimits:
         """Handle one request."""
         path = scope["path"]
         try:
-            async with asyncio.timeout(_BODY_SECONDS):
-                body = await _body(scope, receive)
-        except TimeoutError:
-            return await _refusal(path, 408, "the request's body came too slowly")(scope, receive, send)
-        except ConnectionResetError:
+            body = await arriving(Request(scope, receive))
+        except OAuthError as error:
+            return await _refusal(path, error.status, str(error))(scope, receive, send)
+        except ClientDisconnect:
             return None
-        if body is None:
-            refusal = _refusal(path, 413, f"the request's body is longer than {BODY_BYTES} bytes")
-            return await refusal(scope, receive, send)
         if path not in LIMITED:
             return await self._app(scope, _again(body, receive), send)
         return await self._limited(scope, body, receive, send)
@@ -170,23 +164,6 @@ class OAuthLimits:
             await send(message)
 
         return await self._app(scope, _again(body, receive), watch)
-
-
-async def _body(scope: Scope, receive: Receive) -> bytes | None:
-    """Return the body, or None when it is too long. Raises ConnectionResetError when the client goes away."""
-    length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-    if len(length) > len(str(BODY_BYTES)) or (length.isdigit() and int(length) > BODY_BYTES):
-        return None
-    body = b""
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ConnectionResetError
-        body += bytes(message.get("body", b""))
-        if len(body) > BODY_BYTES:
-            return None
-        if not message.get("more_body", False):
-            return body
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
@@ -234,23 +211,4 @@ def _refusal(path: str, status: int, reason: str) -> Response:
             hint="Then go back and retry.",
         )
     error = "temporarily_unavailable" if status == 429 else "invalid_request"
-    return JSONResponse(
-        {"error": error, "error_description": reason}, status, headers={"Cache-Control": "no-store"}
-    )
-
-
-def state_down(path: str) -> Response:
-    """Return what is answered while the store of used codes and revocations cannot be asked."""
-    headers = {"Retry-After": "5", "Cache-Control": "no-store"}
-    if path in PAGES:
-        response = page(
-            "error",
-            503,
-            title="Not now",
-            message="The server cannot check logins at the moment.",
-            hint="Wait a little, then go back and retry.",
-        )
-        response.headers["Retry-After"] = headers["Retry-After"]
-        return response
-    body = {"error": "temporarily_unavailable", "error_description": "the server cannot check logins now"}
-    return JSONResponse(body, 503, headers=headers)
+    return answer({"error": error, "error_description": reason}, status)

@@ -40,8 +40,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from http_limits import PAGES, OAuthLimits, Proxies, state_down
+from http_limits import PAGES, OAuthLimits, Proxies
 from oauth_provider import Provider
+from oauth_requests import state_down
 from oauth_state import State, StateDown, open_state
 from pages import page
 from settings import Login, __version__
@@ -392,8 +393,8 @@ def _printable(path: str) -> str:
     return path[:200].encode("ascii", "backslashreplace").decode() if path.isprintable() else repr(path[:200])
 
 
-async def _say_state_down(request: Request, _: Exception) -> Response:
-    return state_down(request.url.path)
+async def _say_state_down(_: Request, __: Exception) -> Response:
+    return state_down()
 
 
 async def _say_failure(request: Request, _: Exception) -> Response:

@@ -8,7 +8,6 @@
 """
 
 import hashlib
-import ipaddress
 import json
 import string
 from dataclasses import dataclass
@@ -27,7 +26,10 @@ from fastmcp.server.auth.cimd import (
 
 from oauth_state import State
 from oauth_tokens import Tokens, Unreadable
-from settings import host_token
+from settings import host_token, is_loopback
+
+SCOPE = "ssh"
+"""The one there is: whoever may enter may use the server."""
 
 ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 
@@ -42,19 +44,10 @@ _FETCH_SECONDS = 10
 
 _URI_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-._~:/?[]@!$&'()+,;=%")
 _SCHEME_CHARACTERS = frozenset(string.ascii_lowercase + string.digits + "+-.")
-_PROGRAMS = {
-    "claude",
-    "cherrystudio",
-    "cursor",
-    "goose",
-    "kiro",
-    "lmstudio",
-    "raycast",
-    "trae",
-    "vscode",
-    "warp",
-}
-_PROGRAMS |= {"vscode-insiders", "vscodium", "windsurf", "zed"}
+_PROGRAMS = frozenset(
+    {"cherrystudio", "claude", "cursor", "goose", "kiro", "lmstudio", "raycast", "trae", "vscode"}
+    | {"vscode-insiders", "vscodium", "warp", "windsurf", "zed"}
+)
 """Schemes without a dot that known MCP clients use; any other could start what was never meant to be a redirect."""
 
 
@@ -116,7 +109,7 @@ class Clients:
             "grant_types": ["authorization_code", "refresh_token"],
             "response_types": ["code"],
             "token_endpoint_auth_method": "none",
-            "scope": "ssh",
+            "scope": SCOPE,
         }
 
     async def find(self, client_id: str) -> Client:
@@ -173,6 +166,7 @@ class Clients:
         ):  # FastMCP 4.1.2 trusts the claims' types
             return False
         finally:
+            # the memory of all clients, which one could fill, and of this process alone: the state store remembers
             self._assertions._jti_cache.clear()
         named = jwt.decode(assertion, options={"verify_signature": False})["jti"]
         if not isinstance(named, str):
@@ -196,16 +190,8 @@ def is_redirect_uri(uri: object) -> bool:
     if parts.scheme == "https":
         return _is_host(parts)
     if parts.scheme == "http":
-        return _is_host(parts) and is_loopback(parts.hostname or "")
+        return _is_host(parts) and is_loopback(parts.hostname)
     return _is_private_use(uri, parts)
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether a host is the person's own machine, by name or by address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def shown_host(redirect_uri: str) -> str:
@@ -255,7 +241,7 @@ def _fits(asked: str, registered: str) -> bool:
         and theirs is not None
         and is_redirect_uri(asked)
         and ours.scheme == theirs.scheme == "http"
-        and is_loopback(ours.hostname or "")
+        and is_loopback(ours.hostname)
         and ours._replace(netloc="") == theirs._replace(netloc="")
         and ours.hostname == theirs.hostname
     )

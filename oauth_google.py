@@ -17,9 +17,8 @@ import jwt
 from authlib.common.errors import AuthlibBaseError
 from authlib.integrations.httpx_client import AsyncOAuth2Client
 
-from oauth_clients import is_loopback
 from oauth_tokens import Identity
-from settings import Login
+from settings import Login, is_loopback
 
 _ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
 _KEEP_SECONDS = 3600
@@ -39,7 +38,7 @@ class ProviderDown(Exception):  # noqa: N818
 
 
 class Google:
-    """The provider that DISCOVERY describes. Used from one event loop."""
+    """The provider that GOOGLE_DISCOVERY_URL describes. Used from one event loop."""
 
     def __init__(self, login: Login) -> None:
         self._login = login
@@ -190,5 +189,5 @@ def _check(document: dict[str, Any], discovery_url: str) -> None:
         raise ValueError("the document is another issuer's")
     for name in names[1:]:
         parts = urlsplit(document[name])
-        if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname or "")):
+        if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname)):
             raise ValueError(f"{name} is not protected")

@@ -7,15 +7,16 @@ in this browser; then to Google and back to `/google/callback`, which gives the 
 - Only S256 (RFC 7636), only registered redirect URIs, only resources of this server (RFC 8707); `iss` in every answer.
 - Google's answer is taken once; what an application may do with its code is the matter of `oauth_grants`.
 
-Borrowed from FastMCP 4.1.2, where a test looks whether it moved: AuthProvider and AccessToken here, in `oauth_clients`
-the client ID metadata documents (a beta there). The base is not its OAuthProvider, whose endpoints come from the MCP
-SDK: those refuse revocation by public clients, answer 401 where RFC 6749 says 400, and know one resource; with
-endpoints of our own its methods for them would be there for nobody.
+Borrowed from FastMCP 4.1.2, where a test looks whether it moved: AuthProvider and AccessToken here; in `oauth_clients`
+the client ID metadata documents (a beta there), and the memory of used assertions, which is emptied. The base is not
+its OAuthProvider, whose endpoints come from the MCP SDK: those refuse revocation by public clients, answer 401 where
+RFC 6749 says 400, and know one resource; with endpoints of our own its methods for them would be there for nobody.
 """
 
 import hashlib
 import hmac
 import string
+from collections.abc import Awaitable, Callable
 from urllib.parse import urlencode, urlsplit
 
 from fastmcp.server.auth.auth import AccessToken, AuthProvider
@@ -26,7 +27,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from oauth_clients import Client, Clients, RegistrationError, UnknownClient, is_loopback, shown_host
+from oauth_clients import SCOPE, Client, Clients, RegistrationError, UnknownClient, shown_host
 from oauth_google import Google, LoginError, ProviderDown
 from oauth_grants import RESOURCES, Grants
 from oauth_requests import (
@@ -38,6 +39,7 @@ from oauth_requests import (
     for_people,
     for_programs,
     form,
+    media_type,
     query,
 )
 from oauth_state import State
@@ -53,19 +55,15 @@ from oauth_tokens import (
 from pages import page
 from settings import Login
 
-SCOPE = "ssh"
-
 _CHALLENGE_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-_")
 _MOST_STATE_CHARACTERS = 4096
-_ANYWHERE = [
-    Middleware(
-        CORSMiddleware,
-        allow_origins=["*"],
-        allow_methods=["GET", "POST"],
-        allow_headers=["Authorization", "Content-Type", "MCP-Protocol-Version"],
-        max_age=86_400,
-    )
-]
+_ANYWHERE = Middleware(
+    CORSMiddleware,
+    allow_origins=["*"],
+    allow_methods=["GET", "POST"],
+    allow_headers=["Authorization", "Content-Type", "MCP-Protocol-Version"],
+    max_age=86_400,
+)
 _START_AGAIN = "Go back to your application and connect again; it takes a new login."
 
 
@@ -112,30 +110,15 @@ class Provider(AuthProvider):
     def get_routes(self, mcp_path: str | None = None) -> list[Route]:
         """Return all endpoints and documents."""
         return [
-            Route(
-                "/.well-known/oauth-authorization-server",
-                self._metadata,
-                methods=["GET", "OPTIONS"],
-                middleware=_ANYWHERE,
-            ),
-            Route(
-                "/.well-known/openid-configuration",
-                self._metadata,
-                methods=["GET", "OPTIONS"],
-                middleware=_ANYWHERE,
-            ),
+            _for_browsers_too("GET", "/.well-known/oauth-authorization-server", self._metadata),
+            _for_browsers_too("GET", "/.well-known/openid-configuration", self._metadata),
             *(
-                Route(
-                    f"/.well-known/oauth-protected-resource{path}",
-                    self._resource,
-                    methods=["GET", "OPTIONS"],
-                    middleware=_ANYWHERE,
-                )
+                _for_browsers_too("GET", f"/.well-known/oauth-protected-resource{path}", self._resource)
                 for path in ("", *RESOURCES)
             ),
-            Route("/register", self._register, methods=["POST", "OPTIONS"], middleware=_ANYWHERE),
-            Route("/token", self._token, methods=["POST", "OPTIONS"], middleware=_ANYWHERE),
-            Route("/revoke", self._revoke, methods=["POST", "OPTIONS"], middleware=_ANYWHERE),
+            _for_browsers_too("POST", "/register", self._register),
+            _for_browsers_too("POST", "/token", self._token),
+            _for_browsers_too("POST", "/revoke", self._revoke),
             Route("/authorize", self._authorize, methods=["GET", "POST"]),
             Route("/consent", self._ask, methods=["GET"]),
             Route("/consent", self._decide, methods=["POST"]),
@@ -182,7 +165,7 @@ class Provider(AuthProvider):
     @for_programs
     async def _register(self, request: HTTPRequest) -> Response:
         """RFC 7591."""
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        if media_type(request) != "application/json":
             raise OAuthError("invalid_client_metadata", "the body must be application/json")
         try:
             return answer(self._clients.register(await body(request)), 201)
@@ -421,6 +404,13 @@ _GOOGLE_DOWN = PageError(
 )
 
 
+def _for_browsers_too(
+    method: str, path: str, endpoint: Callable[[HTTPRequest], Awaitable[Response]]
+) -> Route:
+    """Return a route that applications inside a browser may ask from any origin (CORS)."""
+    return Route(path, endpoint, methods=[method, "OPTIONS"], middleware=[_ANYWHERE])
+
+
 def _redirect(url: str) -> Response:
     return RedirectResponse(url, 302, {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer"})
 
@@ -431,8 +421,7 @@ def _leaving(url: str) -> Response:
 
 
 def _is_own_machine(redirect_uri: str) -> bool:
-    parts = urlsplit(redirect_uri)
-    return parts.scheme == "http" and is_loopback(parts.hostname or "")
+    return urlsplit(redirect_uri).scheme == "http"  # which is registered for loopback alone
 
 
 def _offering(url: str, client_name: str, reason: str) -> Response:

@@ -19,6 +19,7 @@ from pages import page
 MOST_BODY_BYTES = 65_536
 
 _BODY_SECONDS = 15
+_RETRY_SECONDS = 5
 _MOST_PARAMETERS = 50
 _FORM = "application/x-www-form-urlencoded"
 _NO_STORE = {"Cache-Control": "no-store", "Pragma": "no-cache"}
@@ -87,7 +88,7 @@ def query(request: Request) -> Parameters:
 
 async def form(request: Request) -> Parameters:
     """Read the parameters of a form. Raises OAuthError."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != _FORM:
+    if media_type(request) != _FORM:
         raise OAuthError("invalid_request", f"the body must be {_FORM}")
     encoded = await body(request)
     try:
@@ -96,20 +97,37 @@ async def form(request: Request) -> Parameters:
         raise OAuthError("invalid_request", "the form is not percent-encoded") from None
 
 
+def media_type(request: Request) -> str:
+    """Return what a body is said to be, in lower case and without parameters (RFC 9110, 8.3.1)."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
 async def body(request: Request) -> bytes:
-    """Read a body of 64 kB at most, within 15 seconds. Raises OAuthError."""
+    """Read a body as `arriving` does; a client that goes away sent a bad request."""
+    try:
+        return await arriving(request)
+    except ClientDisconnect:
+        raise OAuthError("invalid_request", "the request ended early") from None
+
+
+async def arriving(request: Request) -> bytes:
+    """Read a body of 64 kB at most, within 15 seconds. Raises OAuthError, and ClientDisconnect."""
+    told = request.headers.get("content-length", "")
+    if len(told) > len(str(MOST_BODY_BYTES)) or (told.isdecimal() and int(told) > MOST_BODY_BYTES):
+        raise _TOO_LARGE
     received = b""
     try:
         with anyio.fail_after(_BODY_SECONDS):
             async for chunk in request.stream():
                 received += chunk
                 if len(received) > MOST_BODY_BYTES:
-                    raise OAuthError("invalid_request", "the request is larger than 64 kB", 413)
+                    raise _TOO_LARGE
     except TimeoutError:
         raise OAuthError("invalid_request", "the request took too long to arrive", 408) from None
-    except ClientDisconnect:
-        raise OAuthError("invalid_request", "the request ended early") from None
     return received
+
+
+_TOO_LARGE = OAuthError("invalid_request", "the request is larger than 64 kB", 413)
 
 
 def answer(values: dict[str, Any], status: int = 200) -> JSONResponse:
@@ -130,10 +148,17 @@ def for_programs(endpoint: Endpoint) -> Endpoint:
                 refusal.headers["WWW-Authenticate"] = 'Basic realm="OAuth"'
             return refusal
         except StateDown:
-            down = {"error": "temporarily_unavailable", "error_description": "try again in a moment"}
-            return answer(down, 503)
+            return state_down()
 
     return answering
+
+
+def state_down() -> JSONResponse:
+    """Return what a program is answered while used codes and revocations cannot be looked up."""
+    words = {"error": "temporarily_unavailable", "error_description": "the server cannot check logins now"}
+    refusal = answer(words, 503)
+    refusal.headers["Retry-After"] = str(_RETRY_SECONDS)
+    return refusal
 
 
 def for_people(endpoint: Endpoint) -> Endpoint:
@@ -154,12 +179,14 @@ def for_people(endpoint: Endpoint) -> Endpoint:
                 hint="Start again from the application. If it happens again, its maker should know.",
             )
         except StateDown:
-            return page(
+            refusal = page(
                 "error",
                 503,
                 title="Not right now",
                 message="This server cannot complete logins at the moment.",
                 hint="Try again in a minute. Whoever runs the server finds the reason in its log.",
             )
+            refusal.headers["Retry-After"] = str(_RETRY_SECONDS)
+            return refusal
 
     return answering

@@ -7,7 +7,6 @@ Thread-safe: nothing here changes after the import.
 
 import base64
 import hashlib
-import ipaddress
 import unicodedata
 from pathlib import Path
 from typing import Literal
@@ -15,6 +14,8 @@ from typing import Literal
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from starlette.responses import HTMLResponse
+
+from settings import is_loopback
 
 PageName = Literal["landing", "consent", "leaving", "refused", "faulty", "error"]
 
@@ -48,10 +49,7 @@ def _is_this_computer(host: str) -> bool:
     name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() and host.count(":") == 1 else host
     if name.startswith("["):
         name = name[1:].partition("]")[0]
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return name == "localhost"
+    return is_loopback(name)
 
 
 def _is_program_link(host: str) -> bool:

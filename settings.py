@@ -90,7 +90,8 @@ def user_token(text: str) -> str:
     return user
 
 
-def _is_loopback(host: str | None) -> bool:
+def is_loopback(host: str | None) -> bool:
+    """Tell whether a host is the machine that asks, by name or by address."""
     if host == "localhost":
         return True
     try:
@@ -103,7 +104,7 @@ def _trusted_url(text: str) -> str:
     """Return an https URL, or an http one of this machine, in its canonical form; else raise ValueError."""
     url = str(_url.validate_python(text.strip()))
     parts = urlsplit(url)
-    if parts.scheme != "https" and not _is_loopback(parts.hostname):
+    if parts.scheme != "https" and not is_loopback(parts.hostname):
         raise ValueError("plain http leaves this machine")
     if parts.username is not None or parts.password is not None or "#" in url:
         raise ValueError("a URL without user name, password and fragment")
@@ -337,7 +338,7 @@ def _public_url(current: Settings, listens_on: str | None) -> str:
     if current.public_base_url is not None:
         return current.public_base_url
     url = listens_on or http_url(current.http_host, current.http_port)
-    if _is_loopback(urlsplit(url).hostname):
+    if is_loopback(urlsplit(url).hostname):
         return _origin(url)
     description = Settings.model_fields["public_base_url"].description
     raise SettingsError(

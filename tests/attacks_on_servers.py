@@ -2,7 +2,7 @@
 
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import httpx
 from attacks import Move, Stage, gives_code, unauthorized, works
 from attacks_on_tokens import INVALID_GRANT
 from conftest import free_port, program, wait_for
-from oauth import KISS, ME, Page, Remote, query_of, tokens_of
+from oauth import KISS, ME, App, Page, Remote, Tokens, query_of, tokens_of
 
 MINUTE, HOUR, DAY = 60, 3600, 86_400
 
@@ -29,24 +29,24 @@ def code_redeemed_after(seconds: float) -> Move:
     return move
 
 
-def access_token_used_after(seconds: float) -> Move:
+def after(seconds: float, use: Callable[[App, Tokens], httpx.Response]) -> Move:
+    """Use tokens so long after the login."""
+
     def move(stage: Stage) -> httpx.Response:
         app = stage.app()
         tokens = stage.tokens(app)
         stage.remote.move_clock(seconds)
-        return app.call(tokens.access)
+        return use(app, tokens)
 
     return move
+
+
+def access_token_used_after(seconds: float) -> Move:
+    return after(seconds, lambda app, tokens: app.call(tokens.access))
 
 
 def refreshed_after(seconds: float) -> Move:
-    def move(stage: Stage) -> httpx.Response:
-        app = stage.app()
-        tokens = stage.tokens(app)
-        stage.remote.move_clock(seconds)
-        return app.refresh(tokens.refresh)
-
-    return move
+    return after(seconds, lambda app, tokens: app.refresh(tokens.refresh))
 
 
 def kept_alive_beyond_the_end(stage: Stage) -> httpx.Response:

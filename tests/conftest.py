@@ -51,6 +51,16 @@ def free_port() -> int:
             return port
 
 
+def marker() -> str:
+    """Return digits that no other process has in its arguments."""
+    return f"{os.getpid()}{time.monotonic_ns()}"
+
+
+def running(marker: str) -> bool:
+    """Whether a process with the marker in its arguments runs."""
+    return subprocess.run(["pgrep", "-f", marker], capture_output=True, check=False).returncode == 0
+
+
 def wait_for(condition: Callable[[], object], seconds: float = 20) -> None:
     """Poll until the condition holds; fail when it does not in time."""
     deadline = time.monotonic() + seconds

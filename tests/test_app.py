@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -18,7 +17,7 @@ from fastmcp.server.context import Context, set_transport
 from mcp_types import Tool
 
 import app
-from conftest import Server, wait_for
+from conftest import Server, running, wait_for
 from settings import SettingsError
 from ssh_errors import SSHError
 
@@ -256,14 +255,11 @@ def test_bug_inside_is_no_traceback(call: Call, monkeypatch: pytest.MonkeyPatch)
 def test_cancelled_call_leaves_no_process(environment: None) -> None:
     marker = f"{os.getpid()}{time.monotonic_ns()}"
 
-    def runs() -> bool:
-        return subprocess.run(["pgrep", "-f", marker], capture_output=True, check=False).returncode == 0
-
     async def work(client: Client[Any]) -> None:
         waiting = asyncio.create_task(client.call_tool("ssh_execute", {"command": f"sleep 60.{marker}"}))
-        await asyncio.to_thread(wait_for, runs)
+        await asyncio.to_thread(wait_for, lambda: running(marker))
         waiting.cancel()
-        await asyncio.to_thread(wait_for, lambda: not runs())
+        await asyncio.to_thread(wait_for, lambda: not running(marker))
 
     with_client(work)
 
@@ -408,18 +404,15 @@ def test_arguments_that_would_be_ignored_are_refused(
 def test_cancelled_call_over_stdio_leaves_no_process(environment: None, era: str) -> None:
     marker = f"{os.getpid()}{time.monotonic_ns()}"
 
-    def runs() -> bool:
-        return subprocess.run(["pgrep", "-f", marker], capture_output=True, check=False).returncode == 0
-
     async def work() -> None:
         server = StdioTransport(
             sys.executable, [str(Path(app.__file__))], env=dict(os.environ), keep_alive=False
         )
         async with Client(server, mode=era, init_timeout=60) as client:
             waiting = asyncio.create_task(client.call_tool("ssh_execute", {"command": f"sleep 60.{marker}"}))
-            await asyncio.to_thread(wait_for, runs)
+            await asyncio.to_thread(wait_for, lambda: running(marker))
             waiting.cancel()
-            await asyncio.to_thread(wait_for, lambda: not runs())
+            await asyncio.to_thread(wait_for, lambda: not running(marker))
             result = await client.call_tool("ssh_execute", {"command": "echo still here"})
             assert fields(result)["stdout"] == "still here\n"
 

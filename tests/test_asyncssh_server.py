@@ -1,16 +1,14 @@
 """Commands and jobs on asyncssh's server, whose commands lead no process group of their own here."""
 
-import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from conftest import nobody_cancels, wait_for
+from conftest import marker, nobody_cancels, running, wait_for
 from settings import Settings, Target
 from ssh_commands import Commands
 from ssh_jobs import Jobs
@@ -48,14 +46,6 @@ def account(tmp_path: Path) -> Iterator[Account]:
         one.jobs.close()
         one.pool.close()
         server.terminate()
-
-
-def running(marker: str) -> bool:
-    return subprocess.run(["pgrep", "-f", marker], capture_output=True, check=False).returncode == 0
-
-
-def marker() -> str:
-    return f"{os.getpid()}{time.monotonic_ns()}"
 
 
 def test_commands_give_their_results(account: Account) -> None:

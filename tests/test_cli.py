@@ -15,7 +15,7 @@ import pytest
 from fastmcp import Client
 from fastmcp.client.transports import StdioTransport
 
-from conftest import Server, free_port, wait_for
+from conftest import Server, free_port, running, wait_for
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -49,10 +49,6 @@ def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
         check=False,
         timeout=60,
     )
-
-
-def process_runs(marker: str) -> bool:
-    return subprocess.run(["pgrep", "-f", marker], capture_output=True, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -97,7 +93,7 @@ def started(environment: dict[str, str]) -> Iterator[Callable[[str], "subprocess
         )
         process.stdin.write(INITIALIZE + call.encode())
         process.stdin.flush()
-        wait_for(lambda: process_runs(f"sleep 60.{marker}"), 60)
+        wait_for(lambda: running(f"sleep 60.{marker}"), 60)
         return process
 
     yield start
@@ -122,7 +118,7 @@ def test_server_that_ends_leaves_no_process(
     else:
         process.send_signal(signal.Signals[ending])
     assert process.wait(20) == (130 if ending == "SIGINT" else 0)
-    assert not process_runs(f"sleep 60.{marker}")
+    assert not running(f"sleep 60.{marker}")
     wait_for(lambda: set(sshd.session_pids()) <= connections)
     assert process.stdout is not None
     for line in process.stdout.read().splitlines():

@@ -17,8 +17,10 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 import http_limits
+import oauth_requests
 from conftest import free_port, wait_for
-from http_limits import BODY_BYTES, Failures, OAuthLimits, Proxies, network_of
+from http_limits import Failures, OAuthLimits, Proxies, network_of
+from oauth_requests import MOST_BODY_BYTES
 
 
 def scope(peer: str | None, *forwarded: str) -> dict[str, Any]:
@@ -210,8 +212,8 @@ def test_client_id_is_found_wherever_it_may_stand(server: httpx.Client, way: str
 
 
 def test_body_of_the_limit_passes_and_one_byte_more_does_not(server: httpx.Client) -> None:
-    assert server.post("/token", content=b"x" * BODY_BYTES).json() == {"bytes": BODY_BYTES}
-    assert server.post("/token", content=b"x" * (BODY_BYTES + 1)).status_code == 413
+    assert server.post("/token", content=b"x" * MOST_BODY_BYTES).json() == {"bytes": MOST_BODY_BYTES}
+    assert server.post("/token", content=b"x" * (MOST_BODY_BYTES + 1)).status_code == 413
 
 
 def test_body_of_unknown_length_is_cut_off_at_the_limit(server: httpx.Client) -> None:
@@ -236,7 +238,7 @@ def test_length_that_is_told_is_not_waited_for(server: httpx.Client, length: str
 def test_slow_body_is_given_up_and_holds_nobody_else(
     server: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_limits, "_BODY_SECONDS", 2.0)
+    monkeypatch.setattr(oauth_requests, "_BODY_SECONDS", 2.0)
     slow = [
         socket.create_connection((server.base_url.host, server.base_url.port or 0), timeout=20)
         for _ in range(50)

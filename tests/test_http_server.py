@@ -20,7 +20,7 @@ from fastmcp.client.transports import SSETransport, StreamableHttpTransport
 from fastmcp.server.auth import AccessToken
 from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
 
-from conftest import wait_for
+from conftest import running, wait_for
 from http_server import Streams, session_in_header
 from oauth import INITIALIZE, ME, App, Remote, http_from, query_of
 
@@ -363,13 +363,13 @@ def test_server_ends_in_seconds_with_open_streams_and_a_running_call(
         for stream in streams:
             assert stream.__enter__().status_code == 200
         calling.start()
-        wait_for(lambda: _runs(f"sleep {marker}"), 60)
+        wait_for(lambda: running(f"sleep {marker}"), 60)
         assert remote.process is not None
         began = time.monotonic()
         remote.process.send_signal(how)
         assert remote.process.wait(30) == (0 if how == signal.SIGTERM else 130)
         assert time.monotonic() - began < 20
-        wait_for(lambda: not _runs(f"sleep {marker}"))
+        wait_for(lambda: not running(f"sleep {marker}"))
     finally:
         for stream in streams:
             stream.__exit__(None, None, None)
@@ -377,12 +377,6 @@ def test_server_ends_in_seconds_with_open_streams_and_a_running_call(
             http.close()
         calling.join(60)
     assert "Traceback" not in remote.log()
-
-
-def _runs(command: str) -> bool:
-    import subprocess
-
-    return subprocess.run(["pgrep", "-f", command], capture_output=True, check=False).returncode == 0
 
 
 def _call_that_is_cut_off(remote: Remote, token: str, command: str) -> None:

@@ -1,15 +1,12 @@
 """Accounts that have no shell to read a line: forced commands, restricted shells, SFTP alone."""
 
-import os
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from conftest import Server, make_server, nobody_cancels, open_folder, wait_for
+from conftest import Server, make_server, marker, nobody_cancels, open_folder, running, wait_for
 from settings import Target
 from ssh_answers import CommandResult
 from ssh_commands import Commands
@@ -96,14 +93,6 @@ def choosy() -> Iterator[Account]:
         with account(server, "ordinary") as one:
             yield one
         server.stop()
-
-
-def running(marker: str) -> bool:
-    return subprocess.run(["pgrep", "-f", marker], capture_output=True, check=False).returncode == 0
-
-
-def marker() -> str:
-    return f"{os.getpid()}{time.monotonic_ns()}"
 
 
 def test_forced_command_gets_the_command_line_as_ssh_sends_it(picky: Serve) -> None:

@@ -4,13 +4,12 @@ import os
 import signal
 import stat
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from conftest import Server, nobody_cancels, wait_for
+from conftest import Server, marker, nobody_cancels, running, wait_for
 from ssh_answers import CommandResult
 from ssh_background import FOLDER, ending, look, parsed
 from ssh_commands import Commands
@@ -60,14 +59,6 @@ def front(sshd: Server) -> Iterator[Callable[..., Front]]:
     yield make
     for one in fronts:
         one.close()
-
-
-def running(marker: str) -> bool:
-    return subprocess.run(["pgrep", "-f", marker], capture_output=True, check=False).returncode == 0
-
-
-def marker() -> str:
-    return f"{os.getpid()}{time.monotonic_ns()}"
 
 
 @pytest.mark.parametrize("account", ACCOUNTS)

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import pytest
 
-from conftest import Server, nobody_cancels, wait_for
+from conftest import Server, nobody_cancels, running, wait_for
 from relay import Relay
 from ssh_answers import CommandResult
 from ssh_commands import Commands
@@ -29,11 +29,6 @@ def run(commands: Commands, sshd: Server) -> Run:
         return commands.run(sshd.account(account), command, cancelled=nobody_cancels, **arguments)  # type: ignore[arg-type]
 
     return run
-
-
-def running(marker: str) -> bool:
-    """Whether a process with the marker in its arguments runs."""
-    return subprocess.run(["pgrep", "-f", marker], capture_output=True, check=False).returncode == 0
 
 
 def test_streams_and_exit_code_come_back(run: Run, sshd: Server) -> None:

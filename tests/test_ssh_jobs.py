@@ -1,10 +1,7 @@
 """Commands that outlive the call that began them, against a real sshd."""
 
-import os
 import stat
-import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import ssh_jobs
-from conftest import Server, nobody_cancels, wait_for
+from conftest import Server, marker, nobody_cancels, running, wait_for
 from relay import Relay
 from settings import Target
 from ssh_answers import CommandResult
@@ -60,14 +57,6 @@ def go_on(jobs: Jobs) -> Start:
         return jobs.go_on(owner, job_id, cancelled=nobody_cancels, **given)  # type: ignore[arg-type]
 
     return go_on
-
-
-def running(marker: str) -> bool:
-    return subprocess.run(["pgrep", "-f", marker], capture_output=True, check=False).returncode == 0
-
-
-def marker() -> str:
-    return f"{os.getpid()}{time.monotonic_ns()}"
 
 
 def test_command_over_its_time_goes_on_as_a_job(start: Start, go_on: Start, sshd: Server) -> None:
