@@ -8,6 +8,7 @@
 """
 
 import hashlib
+import ipaddress
 import json
 import string
 from dataclasses import dataclass
@@ -213,7 +214,22 @@ def _is_host(parts: SplitResult) -> bool:
         host = host_token(parts.hostname or "")
     except ValueError:
         return False
-    return parts.netloc.lower() in _spellings(host, parts.port) and not parts.netloc.endswith(".")
+    written = parts.netloc.lower() in _spellings(host, parts.port) and not parts.netloc.endswith(".")
+    return written and (_is_address(host) or not _ends_in_number(host))
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _ends_in_number(host: str) -> bool:
+    """Browsers read such a name as an IPv4 address: 0x7f.1 is 127.0.0.1 (WHATWG URL, 3.5)."""
+    last = host.removesuffix(".").rpartition(".")[2]
+    return last.isdigit() or (last.startswith("0x") and set(last[2:]) <= set(string.hexdigits))
 
 
 def _spellings(host: str, port: int | None) -> tuple[str, ...]:

@@ -102,6 +102,8 @@ REGISTRATION = [
     Attack("loopback as user name", "RFC 9700 4.1.1", REFUSED_URI, registers("http://127.0.0.1:80@evil.example/")),
     Attack("good host as user name", "RFC 9700 4.1.1", REFUSED_URI, registers("https://good.example@evil.example/")),
     Attack("loopback as a decimal number", "RFC 8252 7.3", REFUSED_URI, registers("http://2130706433/callback")),
+    Attack("web host that browsers read as an address", "WHATWG URL 3.5", REFUSED_URI,
+           registers("https://0x7f.1/callback")),
     Attack("address that means every interface", "RFC 8252 7.3", REFUSED_URI, registers("http://0.0.0.0/callback")),
     Attack("fragment", "RFC 6749 3.1.2", REFUSED_URI, registers(f"{GOOD}#fragment")),
     Attack("empty fragment", "RFC 6749 3.1.2", REFUSED_URI, registers(f"{GOOD}#")),
