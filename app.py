@@ -200,9 +200,13 @@ class _Server(FastMCP[None]):
         """Serve over HTTP until told to stop; a setting that cannot be used ends the process before it listens."""
         host = kwargs.get("host") or fastmcp.settings.host
         self._listens_on = settings.http_url(host, kwargs.get("port") or fastmcp.settings.port)
+        from http_deadline import PunctualProtocol
+
         logging.getLogger("uvicorn").handlers = _log.handlers
         _allow_many_connections()
-        kwargs["uvicorn_config"] = _UVICORN | (kwargs.get("uvicorn_config") or {})
+        kwargs["uvicorn_config"] = (
+            _UVICORN | {"http": PunctualProtocol} | (kwargs.get("uvicorn_config") or {})
+        )
         try:
             await super().run_http_async(*args, **kwargs)
         except SettingsError as error:
@@ -249,6 +253,14 @@ def _default_target_report() -> dict[str, Any]:
     return {"reachable": True, "target": str(target), "connections": connections}
 
 
+def _forget_env_file() -> None:
+    """Set FastMCP's settings anew without the `.env` of the working directory, which anybody may have put there."""
+    for name, value in type(fastmcp.settings)(_env_file=None):
+        setattr(fastmcp.settings, name, value)
+
+
+if "FASTMCP_ENV_FILE" not in os.environ:
+    _forget_env_file()
 fastmcp.settings.check_for_updates = "off"
 fastmcp.settings.show_server_banner = False
 
@@ -579,6 +591,11 @@ def _log_to_stderr(level: str) -> None:
     _log.handlers = [handler]
     _log.setLevel(level)
     _log.propagate = False
+    for library in (
+        "fastmcp.server",
+        "mcp",
+    ):  # below that they tell what calls hold, and what strangers call themselves
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 try:

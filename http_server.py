@@ -163,7 +163,7 @@ def _lifespan(server: FastMCP[Any], sessions: _Sessions, state: State) -> Callab
 
 
 class _ForPath(TokenVerifier):
-    """Accepts the tokens whose audience fits one path (RFC 8707, 2), until the second in which they expire."""
+    """Accepts the tokens whose audience fits one path (RFC 8707, 2)."""
 
     def __init__(self, provider: Provider, path: str) -> None:
         super().__init__()
@@ -173,9 +173,7 @@ class _ForPath(TokenVerifier):
     async def verify_token(self, token: str) -> AccessToken | None:
         """Return what the token says, or None. Raises StateDown."""
         access = await self._provider.verify_token(token)
-        if access is None or access.expires_at is None or access.expires_at <= time.time():
-            return None
-        return access if self._provider.opens(access, self._path) else None
+        return access if access is not None and self._provider.opens(access, self._path) else None
 
 
 def _demanding_token(provider: Provider, login: Login, path: str, app: ASGIApp) -> ASGIApp:
@@ -434,7 +432,7 @@ def _without_message(record: logging.LogRecord) -> bool:
 
 def _landing(login: Login) -> Callable[[Request], Awaitable[Response]]:
     async def landing(_: Request) -> Response:
-        return page("landing", base_url=login.base_url, version=__version__)
+        return page("landing", base_url=login.base_url, provider=login.provider, version=__version__)
 
     return landing
 

@@ -11,7 +11,9 @@ import hashlib
 import ipaddress
 import json
 import string
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -23,6 +25,7 @@ from fastmcp.server.auth.cimd import (
     CIMDFetcher,
     CIMDFetchError,
     CIMDValidationError,
+    _CIMDCachePolicy,
 )
 
 from oauth_state import State
@@ -42,6 +45,7 @@ _ASSERTION_SECONDS = 600
 _MOST_ASSERTION_CHARACTERS = 4096
 _MOST_FETCHES = 16
 _FETCH_SECONDS = 10
+_KEEP_SECONDS = 86_400
 
 _URI_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-._~:/?[]@!$&'()+,;=%")
 _SCHEME_CHARACTERS = frozenset(string.ascii_lowercase + string.digits + "+-.")
@@ -84,6 +88,23 @@ class Client:
         return asked if any(_fits(asked, registered) for registered in self.redirect_uris) else None
 
 
+class _Fetcher(CIMDFetcher):
+    """Fetches client documents, and keeps none for longer than a day, whatever its host asks for."""
+
+    def _parse_cache_policy(self, headers: Mapping[str, str], now: float) -> _CIMDCachePolicy:
+        policy = super()._parse_cache_policy(headers, now)
+        return replace(
+            policy,
+            expires_at=min(policy.expires_at, now + _KEEP_SECONDS),
+            freshness_lifetime=min(policy.freshness_lifetime, _KEEP_SECONDS),
+        )
+
+    def keeps(self, url: str) -> bool:
+        """Tell whether a document is at hand, so that its host need not be asked."""
+        kept = self._cache.get(url)
+        return kept is not None and not kept.must_revalidate and time.time() < kept.expires_at
+
+
 class Clients:
     """Registers clients and finds them again."""
 
@@ -91,7 +112,7 @@ class Clients:
         self._tokens = tokens
         self._state = state
         self._token_endpoint = token_endpoint
-        self._fetcher = CIMDFetcher()
+        self._fetcher = _Fetcher()
         self._fetching = 0
         self._assertions = CIMDAssertionValidator()  # type: ignore[no-untyped-call]
 
@@ -127,7 +148,7 @@ class Clients:
 
     async def _described(self, url: str) -> Client:
         host = _document_host(url)
-        if self._fetching >= _MOST_FETCHES:
+        if self._fetching >= _MOST_FETCHES and not self._fetcher.keeps(url):
             raise UnknownClient
         self._fetching += 1
         try:
@@ -135,11 +156,13 @@ class Clients:
                 document = await self._fetcher.fetch(url)
         except (CIMDFetchError, CIMDValidationError, TimeoutError):
             raise UnknownClient from None
-        except (ValueError, RecursionError):  # FastMCP 4.1.2 parses strange JSON and UTF-8 unguarded
+        except (ValueError, RecursionError, OverflowError):  # FastMCP 4.1.2 parses JSON and headers unguarded
             raise UnknownClient from None
         finally:
             self._fetching -= 1
-        uris = tuple(uri for uri in document.redirect_uris[:_MOST_REDIRECT_URIS] if is_redirect_uri(uri))
+        if len(document.redirect_uris) > _MOST_REDIRECT_URIS:
+            raise UnknownClient
+        uris = tuple(uri for uri in document.redirect_uris if is_redirect_uri(uri))
         name = (document.client_name or "").strip()[:_MOST_NAME_CHARACTERS]
         if not _is_unicode(name):
             raise UnknownClient
@@ -164,6 +187,7 @@ class Clients:
             TypeError,
             AttributeError,
             RecursionError,
+            OverflowError,
         ):  # FastMCP 4.1.2 trusts the claims' types
             return False
         finally:
@@ -244,7 +268,7 @@ def _is_private_use(uri: str, parts: SplitResult) -> bool:
         and scheme[:1].isalpha()
         and _SCHEME_CHARACTERS.issuperset(scheme)
         and ("." in scheme or scheme in _PROGRAMS)
-        and bool(parts.netloc or parts.path.startswith("/"))
+        and (_is_host(parts) if parts.netloc else parts.path.startswith("/"))
     )
 
 

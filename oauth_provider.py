@@ -254,6 +254,7 @@ class Provider(AuthProvider):
             client_uri_host=wanted.client_host,
             redirect_host=shown_host(wanted.redirect_uri),
             resources=wanted.resources,
+            provider=self._login.provider,
             fields={"request": signed, "csrf": self._tokens.csrf(browser, signed)},
         )
         shown.set_cookie(self._cookie, browser, secure=self._secure, httponly=True, samesite="lax")
@@ -282,7 +283,7 @@ class Provider(AuthProvider):
         try:
             url = await self._google.leave_url(state, *self._tokens.google_secrets(state))
         except ProviderDown:
-            raise _GOOGLE_DOWN from None
+            raise _PROVIDER_DOWN from None
         return _leaving(url)
 
     @for_people
@@ -293,7 +294,7 @@ class Provider(AuthProvider):
         wanted = self._visited(state, request)
         await self._must_be_from_google(sent.get("iss"))
         if not await self._state.claim(f"state:{_digest(state)}", LOGIN_SECONDS):
-            raise PageError("This login is used up", "Google's answer was taken already.", _START_AGAIN)
+            raise PageError("This login is used up", "Its answer was taken already.", _START_AGAIN)
         if sent.get("error") is not None:
             code = "access_denied" if sent.get("error") == "access_denied" else "server_error"
             return self._sent_back(wanted.redirect_uri, wanted.state, error=code)
@@ -304,6 +305,7 @@ class Provider(AuthProvider):
                 403,
                 email=identity.email,
                 client_name=wanted.client_name,
+                provider=self._login.provider,
                 leave_url=self._answer_url(wanted.redirect_uri, wanted.state, error="access_denied"),
             )
         return self._sent_back(wanted.redirect_uri, wanted.state, code=self._grants.code(wanted, identity))
@@ -359,15 +361,15 @@ class Provider(AuthProvider):
         """RFC 9207, 2.4: an answer that names its issuer must name the one that was asked."""
         try:
             if issuer is not None and issuer != await self._google.issuer():
-                raise PageError("This is not Google's answer", "It names another sender.", _START_AGAIN)
+                raise PageError("This answer is a stranger's", "It names another sender.", _START_AGAIN)
         except ProviderDown:
-            raise _GOOGLE_DOWN from None
+            raise _PROVIDER_DOWN from None
 
     async def _identity(self, code: str, state: str) -> Identity:
         try:
             return await self._google.identity(code, *self._tokens.google_secrets(state))
         except ProviderDown:
-            raise _GOOGLE_DOWN from None
+            raise _PROVIDER_DOWN from None
         except LoginError as error:
             raise PageError("You are not logged in", str(error), _START_AGAIN, 403) from None
 
@@ -396,9 +398,9 @@ _EXPIRED = PageError(
     "The request is older than 10 minutes, or was changed on its way.",
     _START_AGAIN,
 )
-_GOOGLE_DOWN = PageError(
-    "Google does not answer",
-    "The login could not be completed because Google cannot be reached from this server.",
+_PROVIDER_DOWN = PageError(
+    "The login service does not answer",
+    "The login could not be completed because the service that tells who you are cannot be reached from this server.",
     "Try again in a minute from your application.",
     503,
 )

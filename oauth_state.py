@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from settings import SettingsError
@@ -31,6 +31,7 @@ _REDIS_SECONDS = 3.0
 _log = logging.getLogger("ssh_mcp_server")
 
 T = TypeVar("T")
+Access = Literal["read", "write"]
 
 
 class StateDown(Exception):  # noqa: N818 - what it says is the state's condition
@@ -73,24 +74,27 @@ def open_state(url: str) -> State:
 
 
 class _Watch:
-    """Turns failures of a store into StateDown, and says once that it is down and once that it is back."""
+    """Turns failures of a store into StateDown, and says once that it is down and once that it is back.
+
+    A store can often still be read when nothing more can be written: then only a write shows that it is back.
+    """
 
     def __init__(self, name: str, failures: type[Exception] | tuple[type[Exception], ...]) -> None:
         self._name = name
         self._failures = failures
-        self._down = False
+        self._failing: set[Access] = set()
 
     @contextmanager
-    def asking(self) -> Iterator[None]:
+    def asking(self, access: Access) -> Iterator[None]:
         try:
             yield
         except self._failures as error:
-            if not self._down:
-                self._down = True
+            if not self._failing:
                 _log.error("%s is down, logins and tokens are refused: %s", self._name, error)
+            self._failing.add(access)
             raise StateDown(f"{self._name} is down") from error
-        if self._down:
-            self._down = False
+        if self._failing and self._failing <= {access, "read"}:
+            self._failing.clear()
             _log.warning("%s is back", self._name)
 
 
@@ -184,7 +188,7 @@ class SqliteState:
 
     async def revoked(self, *keys: str) -> bool:
         """See State."""
-        with self._watch.asking():
+        with self._watch.asking("read"):
             self._check_file()
             return _is_revoked(self._reader, time.time(), *keys)
 
@@ -195,7 +199,7 @@ class SqliteState:
         self._writer.close()
 
     async def _write(self, work: Callable[[sqlite3.Connection, float], T]) -> T:
-        with self._watch.asking():
+        with self._watch.asking("write"):
             return await asyncio.get_running_loop().run_in_executor(self._thread, self._transact, work)
 
     def _transact(self, work: Callable[[sqlite3.Connection, float], T]) -> T:
@@ -310,17 +314,17 @@ class RedisState:
 
     async def claim(self, key: str, lifetime_seconds: int) -> bool:
         """See State."""
-        with self._watch.asking():
+        with self._watch.asking("write"):
             return bool(await self._redis.set(f"{_PREFIX}claim:{key}", 1, nx=True, ex=lifetime_seconds))
 
     async def open_family(self, family: str, lifetime_seconds: int) -> None:
         """See State."""
-        with self._watch.asking():
+        with self._watch.asking("write"):
             await self._open(keys=_keys(family)[1:], args=[time.time(), lifetime_seconds])
 
     async def rotate(self, family: str, generation: int) -> int | None:
         """See State."""
-        with self._watch.asking():
+        with self._watch.asking("write"):
             answer = await self._rotate(
                 keys=_keys(family), args=[generation, time.time(), RETRY_SECONDS, _ACCESS_SECONDS]
             )
@@ -328,12 +332,12 @@ class RedisState:
 
     async def revoke(self, key: str, lifetime_seconds: int) -> None:
         """See State."""
-        with self._watch.asking():
+        with self._watch.asking("write"):
             await self._revoke(keys=_keys(key), args=[lifetime_seconds])
 
     async def revoked(self, *keys: str) -> bool:
         """See State."""
-        with self._watch.asking():
+        with self._watch.asking("read"):
             return bool(await self._redis.exists(*(_keys(key)[0] for key in keys)))
 
     async def close(self) -> None:

@@ -24,7 +24,8 @@ ACCESS_SECONDS = 3600
 REFRESH_SECONDS = 30 * 24 * 3600
 
 _BROWSER_SECONDS = 24 * 3600
-_CLOCK_SECONDS = 5
+_REPLICA_SECONDS = 5
+"""How far the clock of the replica that made a token may be ahead."""
 _SIGNING = {"digest_method": hashlib.sha256, "key_derivation": "hmac"}
 
 Keys = tuple[bytes, ...]
@@ -131,10 +132,7 @@ class Tokens:
 
     def registration(self, client_id: str) -> dict[str, Any]:
         """Read the registration that a client id is."""
-        try:
-            registration: dict[str, Any] = self._clients.loads(client_id)
-        except BadData:
-            raise Unreadable from None
+        registration: dict[str, Any] = _loaded(self._clients, client_id)
         return registration
 
     def request(self, request: Request) -> str:
@@ -170,8 +168,8 @@ class Tokens:
     def knows_browser(self, cookie: str) -> bool:
         """Tell whether a cookie's value was made here, within a day."""
         try:
-            self._browsers.loads(cookie, max_age=_BROWSER_SECONDS)
-        except BadData:
+            _loaded(self._browsers, cookie, _BROWSER_SECONDS)
+        except Unreadable:
             return False
         return True
 
@@ -217,7 +215,7 @@ class Tokens:
         return jwt.encode(claims, self._jwt_keys[0], "HS256", {"typ": "at+jwt"})
 
     def read_access(self, text: str, audience: list[str]) -> Access:
-        """Verify an access token meant for one of the audience."""
+        """Verify an access token meant for one of the audience; it ends to the second."""
         for key in self._jwt_keys:
             try:
                 return _access(text, key, self._issuer, audience)
@@ -236,11 +234,11 @@ def _access(text: str, key: bytes, issuer: str, audience: list[str]) -> Access:
         algorithms=["HS256"],
         issuer=issuer,
         audience=audience,
-        leeway=_CLOCK_SECONDS,
+        leeway=_REPLICA_SECONDS,
         options={"require": _CLAIMS},
     )
     claims = token["payload"]
-    if token["header"].get("typ") != "at+jwt":
+    if token["header"].get("typ") != "at+jwt" or claims["exp"] <= time.time():
         raise Unreadable
     texts = [claims[name] for name in ("client_id", "scope", "sub", "email", "jti")]
     if not all(isinstance(value, str) for value in texts):
@@ -279,10 +277,17 @@ def _read(
     lifetime_seconds: int | None = None,
 ) -> T:
     try:
+        return kind(**_loaded(serializer, text, lifetime_seconds))
+    except TypeError:
+        raise Unreadable from None
+
+
+def _loaded(
+    serializer: URLSafeSerializer | URLSafeTimedSerializer, text: str, lifetime_seconds: int | None = None
+) -> Any:
+    try:
         if isinstance(serializer, URLSafeTimedSerializer):
-            values = serializer.loads(text, max_age=lifetime_seconds)
-        else:
-            values = serializer.loads(text)
-        return kind(**values)
-    except (BadData, TypeError):
+            return serializer.loads(text, max_age=lifetime_seconds)
+        return serializer.loads(text)
+    except (BadData, UnicodeEncodeError):
         raise Unreadable from None

@@ -282,6 +282,11 @@ class Login:
     code_keys: tuple[bytes, ...] = field(repr=False)
     state_url: str = field(repr=False)
 
+    @property
+    def provider(self) -> str:
+        """Where people log in, by the name that they know it by."""
+        return "Google" if self.discovery_url == _GOOGLE else str(urlsplit(self.discovery_url).hostname)
+
 
 def login(current: Settings, base_url: str | None = None) -> Login:
     """Return the OAuth configuration, without which HTTP is not served.

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import socket
 import threading
 import time
@@ -16,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+import http_deadline
 import http_limits
 import oauth_requests
 from conftest import free_port, wait_for
@@ -143,7 +145,12 @@ def server() -> Iterator[httpx.Client]:
     app = Starlette(routes=[Route(path, _answer, methods=["GET", "POST"]) for path in paths])
     port = free_port()
     config = uvicorn.Config(
-        OAuthLimits(app, Proxies("127.0.0.1")), "127.0.0.1", port, log_config=None, proxy_headers=False
+        OAuthLimits(app, Proxies("127.0.0.1")),
+        "127.0.0.1",
+        port,
+        http=http_deadline.PunctualProtocol,
+        log_config=None,
+        proxy_headers=False,
     )
     running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run)
@@ -254,6 +261,56 @@ def test_slow_body_is_given_up_and_holds_nobody_else(
     finally:
         for raw in slow:
             raw.close()
+
+
+@pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\nHost: x\r\n", b"POST /token HTTP/1.1\r\nHost"])
+def test_connection_that_does_not_come_to_the_point_is_closed(
+    server: httpx.Client, monkeypatch: pytest.MonkeyPatch, said: bytes
+) -> None:
+    monkeypatch.setattr(http_deadline, "WAIT_SECONDS", 0.5)
+    with socket.create_connection((server.base_url.host, server.base_url.port or 0), timeout=20) as raw:
+        raw.sendall(said)
+        assert raw.recv(100) == b""
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        b"GET /token HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 70000\r\n\r\n",
+    ],
+)
+def test_bytes_that_trickle_after_an_answer_do_not_hold_the_connection(
+    server: httpx.Client, monkeypatch: pytest.MonkeyPatch, refused: bytes
+) -> None:
+    monkeypatch.setattr(http_deadline, "WAIT_SECONDS", 1.0)
+    with socket.create_connection((server.base_url.host, server.base_url.port or 0), timeout=20) as raw:
+        raw.sendall(refused)
+        assert raw.recv(1000).startswith(b"HTTP/1.1 ")
+        started = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - started < 15:
+                raw.sendall(b"x")
+                time.sleep(0.05)
+        assert time.monotonic() - started < 15
+
+
+def test_requests_in_a_row_outlive_the_deadline(
+    server: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_deadline, "WAIT_SECONDS", 0.5)
+    request = b"GET /token HTTP/1.1\r\nHost: x\r\n\r\n"
+    with socket.create_connection((server.base_url.host, server.base_url.port or 0), timeout=20) as raw:
+        for _ in range(4):
+            raw.sendall(request[:20])
+            time.sleep(0.2)
+            raw.sendall(request[20:])
+            answer = b""
+            while not answer.endswith(b'{"bytes":0}'):
+                read = raw.recv(1000)
+                assert read
+                answer += read
+            assert answer.startswith(b"HTTP/1.1 200")
 
 
 def test_client_that_goes_away_is_no_error() -> None:

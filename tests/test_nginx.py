@@ -1,7 +1,6 @@
 """Behind nginx with TLS, with the site file that ships: only its ports, names and paths are the tests' own."""
 
 import asyncio
-import datetime
 import itertools
 import socket
 import ssl
@@ -13,9 +12,6 @@ from typing import Any
 
 import httpx
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from fastmcp import Client
 from fastmcp.client.transports import SSETransport, StreamableHttpTransport
 
@@ -23,61 +19,9 @@ import oauth
 from conftest import Server, free_port
 from front import nginx
 from oauth import ME, STRANGER, App, Browser, Google, Remote, make_remote, query_of, tokens_of
+from tls import certificates
 
 SITE = Path(__file__).parents[1] / "deploy" / "nginx" / "ssh-mcp-server.conf"
-
-
-def certificates(folder: Path) -> None:
-    """Make a CA of our own (`ca.pem`) and a certificate for `localhost` (`cert.pem`, `key.pem`)."""
-    now = datetime.datetime.now(datetime.UTC)
-
-    def name(text: str) -> x509.Name:
-        return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)])
-
-    def begun(subject: str, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
-        return x509.CertificateBuilder(
-            issuer_name=name("CA of the tests"),
-            subject_name=name(subject),
-            public_key=key.public_key(),
-            serial_number=x509.random_serial_number(),
-            not_valid_before=now - datetime.timedelta(days=1),
-            not_valid_after=now + datetime.timedelta(days=2),
-        )
-
-    ca_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    of_ca = x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key())
-    ca = (
-        begun("CA of the tests", ca_key)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(
-            x509.KeyUsage(
-                digital_signature=False,
-                content_commitment=False,
-                key_encipherment=False,
-                data_encipherment=False,
-                key_agreement=False,
-                key_cert_sign=True,
-                crl_sign=True,
-                encipher_only=False,
-                decipher_only=False,
-            ),
-            critical=True,
-        )
-        .add_extension(of_ca, critical=False)
-        .sign(ca_key, hashes.SHA256())
-    )
-    certificate = (
-        begun("localhost", key)
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(of_ca), critical=False)
-        .sign(ca_key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
-    (folder / "ca.pem").write_bytes(ca.public_bytes(pem))
-    (folder / "cert.pem").write_bytes(certificate.public_bytes(pem))
-    (folder / "key.pem").write_bytes(
-        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
 
 
 @dataclass
@@ -254,6 +198,15 @@ def test_file_of_32_mib_gets_through_and_more_is_refused_by_nginx(
             f"{trusting.url}/mcp", content=body, headers=headers | {"Content-Type": "application/json"}
         )
         assert (answer.status_code == 413) == refused, answer.text
+
+
+@pytest.mark.parametrize("path", ["/token", "/register", "/authorize", "/sse", "/mcp/x"])
+def test_only_messages_may_be_large(trusting: Behind, path: str) -> None:
+    """Who has not logged in must not fill nginx's disk."""
+    with oauth.http_from() as http:
+        answer = http.post(trusting.url + path, content=b"x" * 65_537)
+    assert answer.status_code == 413
+    assert "nginx" in answer.text
 
 
 def test_wrong_account_is_refused_through_nginx(

@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import json
 import socket
 import time
@@ -8,6 +9,7 @@ from typing import Any, TypeVar
 
 import jwt
 import pytest
+import time_machine
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from fastmcp.server.auth import cimd
 from fastmcp.server.auth.ssrf import SSRFFetchError, SSRFFetchResponse
@@ -284,12 +286,13 @@ class Web:
     def __init__(self) -> None:
         self.pages: dict[str, bytes] = {}
         self.asked: list[str] = []
+        self.headers: dict[str, str] = {}
 
     async def fetch(self, url: str, **_: object) -> SSRFFetchResponse:
         self.asked.append(url)
         if url not in self.pages:
             raise SSRFFetchError("nothing there")
-        return SSRFFetchResponse(self.pages[url], 200, {})
+        return SSRFFetchResponse(self.pages[url], 200, self.headers)
 
     def document(self, url: str = DOCUMENT, **changes: object) -> None:
         document = {"client_id": url, "client_name": "App", "redirect_uris": [GOOD]} | changes
@@ -328,6 +331,38 @@ def test_redirect_uris_of_a_document_that_could_not_be_registered_do_not_count(
     bad = ["http://localhost:*/cb", "http://evil.example/cb", "javascript://evil.example/%0aalert(1)"]
     web.document(redirect_uris=[*bad, GOOD])
     assert find(tmp_path, DOCUMENT).redirect_uris == (GOOD,)
+
+
+def test_a_document_with_more_redirect_uris_than_may_be_registered_is_none(tmp_path: Path, web: Web) -> None:
+    web.document(redirect_uris=[f"{GOOD}/{number}" for number in range(10)])
+    assert len(find(tmp_path, DOCUMENT).redirect_uris) == 10
+    web.document(redirect_uris=[f"{GOOD}/{number}" for number in range(11)])
+    with pytest.raises(UnknownClient):
+        find(tmp_path, DOCUMENT)
+
+
+def test_a_document_is_kept_for_a_day_whatever_its_host_asks_for(tmp_path: Path, web: Web) -> None:
+    web.document()
+    web.headers = {"cache-control": "max-age=315360000"}
+
+    async def work(clients: Clients) -> None:
+        with time_machine.travel(1_800_000_000, tick=False) as clock:
+            for asked, seconds in ((1, 0), (1, 86_399), (2, 1)):
+                clock.shift(seconds)
+                await clients.find(DOCUMENT)
+                assert len(web.asked) == asked
+
+    with_clients(tmp_path, work)
+
+
+@pytest.mark.parametrize("name", ["cache-control", "expires"])
+def test_headers_that_cannot_be_counted_with_do_no_harm(tmp_path: Path, web: Web, name: str) -> None:
+    web.document()
+    web.headers = {
+        name: "max-age=" + "9" * 400 if name == "cache-control" else "Fri, 31 Dec 9999 23:59:59 -2359"
+    }
+    with contextlib.suppress(UnknownClient):
+        find(tmp_path, DOCUMENT)
 
 
 @pytest.mark.parametrize(
@@ -390,6 +425,22 @@ def test_a_client_id_that_may_not_name_a_document_is_not_fetched(tmp_path: Path,
     with pytest.raises(UnknownClient):
         find(tmp_path, url)
     assert not web.asked
+
+
+def test_a_document_that_is_at_hand_is_found_however_many_others_are_waited_for(
+    tmp_path: Path, web: Web
+) -> None:
+    web.document()
+
+    async def work(clients: Clients) -> None:
+        await clients.find(DOCUMENT)
+        clients._fetching = 1000
+        assert (await clients.find(DOCUMENT)).name == "App"
+        with pytest.raises(UnknownClient):
+            await clients.find(f"{DOCUMENT}2")
+
+    web.document(f"{DOCUMENT}2")
+    with_clients(tmp_path, work)
 
 
 def test_a_document_on_this_machine_is_not_fetched(tmp_path: Path) -> None:

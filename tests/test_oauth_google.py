@@ -2,6 +2,7 @@ import asyncio
 import base64
 import json
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -302,6 +303,38 @@ def test_where_nobody_listens_the_provider_is_down() -> None:
     ours = login_with(f"http://127.0.0.1:{free_port()}/.well-known/openid-configuration")
     with pytest.raises(ProviderDown):
         asyncio.run(ours.issuer())
+
+
+def test_a_provider_that_does_not_answer_in_time_is_down(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(oauth_google, "_TIMEOUT_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/.well-known/openid-configuration"
+        with pytest.raises(ProviderDown):
+            asyncio.run(login_with(url).issuer())
+    assert "ReadTimeout" in caplog.text
+
+
+def test_a_provider_that_does_not_exchange_the_code_in_time_is_down(
+    google: Google,
+    ours: oauth_google.Google,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    code = code_from(google, ours)
+    monkeypatch.setattr(oauth_google, "_TIMEOUT_SECONDS", 0.2)
+
+    async def work() -> None:
+        await ours.issuer()
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            ours._document["token_endpoint"] = f"http://127.0.0.1:{silent.getsockname()[1]}/token"
+            with pytest.raises(ProviderDown):
+                await ours.identity(code, NONCE, VERIFIER)
+
+    asyncio.run(work())
+    assert "ReadTimeout" in caplog.text
+    assert code not in caplog.text
 
 
 class Strange:

@@ -1,23 +1,33 @@
 import asyncio
+import ipaddress
+import json
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from secrets import token_urlsafe
 from typing import Any
 from urllib.parse import urlencode
 
 import httpx
+import jwt
 import pytest
 import time_machine
+from cryptography.hazmat.primitives.asymmetric import rsa
+from fastmcp.server.auth import ssrf
 from fastmcp.server.auth.auth import AccessToken, AuthProvider
+from jwt.algorithms import RSAAlgorithm
 from pydantic import SecretStr
 from starlette.applications import Starlette
 
 import oauth_requests
 from oauth import KISS, ME, STRANGER, Google, Page, challenge_of, http_from, query_of
+from oauth_clients import ASSERTION_TYPE
 from oauth_provider import Provider
 from oauth_state import SqliteState, StateDown
 from settings import Login
+from tls import certificates, https_server
 
 BASE = "https://mcp.example.com"
 SSE, MCP = f"{BASE}/sse", f"{BASE}/mcp"
@@ -469,10 +479,10 @@ def test_an_answer_of_another_provider_is_refused(here: Here) -> None:
 def test_when_google_is_down_a_page_says_so(here: Here, google: Google) -> None:
     page = here.consent()
     with google.being_down():
-        is_page(here.decide(page).response, 503, "Google does not answer")
+        is_page(here.decide(page).response, 503, "The login service does not answer")
     url = here.callback_url()
     with google.being_down():
-        is_page(here.send("GET", url), 503, "Google does not answer")
+        is_page(here.send("GET", url), 503, "The login service does not answer")
 
 
 def test_a_login_outlives_the_rotation_of_all_secrets(here: Here, login: Login) -> None:
@@ -767,6 +777,99 @@ def test_when_the_store_is_down_nobody_is_let_in(here: Here) -> None:
         here.verified(tokens["access_token"])
     here.file.with_name("elsewhere").rename(here.file)
     assert here.verified(tokens["access_token"])
+
+
+# Clients that describe themselves on a real https host
+
+
+@pytest.fixture
+def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """An https host on loopback, which FastMCP's guard is told to take for a public one."""
+    certificates(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    monkeypatch.setattr(ssrf, "is_ip_allowed", lambda address: ipaddress.ip_address(address).is_loopback)
+    pages: dict[str, bytes] = {}
+    with https_server(tmp_path, pages) as url:
+        yield url, pages
+
+
+def described(url: str, **more: object) -> bytes:
+    return json.dumps(
+        {"client_id": f"{url}/client.json", "client_name": "App", "redirect_uris": [GOOD]} | more
+    ).encode()
+
+
+def test_a_client_that_describes_itself_logs_in(here: Here, web: tuple[str, dict[str, bytes]]) -> None:
+    url, pages = web
+    pages["/client.json"] = described(url)
+    here.client_id = f"{url}/client.json"
+    page = here.consent()
+    assert "App" in page.html
+    assert "localhost" in page.html
+    tokens = here.tokens()
+    access = here.verified(tokens["access_token"])
+    assert access is not None
+    assert access.client_id == f"{url}/client.json"
+    assert here.refresh(tokens).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "page", [None, b"{", b"[]", b"x" * 6000, described("https://localhost:1"), b'{"client_id": 7}']
+)
+def test_a_description_that_does_not_do_is_an_unknown_client(
+    here: Here, web: tuple[str, dict[str, bytes]], page: bytes | None
+) -> None:
+    url, pages = web
+    pages |= {} if page is None else {"/client.json": page}
+    is_page(here.authorize(client_id=f"{url}/client.json"), 400, "not known here")
+
+
+def test_a_host_whose_certificate_nobody_signed_is_not_believed(
+    here: Here, web: tuple[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, pages = web
+    pages["/client.json"] = described(url)
+    monkeypatch.delenv("SSL_CERT_FILE")
+    is_page(here.authorize(client_id=f"{url}/client.json"), 400, "not known here")
+
+
+@pytest.mark.parametrize("place", ["jwks", "jwks_uri"])
+def test_a_client_with_a_key_shows_an_assertion_each_time(
+    here: Here, web: tuple[str, dict[str, bytes]], place: str
+) -> None:
+    url, pages = web
+    key = rsa.generate_private_key(65537, 2048)
+    jwks = {"keys": [json.loads(RSAAlgorithm.to_jwk(key.public_key())) | {"kid": "k"}]}
+    pages["/keys.json"] = json.dumps(jwks).encode()
+    where = {"jwks": jwks} if place == "jwks" else {"jwks_uri": f"{url}/keys.json"}
+    pages["/client.json"] = described(url, token_endpoint_auth_method="private_key_jwt", **where)
+    here.client_id = f"{url}/client.json"
+
+    def assertion(signer: rsa.RSAPrivateKey = key) -> dict[str, str]:
+        now = int(time.time())
+        claims = {
+            "iss": here.client_id,
+            "sub": here.client_id,
+            "aud": f"{BASE}/token",
+            "iat": now,
+            "exp": now + 60,
+        }
+        signed = jwt.encode(claims | {"jti": token_urlsafe(9)}, signer, "RS256", {"kid": "k"})
+        return {"client_assertion_type": ASSERTION_TYPE, "client_assertion": signed}
+
+    answer = here.answer_url()
+    refused(here.redeem(answer), "invalid_client", 401)
+    refused(here.redeem(answer, **assertion(rsa.generate_private_key(65537, 2048))), "invalid_client", 401)
+    shown = assertion()
+    redeemed = here.redeem(answer, **shown)
+    assert redeemed.status_code == 200, redeemed.text
+    tokens = redeemed.json()
+    refused(here.refresh(tokens, **shown), "invalid_client", 401)
+    assert here.refresh(tokens, **assertion()).status_code == 200
+    form = {"client_id": here.client_id, "token": tokens["refresh_token"]}
+    refused(here.send("POST", "/revoke", data=form), "invalid_client", 401)
+    assert here.send("POST", "/revoke", data=form | assertion()).status_code == 200
+    refused(here.refresh(tokens, **assertion()), "invalid_grant")
 
 
 # What is borrowed

@@ -396,6 +396,30 @@ def test_sqlite_down_fails_closed_and_is_told_once(tmp_path: Path, told: list[st
     assert "is back" in told[1]
 
 
+def test_store_that_can_only_be_read_is_down_until_it_is_written(
+    tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk: tokens are looked up all the while, and the log must not say in turns that it is down and back."""
+    monkeypatch.setattr(oauth_state, "_BUSY_SECONDS", 0.1)
+
+    async def go() -> None:
+        state = SqliteState(file_of(tmp_path))
+        await state.claim("x", 60)
+        state._writer.execute("PRAGMA query_only = ON")
+        for _ in range(3):
+            with pytest.raises(StateDown):
+                await state.claim("y", 60)
+            assert await state.revoked("x") is False
+        state._writer.execute("PRAGMA query_only = OFF")
+        assert await state.revoked("x") is False
+        assert len(told) == 1
+        assert await state.claim("y", 60) is True
+        await state.close()
+
+    asyncio.run(go())
+    assert [("down" in line, "back" in line) for line in told] == [(True, False), (False, True)]
+
+
 def test_file_that_was_replaced_is_not_believed(tmp_path: Path) -> None:
     """Whoever puts an empty file in the place of the true one must not make used codes fresh."""
     path = file_of(tmp_path)

@@ -114,7 +114,9 @@ def test_changing_any_character_makes_a_string_unreadable(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("text", ["", ".", "..", "...", "a.b.c", "é", "\ud7ff", "x" * 100_000, "[" * 50_000])
+@pytest.mark.parametrize(
+    "text", ["", ".", "..", "...", "a.b.c", "é", "\ud7ff", "\ud800", "x" * 100_000, "[" * 50_000]
+)
 def test_nonsense_is_unreadable(kind: str, text: str) -> None:
     with pytest.raises(Unreadable):
         READ[kind](TOKENS, text)
@@ -217,6 +219,21 @@ def test_an_access_token_is_read_with_the_family_that_it_came_of() -> None:
     access = TOKENS.read_access(TOKENS.access(REFRESH, [f"{ISSUER}/mcp"]), BOTH)
     assert (access.client_id, access.audience, access.scope) == ("client", [f"{ISSUER}/mcp"], "ssh")
     assert (access.sub, access.email, access.family) == ("sub", "me@example.com", "family")
+
+
+def test_an_access_token_ends_to_the_second_and_may_be_of_a_replica_that_is_ahead() -> None:
+    with time_machine.travel(1_800_000_000, tick=False) as clock:
+        text = TOKENS.access(REFRESH, BOTH)
+        clock.shift(-5)
+        assert TOKENS.read_access(text, BOTH)
+        clock.shift(-1)
+        with pytest.raises(Unreadable):
+            TOKENS.read_access(text, BOTH)
+        clock.move_to(1_800_000_000 + ACCESS_SECONDS - 1)
+        assert TOKENS.read_access(text, BOTH)
+        clock.shift(1)
+        with pytest.raises(Unreadable):
+            TOKENS.read_access(text, BOTH)
 
 
 def test_two_access_tokens_of_one_grant_differ() -> None:

@@ -19,17 +19,19 @@ from pages import PageName
 ROOT = Path(__file__).parents[1]
 NASTY = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
 VALUES: dict[PageName, dict[str, Any]] = {
-    "landing": {"base_url": "https://mcp.example.com", "version": "1.2.3"},
+    "landing": {"base_url": "https://mcp.example.com", "provider": "Google", "version": "1.2.3"},
     "consent": {
         "client_name": "Claude",
         "client_uri_host": "claude.ai",
         "redirect_host": "callback.example.net",
+        "provider": "accounts.example.com",
         "resources": ["https://mcp.example.com/mcp", "https://mcp.example.com/sse"],
         "fields": {"request": "signed.transaction", "csrf": "token-of-the-form"},
     },
     "leaving": {"url": "https://accounts.example.com/login?a=1&b=2", "host": "accounts.example.com"},
     "refused": {
         "email": "mallory@example.com",
+        "provider": "accounts.example.com",
         "client_name": "Claude",
         "leave_url": "https://claude.ai/callback?error=access_denied&state=x",
     },

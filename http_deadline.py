@@ -1,0 +1,45 @@
+"""How long a connection may keep the server waiting for a request.
+
+uvicorn closes connections that idle after a response; this closes also those that never say what they want, that say
+it byte by byte, or that go on sending what was refused already. A body that is waited for has a deadline of its own
+(http_limits).
+"""
+
+import asyncio
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+WAIT_SECONDS = 15
+
+
+class PunctualProtocol(H11Protocol):
+    """uvicorn's HTTP/1.1, with a deadline: from the connection, or the first byte after a response, to a request."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See asyncio.Protocol."""
+        super().connection_made(transport)
+        self._wait_for_request()
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol."""
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._wait_for_request()
+        else:
+            self._stop_waiting()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio.Protocol."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _wait_for_request(self) -> None:
+        if self._late is None:
+            self._late = self.loop.call_later(WAIT_SECONDS, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
