@@ -65,7 +65,7 @@ def _forwarded(scope: Scope) -> list[str]:
 
 
 def _address(text: str) -> Address | None:
-    host = text.strip()
+    host = text.strip().partition("%")[0]  # a zone may hold any character, and says nothing to others
     if host.startswith("["):
         host = host[1:].partition("]")[0]
     elif host.count(":") == 1:

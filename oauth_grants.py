@@ -1,7 +1,7 @@
 """What a login gives an application: a code, and for it tokens, which are renewed, checked and revoked.
 
-- A code works once (RFC 6749, 4.1.2). Whoever shows it again, for whatever client, with or without the verifier, in
-  time or late, ends what it gave: it has leaked.
+- A code works once (RFC 6749, 4.1.2), and only if the store knows it. Whoever shows it again, for whatever client,
+  with or without the verifier, in time or late, ends what it gave: it has leaked.
 - A refresh token works once (RFC 9700, 4.14.2); the state store knows which of a family is the current one.
 - Whoever left the whitelist has no working token. A store that cannot be asked grants nothing.
 
@@ -12,6 +12,7 @@ import base64
 import hashlib
 import hmac
 import string
+from contextlib import suppress
 from typing import Any
 
 from starlette.requests import Request as HTTPRequest
@@ -35,7 +36,7 @@ from settings import Login
 
 RESOURCES = ("/sse", "/mcp")
 
-_CLAIM_SECONDS = 180  # three times a code's life: the clocks of replicas differ
+_REDEEM_SECONDS = 180  # three times a code's life: the clocks of replicas differ
 _VERIFIER_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-._~")
 
 
@@ -61,11 +62,13 @@ class Grants:
             return self.resources
         return [resource for resource in self.resources if resource in resources]
 
-    def code(self, wanted: Request, who: Identity) -> str:
-        """Return the code that answers a request, for the person who agreed to it."""
+    async def code(self, wanted: Request, who: Identity) -> str:
+        """Return the code that answers a request, for the person who agreed to it. Raises StateDown."""
+        family = new_id()
+        await self._state.open_family(family, _REDEEM_SECONDS)
         return self._tokens.code(
             Code(
-                new_id(),
+                family,
                 wanted.client_id,
                 wanted.redirect_uri,
                 wanted.challenge,
@@ -82,7 +85,7 @@ class Grants:
             access = self._tokens.read_access(token, self.resources)
         except Unreadable:
             return None
-        if not self.may_enter(access.email) or await self._state.revoked(access.family, access.jti):
+        if not self.may_enter(access.email) or not await self._state.alive(access.family, access.jti):
             return None
         return access
 
@@ -113,22 +116,14 @@ class Grants:
         sent = await form(request)
         client_id = await self._authenticated(request, sent)
         token = sent.need("token")
-        for kind in (self._read_refresh, self._read_access):
-            try:
-                owner, key, lifetime_seconds = kind(token)
-            except Unreadable:
-                continue
-            if not _same(owner, client_id):
-                raise OAuthError("invalid_grant", "the token was given to another client")
-            await self._state.revoke(key, lifetime_seconds)
-
-    def _read_refresh(self, token: str) -> tuple[str, str, int]:
-        refresh = self._tokens.read_refresh(token)
-        return refresh.client_id, refresh.family, REFRESH_SECONDS
-
-    def _read_access(self, token: str) -> tuple[str, str, int]:
-        access = self._tokens.read_access(token, self.resources)
-        return access.client_id, access.jti, ACCESS_SECONDS
+        with suppress(Unreadable):
+            refresh = self._tokens.read_refresh(token)
+            _must_own(refresh.client_id, client_id)
+            await self._state.end_family(refresh.family)
+        with suppress(Unreadable):
+            access = self._tokens.read_access(token, self.resources)
+            _must_own(access.client_id, client_id)
+            await self._state.revoke(access.family, access.jti)
 
     async def _authenticated(self, request: HTTPRequest, sent: Parameters) -> str:
         """Return the client id of who asks. Raises OAuthError `invalid_client`."""
@@ -157,8 +152,7 @@ class Grants:
             raise OAuthError("invalid_grant", "the code verifier does not answer the challenge")
         self._must_enter(code.email)
         self._audience(sent, code)
-        await self._state.open_family(code.family, REFRESH_SECONDS)
-        return Refresh(code.family, 0, client_id, code.resources, code.scope, code.sub, code.email)
+        return Refresh(code.family, 1, client_id, code.resources, code.scope, code.sub, code.email)
 
     async def _first_use(self, text: str) -> Code:
         try:
@@ -166,8 +160,7 @@ class Grants:
         except Unreadable:
             await self._end_late(text)
             raise OAuthError("invalid_grant", "the code is not valid, or 60 seconds have passed") from None
-        if not await self._state.claim(f"code:{code.family}", _CLAIM_SECONDS):
-            await self._state.revoke(code.family, REFRESH_SECONDS)
+        if not await self._state.redeem(code.family, REFRESH_SECONDS):
             raise OAuthError("invalid_grant", "the code was used before; what it gave is revoked")
         return code
 
@@ -177,7 +170,7 @@ class Grants:
             code = self._tokens.read_code(text, REFRESH_SECONDS)
         except Unreadable:
             return
-        await self._state.revoke(code.family, REFRESH_SECONDS)
+        await self._state.end_family(code.family)
 
     async def _rotated(self, sent: Parameters, client_id: str) -> Refresh:
         """Return the grant of a refresh token, one generation on."""
@@ -208,6 +201,11 @@ class Grants:
         if not whole and not set(granted).issuperset(asked):
             raise OAuthError("invalid_target", "access to that resource was not granted")
         return [resource for resource in granted if resource in asked]
+
+
+def _must_own(owner: str, client_id: str) -> None:
+    if not _same(owner, client_id):
+        raise OAuthError("invalid_grant", "the token was given to another client")
 
 
 def _same(one: str, other: str) -> bool:

@@ -308,7 +308,9 @@ class Provider(AuthProvider):
                 provider=self._login.provider,
                 leave_url=self._answer_url(wanted.redirect_uri, wanted.state, error="access_denied"),
             )
-        return self._sent_back(wanted.redirect_uri, wanted.state, code=self._grants.code(wanted, identity))
+        return self._sent_back(
+            wanted.redirect_uri, wanted.state, code=await self._grants.code(wanted, identity)
+        )
 
     def _read_request(self, signed: str) -> Request:
         try:

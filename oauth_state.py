@@ -1,9 +1,11 @@
-"""What the login must remember across restarts and replicas: used codes, refresh-token families, revocations.
+"""What the login must remember across restarts and replicas: used codes, refresh-token families, ended tokens.
 
-Nothing here opens a door by itself: codes and tokens are signed and never stored. A family is a chain of refresh
-tokens from one login; the store holds which generation is the current one. Every answer that would let somebody in
-comes from one atomic step, so it holds across threads, processes and replicas. A store that cannot be asked raises
-`StateDown`, and whoever asked must refuse. All methods may be called from any coroutine of one event loop.
+Nothing here opens a door by itself: codes and tokens are signed and never stored. A family is a login's code with the
+chain of tokens that come of it; the store holds which generation is the current one. What is worth something stands
+in the store and what has ended is taken out, so a store that forgets ends logins and never revives one. Every answer
+that would let somebody in comes from one atomic step, so it holds across threads, processes and replicas. A store
+that cannot be asked raises `StateDown`, and whoever asked must refuse. All methods may be called from any coroutine
+of one event loop.
 """
 
 import asyncio
@@ -45,20 +47,29 @@ class State(Protocol):
         """Return True to the first who claims the key within its lifetime, and False to everybody after."""
 
     async def open_family(self, family: str, lifetime_seconds: int) -> None:
-        """Begin a family at generation 0; its end is fixed now."""
+        """Begin a family with its code, generation 0, which has to be redeemed within the lifetime."""
+
+    async def redeem(self, family: str, lifetime_seconds: int) -> bool:
+        """Return True to the first who shows the code: generation 1 begins, and the family's end is fixed now.
+
+        Whoever shows it again gets False and ends the family (RFC 6749, 4.1.2).
+        """
 
     async def rotate(self, family: str, generation: int) -> int | None:
         """Return the generation of the refresh token to give for that one, or None: it is worth nothing.
 
         The current generation gives the next. The one before gives the current again, for RETRY_SECONDS after it
-        was rotated. Any other was used before: it ends and revokes the family (RFC 9700, 4.14.2).
+        was rotated. Any other was used before: it ends the family (RFC 9700, 4.14.2).
         """
 
-    async def revoke(self, key: str, lifetime_seconds: int) -> None:
-        """Remember the identifier of a token, or a family, as revoked; a family's rotation ends."""
+    async def end_family(self, family: str) -> None:
+        """End all tokens of a family."""
 
-    async def revoked(self, *keys: str) -> bool:
-        """Return whether any of the keys is revoked."""
+    async def revoke(self, family: str, token: str) -> None:
+        """End one access token of a family."""
+
+    async def alive(self, family: str, token: str) -> bool:
+        """Return whether an access token still counts: neither it nor its family has ended."""
 
     async def close(self) -> None:
         """Let go of the store."""
@@ -107,6 +118,12 @@ CREATE TABLE IF NOT EXISTS families (
 """
 
 
+_ALIVE = """
+SELECT 1 FROM families WHERE family = ? AND generation > 0 AND until > ?
+AND NOT EXISTS (SELECT 1 FROM revocations WHERE key = ?)
+"""
+
+
 class SqliteState:
     """The store in a file of its own (0600), which the processes of one machine may share.
 
@@ -150,47 +167,64 @@ class SqliteState:
         """See State."""
 
         def work(store: sqlite3.Connection, now: float) -> None:
-            store.execute(
-                "INSERT OR IGNORE INTO families VALUES (?, 0, ?, ?)", (family, now, now + lifetime_seconds)
-            )
+            store.execute("INSERT INTO families VALUES (?, 0, ?, ?)", (family, now, now + lifetime_seconds))
 
         await self._write(work)
+
+    async def redeem(self, family: str, lifetime_seconds: int) -> bool:
+        """See State."""
+
+        def work(store: sqlite3.Connection, now: float) -> bool:
+            begun = store.execute(
+                "UPDATE families SET generation = 1, rotated = ?, until = ?"
+                " WHERE family = ? AND generation = 0 AND until > ?",
+                (now, now + lifetime_seconds, family, now),
+            )
+            if begun.rowcount == 0:
+                _end(store, family)
+            return begun.rowcount == 1
+
+        return await self._write(work)
 
     async def rotate(self, family: str, generation: int) -> int | None:
         """See State."""
 
         def work(store: sqlite3.Connection, now: float) -> int | None:
-            if _is_revoked(store, now, family):
-                return None
             row = store.execute(
-                "SELECT generation, rotated, until FROM families WHERE family = ? AND until > ?",
-                (family, now),
+                "SELECT generation, rotated FROM families WHERE family = ? AND until > ?", (family, now)
             ).fetchone()
-            if row is None:
-                return None
-            current, rotated, until = row
-            if generation == current:
+            current, rotated = row or (0, now)
+            if 0 < generation == current:
                 store.execute(
                     "UPDATE families SET generation = ?, rotated = ? WHERE family = ?",
                     (current + 1, now, family),
                 )
                 return generation + 1
-            if generation == current - 1 and now - rotated <= RETRY_SECONDS:
+            if 0 < generation == current - 1 and now - rotated <= RETRY_SECONDS:
                 return generation + 1
-            _revoke(store, family, until + _ACCESS_SECONDS)
+            _end(store, family)
             return None
 
         return await self._write(work)
 
-    async def revoke(self, key: str, lifetime_seconds: int) -> None:
+    async def end_family(self, family: str) -> None:
         """See State."""
-        await self._write(lambda store, now: _revoke(store, key, now + lifetime_seconds))
+        await self._write(lambda store, _: _end(store, family))
 
-    async def revoked(self, *keys: str) -> bool:
+    async def revoke(self, family: str, token: str) -> None:
+        """See State."""
+
+        def work(store: sqlite3.Connection, now: float) -> None:
+            store.execute("INSERT OR REPLACE INTO revocations VALUES (?, ?)", (token, now + _ACCESS_SECONDS))
+
+        await self._write(work)
+
+    async def alive(self, family: str, token: str) -> bool:
         """See State."""
         with self._watch.asking("read"):
             self._check_file()
-            return _is_revoked(self._reader, time.time(), *keys)
+            found = self._reader.execute(_ALIVE, (family, time.time(), token))
+            return found.fetchone() is not None
 
     async def close(self) -> None:
         """See State."""
@@ -239,51 +273,40 @@ def _sweep(store: sqlite3.Connection, now: float) -> None:
         store.execute(f"DELETE FROM {table} WHERE until <= ?", (now,))  # noqa: S608 - names from above
 
 
-def _is_revoked(store: sqlite3.Connection, now: float, *keys: str) -> bool:
-    marks = ",".join("?" * len(keys))
-    query = f"SELECT 1 FROM revocations WHERE key IN ({marks}) AND until > ?"  # noqa: S608 - only marks
-    return store.execute(query, (*keys, now)).fetchone() is not None
+def _end(store: sqlite3.Connection, family: str) -> None:
+    store.execute("DELETE FROM families WHERE family = ?", (family,))
 
 
-def _revoke(store: sqlite3.Connection, key: str, until: float) -> None:
-    store.execute(
-        "INSERT INTO revocations VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET until = max(until, excluded.until)",
-        (key, until),
-    )
-    store.execute("DELETE FROM families WHERE family = ?", (key,))
-
-
-_PREFIX = "ssh-mcp:"
-
-_REVOKE_LUA = """
-local function revoke(mark, family, seconds)
-  if redis.call('TTL', mark) < seconds then redis.call('SET', mark, 1, 'EX', seconds) end
-  redis.call('DEL', family)
-end
-"""
-_REVOKE = _REVOKE_LUA + "revoke(KEYS[1], KEYS[2], tonumber(ARGV[1]))"
 _OPEN = """
-if redis.call('EXISTS', KEYS[1]) == 0 then
-  redis.call('HSET', KEYS[1], 'generation', 0, 'rotated', ARGV[1])
-  redis.call('EXPIRE', KEYS[1], ARGV[2])
-end
+redis.call('HSET', KEYS[1], 'generation', 0, 'rotated', ARGV[1])
+redis.call('EXPIRE', KEYS[1], ARGV[2])
 """
-_ROTATE = (
-    _REVOKE_LUA
-    + """
-if redis.call('EXISTS', KEYS[2]) == 0 or redis.call('EXISTS', KEYS[1]) == 1 then return -1 end
-local current = tonumber(redis.call('HGET', KEYS[2], 'generation'))
+_REDEEM = """
+if redis.call('HGET', KEYS[1], 'generation') ~= '0' then
+  redis.call('DEL', KEYS[1])
+  return 0
+end
+redis.call('HSET', KEYS[1], 'generation', 1, 'rotated', ARGV[1])
+redis.call('EXPIRE', KEYS[1], ARGV[2])
+return 1
+"""
+_ROTATE = """
+local current = tonumber(redis.call('HGET', KEYS[1], 'generation')) or 0
 local shown, now = tonumber(ARGV[1]), tonumber(ARGV[2])
-if shown == current then
-  redis.call('HSET', KEYS[2], 'generation', current + 1, 'rotated', ARGV[2])
+if shown > 0 and shown == current then
+  redis.call('HSET', KEYS[1], 'generation', current + 1, 'rotated', ARGV[2])
   return current + 1
 end
-local rotated = tonumber(redis.call('HGET', KEYS[2], 'rotated'))
-if shown == current - 1 and now - rotated <= tonumber(ARGV[3]) then return current end
-revoke(KEYS[1], KEYS[2], redis.call('TTL', KEYS[2]) + tonumber(ARGV[4]))
+if shown > 0 and shown == current - 1 then
+  local rotated = tonumber(redis.call('HGET', KEYS[1], 'rotated'))
+  if now - rotated <= tonumber(ARGV[3]) then return current end
+end
+redis.call('DEL', KEYS[1])
 return -1
 """
-)
+_REVOKE = """
+if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], ARGV[1], 1) end
+"""
 
 
 class RedisState:
@@ -309,42 +332,55 @@ class RedisState:
             retry=Retry(NoBackoff(), 0),
         )
         self._open = self._redis.register_script(_OPEN)
+        self._redeem = self._redis.register_script(_REDEEM)
         self._rotate = self._redis.register_script(_ROTATE)
         self._revoke = self._redis.register_script(_REVOKE)
 
     async def claim(self, key: str, lifetime_seconds: int) -> bool:
         """See State."""
         with self._watch.asking("write"):
-            return bool(await self._redis.set(f"{_PREFIX}claim:{key}", 1, nx=True, ex=lifetime_seconds))
+            return bool(await self._redis.set(f"ssh-mcp:claim:{key}", 1, nx=True, ex=lifetime_seconds))
 
     async def open_family(self, family: str, lifetime_seconds: int) -> None:
         """See State."""
         with self._watch.asking("write"):
-            await self._open(keys=_keys(family)[1:], args=[time.time(), lifetime_seconds])
+            await self._open(keys=[_place(family)], args=[time.time(), lifetime_seconds])
+
+    async def redeem(self, family: str, lifetime_seconds: int) -> bool:
+        """See State."""
+        with self._watch.asking("write"):
+            return int(await self._redeem(keys=[_place(family)], args=[time.time(), lifetime_seconds])) == 1
 
     async def rotate(self, family: str, generation: int) -> int | None:
         """See State."""
         with self._watch.asking("write"):
-            answer = await self._rotate(
-                keys=_keys(family), args=[generation, time.time(), RETRY_SECONDS, _ACCESS_SECONDS]
-            )
-            return None if int(answer) < 0 else int(answer)
+            answer = await self._rotate(keys=[_place(family)], args=[generation, time.time(), RETRY_SECONDS])
+            return int(answer) if int(answer) > 0 else None
 
-    async def revoke(self, key: str, lifetime_seconds: int) -> None:
+    async def end_family(self, family: str) -> None:
         """See State."""
         with self._watch.asking("write"):
-            await self._revoke(keys=_keys(key), args=[lifetime_seconds])
+            await self._redis.delete(_place(family))
 
-    async def revoked(self, *keys: str) -> bool:
+    async def revoke(self, family: str, token: str) -> None:
+        """See State."""
+        with self._watch.asking("write"):
+            await self._revoke(keys=[_place(family)], args=[_ended(token)])
+
+    async def alive(self, family: str, token: str) -> bool:
         """See State."""
         with self._watch.asking("read"):
-            return bool(await self._redis.exists(*(_keys(key)[0] for key in keys)))
+            generation, ended = await self._redis.hmget(_place(family), ["generation", _ended(token)])
+            return generation not in (None, b"0") and ended is None
 
     async def close(self) -> None:
         """See State."""
         await self._redis.aclose()
 
 
-def _keys(key: str) -> list[str]:
-    """Return the mark of a revocation and the family's place, which a Redis cluster keeps on one node."""
-    return [f"{_PREFIX}revoked:{{{key}}}", f"{_PREFIX}family:{{{key}}}"]
+def _place(family: str) -> str:
+    return f"ssh-mcp:family:{family}"
+
+
+def _ended(token: str) -> str:
+    return f"ended:{token}"

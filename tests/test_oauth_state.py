@@ -162,112 +162,170 @@ def test_claims_of_several_processes_are_won_by_one(url: str, name: str) -> None
     assert [sum(int(line[i]) for line in wins) for i in range(100)] == [1] * 100
 
 
+async def begun(state: State, family: str, lifetime_seconds: int = 600) -> None:
+    """Begin a family and redeem its code: generation 1."""
+    await state.open_family(family, 60)
+    assert await state.redeem(family, lifetime_seconds)
+
+
+def alive(url: str, family: str, token: str = "token") -> bool:
+    return run(url, lambda state: state.alive(family, token))
+
+
+def test_a_code_is_redeemed_once_and_again_ends_what_it_gave(url: str, name: str) -> None:
+    async def twice(state: State) -> tuple[bool, bool, bool, bool, bool]:
+        await state.open_family(name, 60)
+        before = await state.alive(name, "token")
+        first, between = await state.redeem(name, 600), await state.alive(name, "token")
+        return before, first, between, await state.redeem(name, 600), await state.alive(name, "token")
+
+    assert run(url, twice) == (False, True, True, False, False)
+    assert run(url, lambda state: state.rotate(name, 1)) is None
+    assert run(url, lambda state: state.redeem(name, 600)) is False
+
+
+def test_a_code_that_the_store_does_not_know_is_worth_nothing(url: str, name: str) -> None:
+    """So a store that was restored empty, or evicts, revives no used code."""
+    assert run(url, lambda state: state.redeem(name, 600)) is False
+    assert alive(url, name) is False
+
+
+def test_a_code_shown_twice_at_once_is_redeemed_once_and_ends(url: str, name: str) -> None:
+    async def race(state: State) -> list[bool]:
+        await state.open_family(name, 60)
+        return await asyncio.gather(*(state.redeem(name, 600) for _ in range(20)))
+
+    assert sum(run(url, race)) == 1
+    assert alive(url, name) is False
+
+
 def test_family_goes_from_generation_to_generation(url: str, name: str) -> None:
-    run(url, lambda state: state.open_family(name, 600))
-    assert [run(url, lambda state, g=g: state.rotate(name, g)) for g in range(3)] == [1, 2, 3]  # type: ignore[misc]
+    run(url, lambda state: begun(state, name))
+    assert [run(url, lambda state, g=g: state.rotate(name, g)) for g in range(1, 4)] == [2, 3, 4]  # type: ignore[misc]
 
 
 def test_last_refresh_token_may_be_repeated_while_its_successor_is_unused(url: str, name: str) -> None:
     async def repeat(state: State) -> list[int | None]:
-        await state.open_family(name, 600)
-        return [await state.rotate(name, 0) for _ in range(3)] + [await state.rotate(name, 1)]
+        await begun(state, name)
+        return [await state.rotate(name, 1) for _ in range(3)] + [await state.rotate(name, 2)]
 
-    assert run(url, repeat) == [1, 1, 1, 2]
-    assert run(url, lambda state: state.revoked(name)) is False
+    assert run(url, repeat) == [2, 2, 2, 3]
+    assert alive(url, name)
 
 
-def test_refresh_token_before_last_ends_and_revokes_the_family(url: str, name: str) -> None:
+def test_refresh_token_before_last_ends_the_family(url: str, name: str) -> None:
     async def reuse(state: State) -> tuple[int | None, int | None, bool]:
-        await state.open_family(name, 600)
-        for generation in range(2):
+        await begun(state, name)
+        for generation in (1, 2):
             await state.rotate(name, generation)
-        return await state.rotate(name, 0), await state.rotate(name, 2), await state.revoked(name)
+        return await state.rotate(name, 1), await state.rotate(name, 3), await state.alive(name, "token")
 
-    assert run(url, reuse) == (None, None, True)
+    assert run(url, reuse) == (None, None, False)
 
 
 def test_repetition_after_the_time_for_retries_ends_the_family(url: str, name: str) -> None:
     async def begin(state: State) -> None:
-        await state.open_family(name, 600)
-        await state.rotate(name, 0)
+        await begun(state, name)
+        await state.rotate(name, 1)
 
     with time_machine.travel(time.time(), tick=True) as clock:
         run(url, begin)
         clock.shift(RETRY_SECONDS - 1)
-        assert run(url, lambda state: state.rotate(name, 0)) == 1
+        assert run(url, lambda state: state.rotate(name, 1)) == 2
         clock.shift(2)
-        assert run(url, lambda state: state.rotate(name, 0)) is None
-        assert run(url, lambda state: state.revoked(name)) is True
+        assert run(url, lambda state: state.rotate(name, 1)) is None
+        assert not alive(url, name)
 
 
-def test_generation_that_was_never_given_ends_the_family(url: str, name: str) -> None:
+@pytest.mark.parametrize("generation", [7, 0, -1])
+def test_generation_that_was_never_given_ends_the_family(url: str, name: str, generation: int) -> None:
     async def forge(state: State) -> tuple[int | None, bool]:
-        await state.open_family(name, 600)
-        return await state.rotate(name, 7), await state.revoked(name)
+        await begun(state, name)
+        return await state.rotate(name, generation), await state.alive(name, "token")
 
-    assert run(url, forge) == (None, True)
+    assert run(url, forge) == (None, False)
+
+
+@pytest.mark.parametrize("generation", [0, 1])
+def test_a_family_whose_code_was_not_redeemed_gives_nothing(url: str, name: str, generation: int) -> None:
+    async def jump(state: State) -> int | None:
+        await state.open_family(name, 60)
+        return await state.rotate(name, generation)
+
+    assert run(url, jump) is None
 
 
 def test_unknown_family_is_worth_nothing(url: str, name: str) -> None:
-    assert run(url, lambda state: state.rotate(name, 0)) is None
+    assert run(url, lambda state: state.rotate(name, 1)) is None
+    assert not alive(url, name)
 
 
 def test_two_who_refresh_at_once_get_the_same_generation(url: str, name: str) -> None:
     async def both(state: State) -> list[int | None]:
-        await state.open_family(name, 600)
-        return await asyncio.gather(*(state.rotate(name, 0) for _ in range(10)))
+        await begun(state, name)
+        return await asyncio.gather(*(state.rotate(name, 1) for _ in range(10)))
 
-    assert run(url, both) == [1] * 10
-
-
-def test_revoked_is_whatever_was_revoked(url: str, name: str) -> None:
-    run(url, lambda state: state.revoke(name, 60))
-    assert run(url, lambda state: state.revoked(name)) is True
-    assert run(url, lambda state: state.revoked("unrelated", name)) is True
-    assert run(url, lambda state: state.revoked("unrelated")) is False
+    assert run(url, both) == [2] * 10
 
 
-def test_revoking_a_family_ends_its_rotation(url: str, name: str) -> None:
-    async def end(state: State) -> int | None:
-        await state.open_family(name, 600)
-        await state.revoke(name, 60)
-        return await state.rotate(name, 0)
+def test_one_token_may_be_revoked_without_its_family(url: str, name: str) -> None:
+    async def revoke(state: State) -> None:
+        await begun(state, name)
+        await state.revoke(name, "one")
+        await state.revoke(name, "one")
 
-    assert run(url, end) is None
-
-
-def test_family_that_was_revoked_before_it_was_opened_stays_revoked(url: str, name: str) -> None:
-    """A code is replayed while its first use is still on the way to the store."""
-
-    async def overtake(state: State) -> int | None:
-        await state.revoke(name, 60)
-        await state.open_family(name, 600)
-        return await state.rotate(name, 0)
-
-    assert run(url, overtake) is None
+    run(url, revoke)
+    assert [alive(url, name, token) for token in ("one", "other")] == [False, True]
+    assert run(url, lambda state: state.rotate(name, 1)) == 2
 
 
-def test_revocation_is_never_shortened(url: str, name: str) -> None:
-    async def again(state: State) -> bool:
-        await state.revoke(name, 600)
-        await state.revoke(name, 1)
-        await asyncio.sleep(1.2)
-        return await state.revoked(name)
+def test_revoking_a_token_of_no_family_revives_nothing(url: str, name: str) -> None:
+    run(url, lambda state: state.revoke(name, "one"))
+    assert not alive(url, name, "other")
 
-    assert run(url, again) is True
+
+def test_family_that_was_ended_gives_nothing_more(url: str, name: str) -> None:
+    async def end(state: State) -> tuple[int | None, bool, bool]:
+        await begun(state, name)
+        await state.end_family(name)
+        await state.end_family(name)
+        return await state.rotate(name, 1), await state.redeem(name, 600), await state.alive(name, "token")
+
+    assert run(url, end) == (None, False, False)
+
+
+def test_code_that_was_ended_before_it_was_redeemed_gives_nothing(url: str, name: str) -> None:
+    async def overtake(state: State) -> bool:
+        await state.open_family(name, 60)
+        await state.end_family(name)
+        return await state.redeem(name, 600)
+
+    assert run(url, overtake) is False
 
 
 def test_everything_ends_with_its_lifetime(url: str, name: str) -> None:
     async def begin(state: State) -> None:
         await state.claim(name, 1)
-        await state.open_family(name + "f", 1)
-        await state.revoke(name + "r", 1)
+        await state.open_family(name + "c", 1)
+        await begun(state, name + "f", 1)
+
+    run(url, begin)
+    assert alive(url, name + "f")
+    time.sleep(1.2)
+    assert run(url, lambda state: state.redeem(name + "c", 60)) is False
+    assert not alive(url, name + "f")
+    assert run(url, lambda state: state.rotate(name + "f", 1)) is None
+    assert run(url, lambda state: state.claim(name, 1)) is True
+
+
+def test_a_redeemed_code_outlives_its_own_lifetime(url: str, name: str) -> None:
+    async def begin(state: State) -> None:
+        await state.open_family(name, 1)
+        assert await state.redeem(name, 600)
 
     run(url, begin)
     time.sleep(1.2)
-    assert run(url, lambda state: state.rotate(name + "f", 0)) is None
-    assert run(url, lambda state: state.revoked(name + "r")) is False
-    assert run(url, lambda state: state.claim(name, 1)) is True
+    assert alive(url, name)
 
 
 @pytest.fixture
@@ -351,7 +409,7 @@ def test_what_has_expired_is_swept(tmp_path: Path) -> None:
         for i in range(10):
             await state.claim(f"c{i}", 5)
             await state.open_family(f"f{i}", 5)
-            await state.revoke(f"r{i}", 5)
+            await state.revoke(f"f{i}", f"t{i}")
 
     async def live_on() -> None:
         state = SqliteState(file_of(tmp_path))
@@ -383,7 +441,12 @@ def test_sqlite_down_fails_closed_and_is_told_once(tmp_path: Path, told: list[st
         state = SqliteState(path)
         await state.claim("x", 60)
         path.rename(path.with_suffix(".away"))
-        for attempt in (state.claim("y", 60), state.revoked("x"), state.rotate("f", 0)):
+        for attempt in (
+            state.claim("y", 60),
+            state.alive("f", "t"),
+            state.redeem("f", 9),
+            state.rotate("f", 1),
+        ):
             with pytest.raises(StateDown):
                 await attempt
         path.with_suffix(".away").rename(path)
@@ -409,9 +472,9 @@ def test_store_that_can_only_be_read_is_down_until_it_is_written(
         for _ in range(3):
             with pytest.raises(StateDown):
                 await state.claim("y", 60)
-            assert await state.revoked("x") is False
+            assert await state.alive("x", "token") is False
         state._writer.execute("PRAGMA query_only = OFF")
-        assert await state.revoked("x") is False
+        assert await state.alive("x", "token") is False
         assert len(told) == 1
         assert await state.claim("y", 60) is True
         await state.close()
@@ -447,7 +510,7 @@ def test_writer_that_holds_the_file_is_waited_for_and_reads_go_on(tmp_path: Path
         claiming = asyncio.create_task(state.claim("x", 60))
         await asyncio.sleep(0.2)
         assert not claiming.done()
-        assert await state.revoked("x") is False
+        assert await state.alive("x", "token") is False
         other.execute("ROLLBACK")
         other.close()
         assert await claiming is True
@@ -485,14 +548,22 @@ def test_redis_down_fails_closed_and_is_told_once(tmp_path: Path, told: list[str
     async def go() -> None:
         state = RedisState(server.url)
         assert await state.claim("x", 60) is True
-        await state.open_family("f", 60)
+        await begun(state, "f")
         server.stop()
-        for attempt in (state.claim("y", 60), state.revoked("x"), state.rotate("f", 0), state.revoke("f", 9)):
+        for attempt in (
+            state.claim("y", 60),
+            state.open_family("g", 60),
+            state.redeem("f", 60),
+            state.alive("f", "t"),
+            state.rotate("f", 1),
+            state.revoke("f", "t"),
+            state.end_family("f"),
+        ):
             with pytest.raises(StateDown):
                 await attempt
         server.start()
         assert await state.claim("x", 60) is False
-        assert await state.rotate("f", 0) == 1
+        assert await state.rotate("f", 1) == 2
         await state.close()
 
     try:
@@ -502,6 +573,29 @@ def test_redis_down_fails_closed_and_is_told_once(tmp_path: Path, told: list[str
     assert len(told) == 2
     assert "is down" in told[0]
     assert "is back" in told[1]
+
+
+def test_redis_that_comes_back_empty_revives_nothing(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path)
+    server.start()
+
+    async def go() -> None:
+        state = RedisState(server.url)
+        await begun(state, "ended")
+        await state.end_family("ended")
+        await begun(state, "living")
+        await state.revoke("living", "token")
+        await state._redis.flushall()
+        assert not await state.alive("ended", "t")
+        assert not await state.alive("living", "token")
+        assert await state.redeem("ended", 600) is False
+        assert await state.rotate("living", 1) is None
+        await state.close()
+
+    try:
+        asyncio.run(go())
+    finally:
+        server.stop()
 
 
 def test_redis_that_does_not_answer_is_down_in_time(
@@ -515,7 +609,7 @@ def test_redis_that_does_not_answer_is_down_in_time(
         redis_of_module.freeze()
         try:
             with pytest.raises(StateDown):
-                await asyncio.wait_for(state.revoked("x"), 10)
+                await asyncio.wait_for(state.alive("x", "t"), 10)
         finally:
             redis_of_module.thaw()
         await state.close()
@@ -545,14 +639,14 @@ def test_redis_forgets_by_itself_what_has_expired(redis_of_module: RedisServer, 
 
     async def fill(state: State) -> None:
         await state.claim(name, 600)
-        await state.open_family(name, 600)
-        await state.rotate(name, 0)
-        await state.revoke(name + "r", 600)
+        await begun(state, name)
+        await state.rotate(name, 1)
+        await state.revoke(name, "token")
 
     run(redis_of_module.url, fill)
     with redis.Redis.from_url(redis_of_module.url) as client:
         keys = list(client.scan_iter(f"ssh-mcp:*{name}*"))
-        assert len(keys) == 3
+        assert len(keys) == 2
         assert all(0 < client.ttl(key) <= 600 for key in keys)
 
 
