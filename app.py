@@ -163,11 +163,15 @@ def _tool_error(sentence: str) -> ToolError:
 
 
 def answers(tool: Callable[P, A]) -> Callable[P, A]:
-    """Give a tool's answer both its forms, and turn its failures into tool errors: the one place for that."""
+    """Let only known callers use a tool, give its answer both forms, and turn failures into tool errors.
+
+    This is the one place for all three: whoever serves `mcp` inside another server, without its login, gets nothing.
+    """
 
     @wraps(tool)
     def call(*args: P.args, **kwargs: P.kwargs) -> Any:
         try:
+            identity()
             answer = tool(*args, **kwargs)
         except SSHError as error:
             raise _tool_error(str(error)) from None

@@ -1,4 +1,4 @@
-"""What one client address may do to the OAuth endpoints: how often it may fail, how much and how slowly it may send.
+"""What one address may do to the OAuth endpoints: how often fail, how much ask at once, how much and how slowly send.
 
 Successes never count. Everything here is bounded in memory, belongs to one process, and is used by one event loop.
 """
@@ -8,7 +8,7 @@ import binascii
 import hashlib
 import ipaddress
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -26,6 +26,7 @@ PAGES = frozenset({"/authorize", "/consent", "/google/callback"})
 _WINDOW_SECONDS = 60.0
 _CLIENT_FAILURES = 60
 _ADDRESS_FAILURES = 600
+_MOST_AT_ONCE = 16
 _MOST_KEYS = 20_000
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -126,7 +127,7 @@ def _keys(path: str, address: str, client_id: str | None) -> tuple[tuple[Key, in
 
 
 class OAuthLimits:
-    """ASGI: holds back who failed too often, and bodies that are too long or too slow.
+    """ASGI: holds back who failed too often or asks too much at once, and bodies that are too long or too slow.
 
     A body is read whole, within a deadline, before anything else works on it, so that a slow client holds only its
     own connection.
@@ -136,6 +137,7 @@ class OAuthLimits:
         self._app = app
         self._proxies = proxies
         self._failures = Failures()
+        self._waiting: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -154,16 +156,24 @@ class OAuthLimits:
         path, address = scope["path"], self._proxies.client_of(scope)
         client_id = _client_id(scope, body)
         if wait := self._failures.wait_seconds(path, address, client_id):
-            refusal = _refusal(path, 429, f"too many attempts failed; try again in {wait} seconds")
-            refusal.headers["Retry-After"] = str(wait)
+            refusal = _held_back(path, f"too many attempts failed; try again in {wait} seconds", wait)
             return await refusal(scope, receive, send)
+        network = network_of(address)
+        if self._waiting[network] >= _MOST_AT_ONCE:
+            return await _held_back(path, "too many requests at once; try again", 1)(scope, receive, send)
 
         async def watch(message: Message) -> None:
             if message["type"] == "http.response.start" and _failed(message):
                 self._failures.add(path, address, client_id)
             await send(message)
 
-        return await self._app(scope, _again(body, receive), watch)
+        self._waiting[network] += 1
+        try:
+            await self._app(scope, _again(body, receive), watch)
+        finally:
+            self._waiting[network] -= 1
+            if not self._waiting[network]:
+                del self._waiting[network]
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
@@ -198,6 +208,12 @@ def _failed(start: Message) -> bool:
         return True
     location = next((value for name, value in start["headers"] if name.lower() == b"location"), b"")
     return "error" in parse_qs(urlsplit(location.decode("latin-1")).query)
+
+
+def _held_back(path: str, reason: str, seconds: int) -> Response:
+    refusal = _refusal(path, 429, reason)
+    refusal.headers["Retry-After"] = str(seconds)
+    return refusal
 
 
 def _refusal(path: str, status: int, reason: str) -> Response:

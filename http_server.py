@@ -1,9 +1,9 @@
 """MCP over HTTP: one Starlette application with both transports, the login's endpoints, a landing page and health.
 
 `/mcp` speaks streamable HTTP (both protocol eras), `/sse` with `/messages/` the older SSE transport. Each demands a
-token whose audience fits its own path. A stream ends when the newest token seen on it has expired. Host and Origin are
-checked wherever no other origin has business; who failed too often is held back (http_limits). The access log knows
-paths, never queries, since those of a login hold codes.
+token whose audience fits its own path. A stream ends when the newest token seen on it has expired, and some seconds
+after it was revoked. Host and Origin are checked wherever no other origin has business; who failed too often is held
+back (http_limits). The access log knows paths, never queries, since those of a login hold codes.
 
 Borrowed from inside FastMCP 4.1.2: `_mcp_server` (the MCP server that the transports drive, an object of the SDK) and
 `_lifespan_manager` (which starts the application's services once, whoever asks first).
@@ -27,6 +27,7 @@ from fastmcp.server.context import TransportType, reset_transport, set_transport
 from fastmcp.server.http import StarletteWithLifespan, set_http_request
 from mcp.server.auth.middleware.auth_context import AuthContextMiddleware
 from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, BearerAuthBackend, authorization_context
+from mcp.server.auth.provider import AccessToken as Token
 from mcp.server.sse import SseServerTransport
 from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from mcp.server.transport_security import TransportSecuritySettings
@@ -52,11 +53,12 @@ MESSAGE_BYTES = 48 * 1024 * 1024
 
 _OPEN_TO_ALL = frozenset({"/health", "/register", "/token", "/revoke"})
 _CLOCK_SECONDS = 5.0
-_RESOLVERS = 64
+_RESOLVERS = 160
 
 _log = logging.getLogger("ssh_mcp_server")
 
 Report = Callable[[], Awaitable[dict[str, Any]]]
+InForce = Callable[[Token], Awaitable[bool]]
 
 
 def http_app(
@@ -77,7 +79,14 @@ def http_app(
     provider = Provider(login, state)
     sse = SseServerTransport("/messages/", _UNGUARDED, MESSAGE_BYTES)
     sessions = _Sessions(server, json_response=json_response, stateless=stateless)
-    of_mcp, of_sse = Streams(session_in_header), Streams(session_in_query)
+
+    async def in_force(token: Token) -> bool:
+        try:
+            return await provider.verify_token(token.token) is not None
+        except StateDown:
+            return True  # until it is known better: new messages are refused meanwhile
+
+    of_mcp, of_sse = Streams(session_in_header, in_force), Streams(session_in_query, in_force)
 
     async def open_sse(scope: Scope, receive: Receive, send: Send) -> None:
         async with sse.connect_sse(scope, receive, send) as (reading, writing):
@@ -200,22 +209,33 @@ def _in_context(app: ASGIApp, transport: TransportType) -> ASGIApp:
 
 
 class _Life:
-    """Whose stream it is, and until when it may last, in seconds of the wall clock."""
+    """Whose stream it is, and the newest token seen on it."""
 
     def __init__(self, user: AuthenticatedUser) -> None:
         self.owner = authorization_context(user)
-        self.ends = _expiry(user)
+        self.token = user.access_token
+
+    @property
+    def ends(self) -> float:
+        """Until when the stream may last, in seconds of the wall clock."""
+        return _expiry(self.token)
+
+    def see(self, token: Token) -> None:
+        """Let the stream last as long as the token, if that is longer."""
+        if _expiry(token) > self.ends:
+            self.token = token
 
 
 class Streams:
-    """Ends each stream of one transport when the newest token seen on it has expired.
+    """Ends each stream of one transport when the newest token seen on it has expired or is revoked.
 
     Seen on it is the token that opened it, and those of its owner's messages to its session. `session_of` tells the
-    session of a request, at the one place where this transport looks for it.
+    session of a request, at the one place where this transport looks for it; `in_force` whether a token still counts.
     """
 
-    def __init__(self, session_of: Callable[[Request], str | None]) -> None:
+    def __init__(self, session_of: Callable[[Request], str | None], in_force: InForce) -> None:
         self._session_of = session_of
+        self._in_force = in_force
         self._lives: dict[str, _Life] = {}
 
     def watching(self, app: ASGIApp) -> ASGIApp:
@@ -237,7 +257,7 @@ class Streams:
             if message["type"] == "http.response.start" and message["status"] < 300:
                 life, user = self._lives.get(session), scope["user"]
                 if life is not None and life.owner == authorization_context(user):
-                    life.ends = max(life.ends, _expiry(user))
+                    life.see(user.access_token)
             await send(message)
 
         await app(scope, receive, watch)
@@ -261,12 +281,29 @@ class Streams:
             await send(message)
 
         try:
-            await app(scope, _until_expiry(life, receive), watch)
+            await app(scope, self._while_good(life, receive), watch)
         finally:
             if session is not None and self._lives.get(session) is life:
                 del self._lives[session]
         if is_open:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _while_good(self, life: _Life, receive: Receive) -> Receive:
+        """Return a `receive` that reports a client as gone once the stream's time is over.
+
+        The wall clock is looked at every few seconds: the clock that timers follow stands still while a machine sleeps.
+        """
+
+        async def next_message() -> Message:
+            while (left := life.ends - time.time()) > 0 and await self._in_force(life.token):
+                try:
+                    async with asyncio.timeout(min(left, _CLOCK_SECONDS)):
+                        return await receive()
+                except TimeoutError:
+                    continue
+            return {"type": "http.disconnect"}
+
+        return next_message
 
 
 def session_in_header(request: Request) -> str | None:
@@ -282,28 +319,10 @@ def session_in_query(request: Request) -> str | None:
 _ENDPOINT = re.compile(rb"^data: \S*[?&]session_id=([0-9a-f]{32})\b", re.MULTILINE)
 
 
-def _expiry(user: AuthenticatedUser) -> float:
-    if user.access_token.expires_at is None:
+def _expiry(token: Token) -> float:
+    if token.expires_at is None:
         raise RuntimeError("a stream is opened without a token that expires")
-    return user.access_token.expires_at
-
-
-def _until_expiry(life: _Life, receive: Receive) -> Receive:
-    """Return a `receive` that reports a client as gone once the stream's time is over.
-
-    The wall clock is looked at every few seconds: the clock that timers follow stands still while a machine sleeps.
-    """
-
-    async def next_message() -> Message:
-        while (left := life.ends - time.time()) > 0:
-            try:
-                async with asyncio.timeout(min(left, _CLOCK_SECONDS)):
-                    return await receive()
-            except TimeoutError:
-                continue
-        return {"type": "http.disconnect"}
-
-    return next_message
+    return token.expires_at
 
 
 # What every request passes

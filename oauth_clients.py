@@ -43,7 +43,7 @@ _MOST_URI_CHARACTERS = 1000
 _MOST_CLIENT_ID_CHARACTERS = 16_000
 _ASSERTION_SECONDS = 600
 _MOST_ASSERTION_CHARACTERS = 4096
-_MOST_FETCHES = 16
+_MOST_FETCHES = 48
 _FETCH_SECONDS = 10
 _KEEP_SECONDS = 86_400
 
@@ -66,6 +66,10 @@ class RegistrationError(Exception):
 
 class UnknownClient(Exception):  # noqa: N818
     """Nobody registered under that client id here."""
+
+
+class ClientUnreachable(Exception):  # noqa: N818
+    """The client's own description cannot be fetched now; what is known of the client is not in doubt."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ class Clients:
         }
 
     async def find(self, client_id: str) -> Client:
-        """Return the client. Raises UnknownClient."""
+        """Return the client. Raises UnknownClient and ClientUnreachable."""
         if len(client_id) > _MOST_CLIENT_ID_CHARACTERS:
             raise UnknownClient
         if client_id.startswith("https://"):
@@ -149,15 +153,15 @@ class Clients:
     async def _described(self, url: str) -> Client:
         host = _document_host(url)
         if self._fetching >= _MOST_FETCHES and not self._fetcher.keeps(url):
-            raise UnknownClient
+            raise ClientUnreachable
         self._fetching += 1
         try:
             with anyio.fail_after(_FETCH_SECONDS):
                 document = await self._fetcher.fetch(url)
-        except (CIMDFetchError, CIMDValidationError, TimeoutError):
-            raise UnknownClient from None
-        except (ValueError, RecursionError, OverflowError):  # FastMCP 4.1.2 parses JSON and headers unguarded
-            raise UnknownClient from None
+        except (CIMDFetchError, TimeoutError):
+            raise ClientUnreachable from None
+        except (CIMDValidationError, ValueError, RecursionError, OverflowError):
+            raise UnknownClient from None  # FastMCP 4.1.2 parses JSON and headers unguarded
         finally:
             self._fetching -= 1
         if len(document.redirect_uris) > _MOST_REDIRECT_URIS:

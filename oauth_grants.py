@@ -17,7 +17,7 @@ from typing import Any
 
 from starlette.requests import Request as HTTPRequest
 
-from oauth_clients import Clients, UnknownClient
+from oauth_clients import Clients, ClientUnreachable, UnknownClient
 from oauth_requests import OAuthError, Parameters, form
 from oauth_state import State
 from oauth_tokens import (
@@ -135,6 +135,10 @@ class Grants:
         except UnknownClient:
             raise OAuthError(
                 "invalid_client", "this client id is not known here; register again", 401
+            ) from None
+        except ClientUnreachable:
+            raise OAuthError(
+                "temporarily_unavailable", "the client's own document cannot be fetched now; try again later"
             ) from None
         shown = sent.get("client_assertion_type"), sent.get("client_assertion")
         if not await self._clients.proves_itself(client, *shown):

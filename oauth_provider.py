@@ -27,7 +27,15 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from oauth_clients import SCOPE, Client, Clients, RegistrationError, UnknownClient, shown_host
+from oauth_clients import (
+    SCOPE,
+    Client,
+    Clients,
+    ClientUnreachable,
+    RegistrationError,
+    UnknownClient,
+    shown_host,
+)
 from oauth_google import Google, LoginError, ProviderDown
 from oauth_grants import RESOURCES, Grants
 from oauth_requests import (
@@ -201,6 +209,12 @@ class Provider(AuthProvider):
                 "This application is not known here",
                 "Its registration is not this server's, or its description could not be read.",
                 "Remove the connection in the application and add it again; it registers anew.",
+            ) from None
+        except ClientUnreachable:
+            raise PageError(
+                "This application cannot be looked up",
+                "It describes itself at an address that does not answer right now.",
+                "Try again in a minute. If it goes on, the application's maker should know.",
             ) from None
         redirect_uri = client.redirect_uri(sent.get("redirect_uri"))
         if redirect_uri is None:

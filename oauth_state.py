@@ -136,10 +136,11 @@ class SqliteState:
         self._watch = _Watch("the state file (STATE_URL)", (sqlite3.Error, OSError))
         self._swept = time.time()
         try:
-            self._inode = _private_file(path)
+            _private_file(path)
             self._reader, self._writer = self._connect(), self._connect()
             self._writer.executescript(_SCHEMA)
             _sweep(self._writer, self._swept)
+            self._files = self._inodes()
         except (sqlite3.Error, OSError) as error:
             reason = getattr(error, "strerror", None) or error
             raise SettingsError(f"STATE_URL: the file {path} cannot be used: {reason}") from None
@@ -234,9 +235,12 @@ class SqliteState:
 
     async def _write(self, work: Callable[[sqlite3.Connection, float], T]) -> T:
         with self._watch.asking("write"):
-            return await asyncio.get_running_loop().run_in_executor(self._thread, self._transact, work)
+            asked = time.monotonic()
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._transact, work, asked)
 
-    def _transact(self, work: Callable[[sqlite3.Connection, float], T]) -> T:
+    def _transact(self, work: Callable[[sqlite3.Connection, float], T], asked: float) -> T:
+        if time.monotonic() - asked > _BUSY_SECONDS:
+            raise TimeoutError("others wait for it already")
         self._check_file()
         store = self._writer
         store.execute("BEGIN IMMEDIATE")
@@ -254,18 +258,21 @@ class SqliteState:
 
     def _check_file(self) -> None:
         """Refuse to go on with a file that is no longer at its path: what is written there would be lost."""
-        if self._path.stat().st_ino != self._inode:
+        if self._inodes() != self._files:
             raise FileNotFoundError(f"{self._path} is no longer the file that was opened; restart the server")
 
+    def _inodes(self) -> tuple[int, int]:
+        log = self._path.with_name(f"{self._path.name}-wal")  # what was written last stands there
+        return self._path.stat().st_ino, log.stat().st_ino
 
-def _private_file(path: Path) -> int:
-    """Make the file if need be, for its owner alone, and return its inode."""
+
+def _private_file(path: Path) -> None:
+    """Make the file if need be, for its owner alone."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if os.name == "posix" and path.parent.stat().st_mode & 0o022:
         raise PermissionError(0, f"others may write to its folder; run: chmod 700 {path.parent}")
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     path.chmod(0o600)
-    return path.stat().st_ino
 
 
 def _sweep(store: sqlite3.Connection, now: float) -> None:

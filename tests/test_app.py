@@ -5,19 +5,23 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from fastmcp import Client, FastMCP
 from fastmcp.client.transports import StdioTransport
+from fastmcp.server import create_proxy
 from fastmcp.server.context import Context, set_transport
+from fastmcp.server.http import create_streamable_http_app
 from mcp_types import Tool
 
 import app
-from conftest import Server, running, wait_for
+from conftest import Server, free_port, running, wait_for
 from settings import SettingsError
 from ssh_errors import SSHError
 
@@ -296,6 +300,49 @@ def test_call_over_http_without_a_token_has_no_identity(transport: str) -> None:
 
     with pytest.raises(SSHError, match="without a login"):
         asyncio.run(ask())
+
+
+@pytest.mark.parametrize("served", ["mounted", "proxied", "without its login"])
+def test_no_tool_works_when_another_server_serves_them_without_the_login(
+    environment: None, served: str
+) -> None:
+    arguments: dict[str, dict[str, Any]] = {
+        "ssh_execute": {"command": "true"},
+        "ssh_read_file": {"path": "/etc/passwd"},
+        "ssh_write_file": {"path": "x", "content": "y"},
+        "ssh_edit_file": {"path": "x", "edits": [{"old_text": "a", "new_text": "b"}]},
+        "ssh_list_directory": {},
+        "ssh_system_info": {},
+        "ssh_close_connection": {},
+    }
+    if served == "without its login":
+        application = create_streamable_http_app(app.mcp, "/mcp")
+    else:
+        parent: FastMCP[Any] = FastMCP("parent") if served == "mounted" else create_proxy(app.mcp)
+        if served == "mounted":
+            parent.mount(app.mcp)
+        application = parent.http_app(path="/mcp")
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(application, "127.0.0.1", port, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+
+    async def work() -> dict[str, str]:
+        async with Client(f"http://127.0.0.1:{port}/mcp") as client:
+            answers = {
+                name: await client.call_tool(name, given, raise_on_error=False)
+                for name, given in arguments.items()
+            }
+            return {name: text(answer) for name, answer in answers.items()}
+
+    try:
+        wait_for(lambda: server.started)
+        told = asyncio.run(work())
+    finally:
+        server.should_exit = True
+        thread.join()
+    assert sorted(told) == NAMES
+    assert all("came without a login" in answer for answer in told.values()), told
 
 
 def test_command_over_its_time_is_waited_for_with_its_job_id(call: Call) -> None:

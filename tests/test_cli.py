@@ -288,6 +288,27 @@ def test_stdio_needs_nothing_of_the_login_and_does_not_open_its_store(
     assert not list(tmp_path.rglob("state.db"))
 
 
+def test_fastmcps_settings_of_the_working_directory_are_forgotten(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(
+        "FASTMCP_SSRF_TRUST_PROXY=true\nFASTMCP_LOG_LEVEL=DEBUG\nFASTMCP_TRANSPORT=sse\n"
+    )
+    ask = (
+        "import fastmcp; before = fastmcp.settings.ssrf_trust_proxy; import app; now = fastmcp.settings;"
+        "print(before, now.ssrf_trust_proxy, now.log_level, now.transport, now.stateless_http)"
+    )
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", ask],
+        env=environment | {"FASTMCP_STATELESS_HTTP": "true"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.stdout == "True False INFO stdio True\n", done.stderr
+
+
 def test_settings_of_the_working_directory_are_not_read(environment: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("SSH_MAX_CONNECTIONS=many\nFASTMCP_LOG_LEVEL=nonsense\n")
     done = subprocess.run(

@@ -243,6 +243,50 @@ def test_length_that_is_told_is_not_waited_for(server: httpx.Client, length: str
         assert raw.recv(100).split()[1] in (b"413", b"400")
 
 
+def test_one_address_may_keep_only_a_few_waiting() -> None:
+    """Whoever makes the server wait, for a document of his own host, must not take its whole patience."""
+
+    async def play() -> tuple[int, int, int]:
+        waiting, go_on = 0, asyncio.Event()
+
+        async def slow(scope: Any, receive: Any, send: Any) -> None:
+            nonlocal waiting
+            waiting += 1
+            await go_on.wait()
+            await JSONResponse({})(scope, receive, send)
+
+        limits, statuses = OAuthLimits(slow, Proxies("127.0.0.1")), []
+
+        async def ask(address: str) -> None:
+            async def take(message: Any) -> None:
+                if message["type"] == "http.response.start":
+                    statuses.append(message["status"])
+
+            async def empty() -> dict[str, Any]:
+                return {"type": "http.request", "body": b"", "more_body": False}
+
+            asked = {
+                "type": "http",
+                "path": "/token",
+                "method": "POST",
+                "query_string": b"",
+                **scope(address),
+            }
+            await limits(asked, empty, take)
+
+        asking = [asyncio.ensure_future(ask(f"2001:db8::{number}")) for number in range(1, 40)]
+        other = asyncio.ensure_future(ask("2001:db8:0:1::1"))
+        await asyncio.sleep(0.2)
+        held, seen = statuses.count(429), waiting
+        go_on.set()
+        await asyncio.gather(*asking, other)
+        await ask("2001:db8::1")
+        assert not limits._waiting
+        return held, seen, statuses.count(200)
+
+    assert asyncio.run(play()) == (23, 17, 18)
+
+
 def test_slow_body_is_given_up_and_holds_nobody_else(
     server: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,9 @@ from fastmcp import Client, FastMCP
 from fastmcp.client.transports import SSETransport, StreamableHttpTransport
 from fastmcp.server.auth import AccessToken
 from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
+from mcp.server.auth.provider import AccessToken as Token
 
+import http_server
 from conftest import running, wait_for
 from http_server import Streams, session_in_header
 from oauth import INITIALIZE, ME, App, Remote, http_from, query_of
@@ -231,6 +233,27 @@ def test_message_that_cannot_be_read_is_not_logged(remote: Remote, app_of: AppOf
     assert "hunter2" not in remote.log()
 
 
+def test_libraries_do_not_log_what_calls_hold_however_much_they_are_asked_to(
+    own_remote: Callable[..., Remote], app_of: AppOf
+) -> None:
+    remote = own_remote(FASTMCP_LOG_LEVEL="DEBUG", FASTMCP_DEBUG="true", LOG_LEVEL="DEBUG")
+    token = app_of(remote).log_in(resource=None).access
+    for path in ("/sse", "/mcp"):
+        tool(
+            remote,
+            path,
+            token,
+            command="echo hunter2 >&2; echo hunter3",
+            env={"X": "hunter4"},
+            input="hunter5",
+        )
+        tool(remote, path, token, command=["hunter6"])
+    remote.stop()
+    assert "/mcp" in remote.log()
+    assert "hunter" not in remote.log()
+    assert token not in remote.log()
+
+
 def test_path_cannot_forge_a_line_of_the_log(remote: Remote, http: httpx.Client) -> None:
     http.get(f"{remote.url}/x%0A2026-01-01%20forged%1b[31m")
     wait_for(lambda: "forged" in remote.log())  # it is written when the answer is out
@@ -242,8 +265,6 @@ def test_path_cannot_forge_a_line_of_the_log(remote: Remote, http: httpx.Client)
 def test_access_log_of_another_way_of_serving_has_no_queries() -> None:
     """`uvicorn app:…` brings its own access log."""
     import logging
-
-    import http_server
 
     http_server._keep_secrets_out_of_logs()
     logger = logging.getLogger("uvicorn.access")
@@ -293,17 +314,41 @@ async def ignored(_: object) -> None:
     """Take what is sent."""
 
 
+async def counts(_: Token) -> bool:
+    return True
+
+
 def test_stream_of_streamable_http_ends_with_its_token_too() -> None:
     sent: list[Any] = []
 
     async def keep(message: Any) -> None:
         sent.append(message)
 
-    app = Streams(session_in_header).watching(endless)
+    app = Streams(session_in_header, counts).watching(endless)
     opened = request("GET", "me", time.time() + 2)
     asyncio.run(asyncio.wait_for(app(opened, silent, keep), 30))
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
     assert sent[-1]["more_body"] is False
+
+
+def test_stream_ends_soon_after_its_token_is_revoked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "_CLOCK_SECONDS", 0.1)
+    revoked = False
+
+    async def in_force(token: Token) -> bool:
+        assert token.token == "t"
+        return not revoked
+
+    async def play() -> tuple[bool, bool]:
+        nonlocal revoked
+        app = Streams(session_in_header, in_force).watching(endless)
+        stream = asyncio.ensure_future(app(request("GET", "me", time.time() + 600), silent, ignored))
+        await asyncio.wait([stream], timeout=0.5)
+        before, revoked = stream.done(), True
+        await asyncio.wait([stream], timeout=20)
+        return before, stream.done()
+
+    assert asyncio.run(play()) == (False, True)
 
 
 @pytest.mark.parametrize(("person", "lives_on"), [("me", True), ("you", False)])
@@ -311,7 +356,7 @@ def test_only_its_owners_messages_lengthen_a_stream(person: str, lives_on: bool)
     """A request of the newest protocol is answered whatever session it names: the SDK does not look."""
 
     async def play() -> bool:
-        app = Streams(session_in_header).watching(endless)
+        app = Streams(session_in_header, counts).watching(endless)
         stream = asyncio.ensure_future(app(request("GET", "me", time.time() + 2), silent, ignored))
         await asyncio.sleep(0.1)
         await app(request("POST", person, time.time() + 600), silent, ignored)

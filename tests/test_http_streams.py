@@ -20,7 +20,7 @@ from fastmcp.client.transports import SSETransport, StreamableHttpTransport
 from attacks import Stage, gives_code, unauthorized, works
 from attacks_on_servers import redis_server
 from attacks_on_tokens import INVALID_GRANT
-from conftest import wait_for
+from conftest import marker, running, wait_for
 from oauth import INITIALIZE, ME, YOU, Browser, Google, Remote, http_from, query_of, tokens_of
 
 WAYS = {"/sse": "legacy", "/mcp": "legacy", "/mcp of 2026-07-28": "2026-07-28"}
@@ -241,6 +241,20 @@ def test_stream_ends_when_its_token_has_expired(stage: Stage, stream_of: Callabl
     assert not stream.ended.is_set()
     assert stream.ended.wait(40)
     assert stream.send(echo(2, "late"), short).status_code == 401
+
+
+def test_stream_and_its_command_end_when_its_login_is_revoked(
+    stage: Stage, stream_of: Callable[..., Stream]
+) -> None:
+    app = stage.app()
+    tokens = stage.tokens(app, resource=None)
+    stream, long = stream_of(stage.remote, tokens.access), marker()
+    stream.initialize(tokens.access)
+    stream.send(echo(2, f"; exec sleep {long}"), tokens.access)
+    wait_for(lambda: running(long))
+    works(app.revoke(tokens.refresh))
+    assert stream.ended.wait(20)
+    wait_for(lambda: not running(long))
 
 
 def test_stream_lives_on_with_the_newest_token_seen_on_it(

@@ -16,7 +16,15 @@ from fastmcp.server.auth.ssrf import SSRFFetchError, SSRFFetchResponse
 from jwt.algorithms import RSAAlgorithm
 from jwt.api_jws import PyJWS
 
-from oauth_clients import ASSERTION_TYPE, Client, Clients, RegistrationError, UnknownClient, is_redirect_uri
+from oauth_clients import (
+    ASSERTION_TYPE,
+    Client,
+    Clients,
+    ClientUnreachable,
+    RegistrationError,
+    UnknownClient,
+    is_redirect_uri,
+)
 from oauth_state import SqliteState
 from oauth_tokens import Tokens
 
@@ -436,7 +444,7 @@ def test_a_document_that_is_at_hand_is_found_however_many_others_are_waited_for(
         await clients.find(DOCUMENT)
         clients._fetching = 1000
         assert (await clients.find(DOCUMENT)).name == "App"
-        with pytest.raises(UnknownClient):
+        with pytest.raises(ClientUnreachable):
             await clients.find(f"{DOCUMENT}2")
 
     web.document(f"{DOCUMENT}2")
@@ -535,19 +543,19 @@ def test_few_documents_are_fetched_at_once(tmp_path: Path, monkeypatch: pytest.M
             raise cimd.CIMDFetchError("slow")
 
         monkeypatch.setattr(clients._fetcher, "fetch", fetch)
-        asked = [asyncio.create_task(clients.find(f"{DOCUMENT}{number}")) for number in range(40)]
+        asked = [asyncio.create_task(clients.find(f"{DOCUMENT}{number}")) for number in range(60)]
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         seen = waiting
         go_on.set()
         answers = await asyncio.gather(*asked, return_exceptions=True)
-        assert all(isinstance(answer, UnknownClient) for answer in answers)
-        with pytest.raises(UnknownClient):
+        assert all(isinstance(answer, ClientUnreachable) for answer in answers)
+        with pytest.raises(ClientUnreachable):
             await clients.find(f"{DOCUMENT}again")
         assert waiting == seen + 1
         return seen
 
-    assert with_clients(tmp_path, work) == 16
+    assert with_clients(tmp_path, work) == 48
 
 
 def test_a_public_client_shows_nothing(tmp_path: Path, web: Web) -> None:

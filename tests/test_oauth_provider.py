@@ -813,15 +813,26 @@ def test_a_client_that_describes_itself_logs_in(here: Here, web: tuple[str, dict
     assert here.refresh(tokens).status_code == 200
 
 
-@pytest.mark.parametrize(
-    "page", [None, b"{", b"[]", b"x" * 6000, described("https://localhost:1"), b'{"client_id": 7}']
-)
+@pytest.mark.parametrize("page", [b"{", b"[]", described("https://localhost:1"), b'{"client_id": 7}'])
 def test_a_description_that_does_not_do_is_an_unknown_client(
-    here: Here, web: tuple[str, dict[str, bytes]], page: bytes | None
+    here: Here, web: tuple[str, dict[str, bytes]], page: bytes
 ) -> None:
     url, pages = web
-    pages |= {} if page is None else {"/client.json": page}
+    pages["/client.json"] = page
     is_page(here.authorize(client_id=f"{url}/client.json"), 400, "not known here")
+    refused(here.token(client_id=f"{url}/client.json", grant_type="refresh_token"), "invalid_client", 401)
+
+
+@pytest.mark.parametrize("page", [None, b"x" * 6000])
+def test_a_description_that_cannot_be_had_costs_nobody_a_registration(
+    here: Here, web: tuple[str, dict[str, bytes]], page: bytes | None
+) -> None:
+    """`invalid_client` would have an application throw its tokens away, because its own host is down for a minute."""
+    url, pages = web
+    pages |= {} if page is None else {"/client.json": page}
+    is_page(here.authorize(client_id=f"{url}/client.json"), 400, "cannot be looked up")
+    asked = here.token(client_id=f"{url}/client.json", grant_type="refresh_token")
+    refused(asked, "temporarily_unavailable")
 
 
 def test_a_host_whose_certificate_nobody_signed_is_not_believed(
@@ -830,7 +841,7 @@ def test_a_host_whose_certificate_nobody_signed_is_not_believed(
     url, pages = web
     pages["/client.json"] = described(url)
     monkeypatch.delenv("SSL_CERT_FILE")
-    is_page(here.authorize(client_id=f"{url}/client.json"), 400, "not known here")
+    is_page(here.authorize(client_id=f"{url}/client.json"), 400, "cannot be looked up")
 
 
 @pytest.mark.parametrize("place", ["jwks", "jwks_uri"])
