@@ -191,6 +191,7 @@ _UVICORN: dict[str, Any] = {
     "log_config": None,
     "server_header": False,
     "ws": "none",
+    "backlog": 512,  # asyncio tries that often, and logs as often, to accept what it has no descriptor for
 }
 
 

@@ -27,6 +27,8 @@ _WINDOW_SECONDS = 60.0
 _CLIENT_FAILURES = 60
 _ADDRESS_FAILURES = 600
 _MOST_AT_ONCE = 16
+_MOST_PROXIES = 20
+_SHOWN = ("code", "refresh_token", "token")
 _MOST_KEYS = 20_000
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -62,7 +64,7 @@ class Proxies:
 
 def _forwarded(scope: Scope) -> list[str]:
     values = [value for name, value in scope["headers"] if name == b"x-forwarded-for"]
-    return b",".join(values).decode("latin-1").split(",") if values else []
+    return b",".join(values).decode("latin-1").split(",")[-_MOST_PROXIES:] if values else []
 
 
 def _address(text: str) -> Address | None:
@@ -100,6 +102,11 @@ class Failures:
         waits = [self._wait(key, limit, now) for key, limit in _keys(path, address, client_id)]
         return max(waits)
 
+    def address_wait_seconds(self, path: str, address: str) -> int:
+        """Return the same for who shares its client id with others, and has shown that it is none of them."""
+        key, limit = _keys(path, address, None)[1]
+        return self._wait(key, limit, self._clock())
+
     def add(self, path: str, address: str, client_id: str | None) -> None:
         """Count one failure. The keys that failed longest ago are forgotten when there are too many."""
         now = self._clock()
@@ -133,9 +140,11 @@ class OAuthLimits:
     own connection.
     """
 
-    def __init__(self, app: ASGIApp, proxies: Proxies) -> None:
+    def __init__(self, app: ASGIApp, proxies: Proxies, signed: Callable[[str], bool]) -> None:
+        """`signed` tells whether a code or a token was made here: one's own is not held back by another's junk."""
         self._app = app
         self._proxies = proxies
+        self._signed = signed
         self._failures = Failures()
         self._waiting: Counter[str] = Counter()
 
@@ -154,8 +163,12 @@ class OAuthLimits:
 
     async def _limited(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         path, address = scope["path"], self._proxies.client_of(scope)
-        client_id = _client_id(scope, body)
-        if wait := self._failures.wait_seconds(path, address, client_id):
+        values = _values(scope, body)
+        client_id = _client_id(scope, values)
+        wait = self._failures.wait_seconds(path, address, client_id)
+        if wait and any(self._signed(values[name][0]) for name in _SHOWN if name in values):
+            wait = self._failures.address_wait_seconds(path, address)
+        if wait:
             refusal = _held_back(path, f"too many attempts failed; try again in {wait} seconds", wait)
             return await refusal(scope, receive, send)
         network = network_of(address)
@@ -186,7 +199,15 @@ def _again(body: bytes, receive: Receive) -> Receive:
     return next_message
 
 
-def _client_id(scope: Scope, body: bytes) -> str | None:
+def _values(scope: Scope, body: bytes) -> dict[str, list[str]]:
+    text: bytes = scope["query_string"] if scope["method"] == "GET" else body
+    try:
+        return parse_qs(text.decode("latin-1"), max_num_fields=100)
+    except ValueError:
+        return {}
+
+
+def _client_id(scope: Scope, values: dict[str, list[str]]) -> str | None:
     """Return the client id that a request names: in the query, the form, or the user name of Basic (RFC 6749, 2.3)."""
     for name, value in scope["headers"]:
         if name == b"authorization" and value[:6].lower() == b"basic ":
@@ -194,11 +215,6 @@ def _client_id(scope: Scope, body: bytes) -> str | None:
                 return unquote(base64.b64decode(value[6:]).decode().partition(":")[0])
             except (binascii.Error, UnicodeDecodeError):
                 return None
-    text: bytes = scope["query_string"] if scope["method"] == "GET" else body
-    try:
-        values = parse_qs(text.decode("latin-1"), max_num_fields=100)
-    except ValueError:
-        return None
     return values["client_id"][0] if "client_id" in values else None
 
 

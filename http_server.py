@@ -6,7 +6,7 @@ after it was revoked. Host and Origin are checked wherever no other origin has b
 back (http_limits). The access log knows paths, never queries, since those of a login hold codes.
 
 Borrowed from inside FastMCP 4.1.2: `_mcp_server` (the MCP server that the transports drive, an object of the SDK) and
-`_lifespan_manager` (which starts the application's services once, whoever asks first).
+`_lifespan_manager` (which starts the application's services once, whoever asks first); from the SDK `_admit_session`.
 """
 
 import asyncio
@@ -26,9 +26,15 @@ from fastmcp.server.auth.middleware import RequireAuthMiddleware
 from fastmcp.server.context import TransportType, reset_transport, set_transport
 from fastmcp.server.http import StarletteWithLifespan, set_http_request
 from mcp.server.auth.middleware.auth_context import AuthContextMiddleware
-from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, BearerAuthBackend, authorization_context
+from mcp.server.auth.middleware.bearer_auth import (
+    AuthenticatedUser,
+    AuthorizationContext,
+    BearerAuthBackend,
+    authorization_context,
+)
 from mcp.server.auth.provider import AccessToken as Token
 from mcp.server.sse import SseServerTransport
+from mcp.server.streamable_http import StreamableHTTPServerTransport
 from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from mcp.server.transport_security import TransportSecuritySettings
 from pydantic import AnyHttpUrl
@@ -54,6 +60,7 @@ MESSAGE_BYTES = 48 * 1024 * 1024
 _OPEN_TO_ALL = frozenset({"/health", "/register", "/token", "/revoke"})
 _CLOCK_SECONDS = 5.0
 _RESOLVERS = 160
+_MOST_SESSIONS_OF_ONE = 1000
 
 _log = logging.getLogger("ssh_mcp_server")
 
@@ -109,7 +116,7 @@ def http_app(
             Route("/health", _health(provider, login, report), methods=["GET"]),
             Route("/", _landing(login), methods=["GET"]),
         ],
-        middleware=[Middleware(_Entrance, login=login, proxies=Proxies(proxies))],
+        middleware=[Middleware(_Entrance, login=login, proxies=Proxies(proxies), signed=provider.signed)],
         exception_handlers={StateDown: _say_state_down, Exception: _say_failure},
         lifespan=_lifespan(server, sessions, state),
     )
@@ -121,6 +128,15 @@ def http_app(
 
 # the entrance guards all paths alike
 _UNGUARDED = TransportSecuritySettings(enable_dns_rebinding_protection=False)
+
+
+class _FairManager(StreamableHTTPSessionManager):
+    """The SDK's manager, which opens 10,000 sessions at most, and here not all of them for one login's loop."""
+
+    def _admit_session(self, requestor: AuthorizationContext | None) -> StreamableHTTPServerTransport | None:
+        if sum(owner == requestor for owner in self._session_owners.values()) >= _MOST_SESSIONS_OF_ONE:
+            return None
+        return super()._admit_session(requestor)
 
 
 class _Sessions:
@@ -135,7 +151,7 @@ class _Sessions:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Serve sessions until the end of the context."""
-        self._manager = StreamableHTTPSessionManager(
+        self._manager = _FairManager(
             self._server._mcp_server,
             json_response=self._json_response,
             stateless=self._stateless,
@@ -331,9 +347,9 @@ def _expiry(token: Token) -> float:
 class _Entrance:
     """ASGI: sorts requests by who has business with their path; adds headers; writes the access log."""
 
-    def __init__(self, app: ASGIApp, login: Login, proxies: Proxies) -> None:
+    def __init__(self, app: ASGIApp, login: Login, proxies: Proxies, signed: Callable[[str], bool]) -> None:
         self._app = app
-        self._limited = OAuthLimits(app, proxies)
+        self._limited = OAuthLimits(app, proxies, signed)
         self._proxies = proxies
         self._origin = login.base_url
         self._hosts = {urlsplit(login.base_url).hostname, "127.0.0.1", "localhost", "::1"}

@@ -12,6 +12,7 @@ import base64
 import hashlib
 import hmac
 import string
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -88,6 +89,19 @@ class Grants:
         if not self.may_enter(access.email) or not await self._state.alive(access.family, access.jti):
             return None
         return access
+
+    def signed(self, text: str) -> bool:
+        """Tell whether a code or a token was made here, whatever became of it since."""
+        readers: tuple[Callable[[], object], ...] = (
+            lambda: self._tokens.read_code(text, REFRESH_SECONDS),
+            lambda: self._tokens.read_refresh(text),
+            lambda: self._tokens.read_access(text, self.resources),
+        )
+        for read in readers:
+            with suppress(Unreadable):
+                read()
+                return True
+        return False
 
     async def exchange(self, request: HTTPRequest) -> dict[str, Any]:
         """Return tokens for a code or a refresh token (RFC 6749, 4.1.3 and 6)."""

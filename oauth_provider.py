@@ -113,6 +113,10 @@ class Provider(AuthProvider):
         resource = "/sse" if path.startswith("/messages") else path
         return f"{self._login.base_url}{resource}" in token.claims["aud"]
 
+    def signed(self, text: str) -> bool:
+        """Tell whether a code or a token was made here, whatever became of it."""
+        return self._grants.signed(text)
+
     # Routes
 
     def get_routes(self, mcp_path: str | None = None) -> list[Route]:

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import os
 import sqlite3
+import stat
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -141,7 +142,7 @@ class SqliteState:
             self._writer.executescript(_SCHEMA)
             _sweep(self._writer, self._swept)
             self._files = self._inodes()
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise SettingsError(f"STATE_URL: the file {path} cannot be used: {reason}") from None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="oauth-state")
@@ -267,12 +268,23 @@ class SqliteState:
 
 
 def _private_file(path: Path) -> None:
-    """Make the file if need be, for its owner alone."""
+    """Make the file if need be, for its owner alone; refuse one that others could exchange or write to."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if os.name == "posix" and path.parent.stat().st_mode & 0o022:
+    if os.name != "posix":
+        return path.touch()
+    folder = path.parent.stat()
+    if folder.st_mode & 0o022:
         raise PermissionError(0, f"others may write to its folder; run: chmod 700 {path.parent}")
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    path.chmod(0o600)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    try:
+        file = os.fstat(handle)
+        if not stat.S_ISREG(file.st_mode) or file.st_nlink != 1:
+            raise PermissionError(0, "it is no ordinary file with one name")
+        if {file.st_uid, folder.st_uid} - {os.geteuid()}:
+            raise PermissionError(0, "it, or its folder, belongs to another user")
+        os.fchmod(handle, 0o600)
+    finally:
+        os.close(handle)
 
 
 def _sweep(store: sqlite3.Connection, now: float) -> None:
@@ -284,29 +296,31 @@ def _end(store: sqlite3.Connection, family: str) -> None:
     store.execute("DELETE FROM families WHERE family = ?", (family,))
 
 
+_NOW = "local now = tonumber(redis.call('TIME')[1])"  # not the replicas' clocks, nor when a call was sent
 _OPEN = """
-redis.call('HSET', KEYS[1], 'generation', 0, 'rotated', ARGV[1])
-redis.call('EXPIRE', KEYS[1], ARGV[2])
+redis.call('HSET', KEYS[1], 'generation', 0)
+redis.call('EXPIRE', KEYS[1], ARGV[1])
 """
 _REDEEM = """
 if redis.call('HGET', KEYS[1], 'generation') ~= '0' then
   redis.call('DEL', KEYS[1])
   return 0
 end
-redis.call('HSET', KEYS[1], 'generation', 1, 'rotated', ARGV[1])
-redis.call('EXPIRE', KEYS[1], ARGV[2])
+redis.call('HSET', KEYS[1], 'generation', 1)
+redis.call('EXPIRE', KEYS[1], ARGV[1])
 return 1
 """
-_ROTATE = """
+_ROTATE = f"""
+{_NOW}
 local current = tonumber(redis.call('HGET', KEYS[1], 'generation')) or 0
-local shown, now = tonumber(ARGV[1]), tonumber(ARGV[2])
+local shown = tonumber(ARGV[1])
 if shown > 0 and shown == current then
-  redis.call('HSET', KEYS[1], 'generation', current + 1, 'rotated', ARGV[2])
+  redis.call('HSET', KEYS[1], 'generation', current + 1, 'rotated', now)
   return current + 1
 end
 if shown > 0 and shown == current - 1 then
   local rotated = tonumber(redis.call('HGET', KEYS[1], 'rotated'))
-  if now - rotated <= tonumber(ARGV[3]) then return current end
+  if now - rotated <= tonumber(ARGV[2]) then return current end
 end
 redis.call('DEL', KEYS[1])
 return -1
@@ -331,13 +345,16 @@ class RedisState:
                 "install ssh-mcp-server[cluster]"
             ) from None
         self._watch = _Watch("the Redis server (STATE_URL)", (RedisError, OSError))
-        # No retries: a claim whose answer got lost would be refused to its owner as a replay.
-        self._redis = Redis.from_url(
-            url,
-            socket_timeout=_REDIS_SECONDS,
-            socket_connect_timeout=_REDIS_SECONDS,
-            retry=Retry(NoBackoff(), 0),
-        )
+        try:
+            # No retries: a claim whose answer got lost would be refused to its owner as a replay.
+            self._redis = Redis.from_url(
+                url,
+                socket_timeout=_REDIS_SECONDS,
+                socket_connect_timeout=_REDIS_SECONDS,
+                retry=Retry(NoBackoff(), 0),
+            )
+        except ValueError:
+            raise SettingsError("STATE_URL has an option that Redis clients do not know") from None
         self._open = self._redis.register_script(_OPEN)
         self._redeem = self._redis.register_script(_REDEEM)
         self._rotate = self._redis.register_script(_ROTATE)
@@ -351,17 +368,17 @@ class RedisState:
     async def open_family(self, family: str, lifetime_seconds: int) -> None:
         """See State."""
         with self._watch.asking("write"):
-            await self._open(keys=[_place(family)], args=[time.time(), lifetime_seconds])
+            await self._open(keys=[_place(family)], args=[lifetime_seconds])
 
     async def redeem(self, family: str, lifetime_seconds: int) -> bool:
         """See State."""
         with self._watch.asking("write"):
-            return int(await self._redeem(keys=[_place(family)], args=[time.time(), lifetime_seconds])) == 1
+            return int(await self._redeem(keys=[_place(family)], args=[lifetime_seconds])) == 1
 
     async def rotate(self, family: str, generation: int) -> int | None:
         """See State."""
         with self._watch.asking("write"):
-            answer = await self._rotate(keys=[_place(family)], args=[generation, time.time(), RETRY_SECONDS])
+            answer = await self._rotate(keys=[_place(family)], args=[generation, RETRY_SECONDS])
             return int(answer) if int(answer) > 0 else None
 
     async def end_family(self, family: str) -> None:

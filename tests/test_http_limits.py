@@ -6,7 +6,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 import http_deadline
@@ -139,14 +139,32 @@ async def _answer(request: Request) -> Response:
     return JSONResponse({"bytes": len(body)}, status)
 
 
+class _Big:
+    """An answer that is larger than all buffers on its way, and whether anybody still waits for it to be taken."""
+
+    ended = False
+
+    @classmethod
+    async def answer(cls, _: Request) -> Response:
+        async def chunks() -> AsyncIterator[bytes]:
+            try:
+                for _ in range(1000):
+                    yield b"x" * 65_536
+            finally:
+                cls.ended = True
+
+        return StreamingResponse(chunks())
+
+
 @pytest.fixture
 def server() -> Iterator[httpx.Client]:
     """A real server whose answers a request asks for, inside the limits; the client's address is a proxy's word."""
     paths = ["/token", "/register", "/authorize", "/revoke"]
-    app = Starlette(routes=[Route(path, _answer, methods=["GET", "POST"]) for path in paths])
+    routes = [Route(path, _answer, methods=["GET", "POST"]) for path in paths]
+    app = Starlette(routes=[*routes, Route("/big", _Big.answer)])
     port = free_port()
     config = uvicorn.Config(
-        OAuthLimits(app, Proxies("127.0.0.1")),
+        OAuthLimits(app, Proxies("127.0.0.1"), "ours".__eq__),
         "127.0.0.1",
         port,
         http=http_deadline.PunctualProtocol,
@@ -190,6 +208,18 @@ def test_after_sixty_failures_comes_429_with_the_time_to_wait(
     assert "no-store" in refused.headers["Cache-Control"]
     other = server.request(method, url, headers={"X-Forwarded-For": "198.51.100.7"})
     assert other.status_code != 429
+
+
+@pytest.mark.parametrize("name", ["code", "refresh_token", "token"])
+def test_what_was_made_here_is_not_held_back_by_the_junk_of_others(server: httpx.Client, name: str) -> None:
+    """All people of one hosted application share its address and its client id."""
+    for _ in range(61):
+        server.post("/token?status=400", data={"client_id": "hosted", name: "junk"})
+    assert server.post("/token", data={"client_id": "hosted", name: "junk"}).status_code == 429
+    assert server.post("/token", data={"client_id": "hosted", name: "ours"}).status_code == 200
+    for _ in range(560):
+        server.post("/token?status=400", data={"client_id": f"{_}", name: "junk"})
+    assert server.post("/token", data={"client_id": "hosted", name: "ours"}).status_code == 429
 
 
 def test_faults_of_the_server_are_not_the_clients_failures(server: httpx.Client) -> None:
@@ -255,7 +285,7 @@ def test_one_address_may_keep_only_a_few_waiting() -> None:
             await go_on.wait()
             await JSONResponse({})(scope, receive, send)
 
-        limits, statuses = OAuthLimits(slow, Proxies("127.0.0.1")), []
+        limits, statuses = OAuthLimits(slow, Proxies("127.0.0.1"), "ours".__eq__), []
 
         async def ask(address: str) -> None:
             async def take(message: Any) -> None:
@@ -340,6 +370,18 @@ def test_bytes_that_trickle_after_an_answer_do_not_hold_the_connection(
         assert time.monotonic() - started < 15
 
 
+def test_client_that_does_not_take_its_answer_is_given_up(
+    server: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_deadline, "TAKE_SECONDS", 1)
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.settimeout(20)
+        raw.connect((server.base_url.host, server.base_url.port or 0))
+        raw.sendall(b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n")
+        wait_for(lambda: _Big.ended)
+
+
 def test_requests_in_a_row_outlive_the_deadline(
     server: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,4 +408,4 @@ def test_client_that_goes_away_is_no_error() -> None:
         raise AssertionError
 
     request = {"type": "http", "path": "/token", "method": "POST", "query_string": b"", **scope("192.0.2.1")}
-    asyncio.run(OAuthLimits(never, Proxies("127.0.0.1"))(request, gone, never))
+    asyncio.run(OAuthLimits(never, Proxies("127.0.0.1"), "ours".__eq__)(request, gone, never))

@@ -18,7 +18,7 @@ import pytest
 from fastmcp import Client, FastMCP
 from fastmcp.client.transports import SSETransport, StreamableHttpTransport
 from fastmcp.server.auth import AccessToken
-from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
+from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, authorization_context
 from mcp.server.auth.provider import AccessToken as Token
 
 import http_server
@@ -442,6 +442,17 @@ def _call_that_is_cut_off(remote: Remote, token: str, command: str) -> None:
 
 
 # What is borrowed
+
+
+def test_one_login_cannot_take_all_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "_MOST_SESSIONS_OF_ONE", 3)
+
+    async def play() -> list[bool]:
+        manager = http_server._FairManager(FastMCP("x")._mcp_server, max_sessions=5)
+        users = [AuthenticatedUser(AccessToken(token="t", client_id=who, scopes=[])) for who in "aaaabbb"]
+        return [manager._admit_session(authorization_context(user)) is not None for user in users]
+
+    assert asyncio.run(play()) == [True, True, True, False, True, True, False]
 
 
 def test_what_is_borrowed_from_inside_fastmcp_is_still_there() -> None:

@@ -19,7 +19,7 @@ import time_machine
 
 import oauth_state
 from conftest import free_port, wait_for
-from oauth_state import RETRY_SECONDS, RedisState, SqliteState, State, StateDown, open_state
+from oauth_state import RedisState, SqliteState, State, StateDown, open_state
 from settings import SettingsError
 
 T = TypeVar("T")
@@ -223,18 +223,21 @@ def test_refresh_token_before_last_ends_the_family(url: str, name: str) -> None:
     assert run(url, reuse) == (None, None, False)
 
 
-def test_repetition_after_the_time_for_retries_ends_the_family(url: str, name: str) -> None:
-    async def begin(state: State) -> None:
+def test_repetition_after_the_time_for_retries_ends_the_family(
+    url: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the clock of the store: those of the replicas differ."""
+    monkeypatch.setattr(oauth_state, "RETRY_SECONDS", 1)
+
+    async def repeat(state: State) -> tuple[int | None, int | None]:
         await begun(state, name)
         await state.rotate(name, 1)
+        soon = await state.rotate(name, 1)
+        await asyncio.sleep(2.2)
+        return soon, await state.rotate(name, 1)
 
-    with time_machine.travel(time.time(), tick=True) as clock:
-        run(url, begin)
-        clock.shift(RETRY_SECONDS - 1)
-        assert run(url, lambda state: state.rotate(name, 1)) == 2
-        clock.shift(2)
-        assert run(url, lambda state: state.rotate(name, 1)) is None
-        assert not alive(url, name)
+    assert run(url, repeat) == (2, None)
+    assert not alive(url, name)
 
 
 @pytest.mark.parametrize("generation", [7, 0, -1])
@@ -376,6 +379,70 @@ def test_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
     file_of(tmp_path).parent.chmod(0o777)
     with pytest.raises(SettingsError, match=r"^STATE_URL.*chmod 700"):
         open_state(f"sqlite://{file_of(tmp_path)}")
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link", "pipe", "folder"])
+def test_only_an_ordinary_file_is_taken_and_nothing_else_is_touched(tmp_path: Path, kind: str) -> None:
+    path, other = file_of(tmp_path), tmp_path / "other"
+    path.parent.mkdir(0o700)
+    other.write_text("x")
+    other.chmod(0o644)
+    if kind == "link":
+        path.symlink_to(other)
+    elif kind == "hard link":
+        path.hardlink_to(other)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    with pytest.raises(SettingsError, match=r"^STATE_URL: the file .*cannot be used"):
+        open_state(f"sqlite://{path}")
+    assert (other.read_text(), stat.S_IMODE(other.stat().st_mode)) == ("x", 0o644)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("given", ["file", "folder"])
+def test_a_file_or_folder_of_another_user_is_refused(tmp_path: Path, given: str) -> None:
+    path = file_of(tmp_path)
+    path.parent.mkdir(0o700)
+    path.touch()
+    os.chown(path if given == "file" else path.parent, 1234, 1234)
+    with pytest.raises(SettingsError, match="belongs to another user"):
+        open_state(f"sqlite://{path}")
+
+
+@pytest.mark.parametrize("url", ["redis://127.0.0.1:1/0?socket_timeout=soon", "sqlite:////tmp/%00/state.db"])
+def test_url_that_cannot_be_read_stops_the_start(url: str) -> None:
+    with pytest.raises(SettingsError, match=r"^STATE_URL"):
+        open_state(url)
+
+
+def test_log_that_is_no_longer_there_is_the_store_being_down(tmp_path: Path) -> None:
+    async def go() -> None:
+        state = SqliteState(file_of(tmp_path))
+        await begun(state, "f")
+        file_of(tmp_path).with_name("state.db-wal").unlink()
+        for attempt in (state.alive("f", "t"), state.claim("x", 60)):
+            with pytest.raises(StateDown):
+                await attempt
+        await state.close()
+
+    asyncio.run(go())
+
+
+def test_writes_that_wait_too_long_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes late is not done: whoever asked has gone, or asks again."""
+    monkeypatch.setattr(oauth_state, "_BUSY_SECONDS", 0.3)
+
+    async def go() -> None:
+        state = SqliteState(file_of(tmp_path))
+        state._thread.submit(time.sleep, 1)
+        with pytest.raises(StateDown):
+            await state.claim("x", 60)
+        assert await state.claim("x", 60) is True
+        await state.close()
+
+    asyncio.run(go())
 
 
 def test_file_that_cannot_be_made_stops_the_start(tmp_path: Path) -> None:
