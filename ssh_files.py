@@ -30,8 +30,7 @@ from ssh_lines import Lines, Window, tail_start
 from ssh_listing import Found, Walk, entry
 from ssh_pool import Cancelled, Pool
 from ssh_sftp import SFTP, Attributes, NoSFTPError, StatusError, path_bytes, shown_name
-from ssh_writes import Place, bytes_of, make_folders, new_path, replace_file
-from ssh_writes import append as append_to_file
+from ssh_writes import Place, Temporaries, Writer, bytes_of, make_folders, new_path
 
 MOST_WRITTEN_BYTES: Final = 32 * 1024 * 1024
 _COUNTED_BYTES = 64 * 1024 * 1024
@@ -58,6 +57,7 @@ class Files:
         self._most_read = settings.ssh_max_read_bytes
         self._changed = threading.Condition()
         self._changing: set[tuple[Target, bytes]] = set()
+        self._temporaries = Temporaries()
 
     def read(
         self,
@@ -74,18 +74,16 @@ class Files:
         """
         with self._sftp(target, path, "read", cancelled) as sftp:
             place = self._regular(sftp, target, path)
-            handle = sftp.open(place.real, ssh_sftp.READ).handle()
-            try:
-                chunks = _checked(sftp.chunks(handle, 0, None), cancelled, path)
-                size = place.found.size or 0
+            size = place.found.size or 0
+            far = start_line < 1 and size > _COUNTED_BYTES
+            with sftp.reading(place.real, 0, 0 if far else None, size) as (handle, bare):
+                chunks = _checked(bare, cancelled, path)
                 if start_line >= 1:
                     window, seen = _forward(chunks, Lines(start_line, max_lines, self._most_read))
-                elif size <= _COUNTED_BYTES:
-                    window, seen = self._from_end(b"".join(chunks), -start_line, max_lines)
-                else:
+                elif far:
                     window, seen = self._far_end(sftp, handle, size, -start_line, max_lines)
-            finally:
-                sftp.close_handle(handle)
+                else:
+                    window, seen = self._from_end(b"".join(chunks), -start_line, max_lines)
         return self._content(target, place, window, seen)
 
     def read_bytes(
@@ -94,13 +92,10 @@ class Files:
         """Read a part of any regular file as base64. Raises FileError."""
         with self._sftp(target, path, "read", cancelled) as sftp:
             place = self._regular(sftp, target, path)
-            handle = sftp.open(place.real, ssh_sftp.READ).handle()
-            try:
-                parts = _checked(sftp.chunks(handle, offset, offset + max_bytes), cancelled, path)
-                data = b"".join(parts)
-                rest = sftp.read(handle, offset + len(data), 1).data()
-            finally:
-                sftp.close_handle(handle)
+            size, last = place.found.size or 0, offset + max_bytes
+            with sftp.reading(place.real, offset, last + 1, min(size, last)) as (_, chunks):
+                asked = b"".join(_checked(chunks, cancelled, path))
+        data, rest = asked[:max_bytes], asked[max_bytes:]
         end = offset + len(data)
         whole = offset == 0 and not rest
         found = place.found
@@ -144,14 +139,15 @@ class Files:
                 self._check_before(sftp, target, place, expected_sha256, overwrite=overwrite or append)
                 if place.existing is None and create_parents:
                     make_folders(sftp, place.folder)
+                writer = Writer(sftp, self._temporaries)
                 if append:
-                    atomic, attributes = False, append_to_file(sftp, place, content, mode)
+                    atomic, attributes = False, writer.append(place, content, mode)
                 else:
-                    atomic, attributes = replace_file(sftp, place, content, mode, overwrite=overwrite)
+                    atomic, attributes = writer.replace(place, content, mode, overwrite=overwrite)
                 size = attributes.size or 0
                 whole = content
                 if append and size <= MOST_WRITTEN_BYTES:
-                    whole = bytes_of(sftp, place.real)
+                    whole = bytes_of(sftp, place.real, size=size)
         return WrittenFile(
             path=place.shown,
             bytes_written=len(content),
@@ -188,7 +184,8 @@ class Files:
                             f"{place.shown} on {target} was changed by somebody else in the meantime; nothing was "
                             "written. Read it again and repeat the edit"
                         )
-                    atomic, _ = replace_file(sftp, place, edited.content, None, overwrite=True)
+                    writer = Writer(sftp, self._temporaries)
+                    atomic, _ = writer.replace(place, edited.content, None, overwrite=True)
         return EditedFile(
             path=place.shown,
             diff=edited.diff,
@@ -214,16 +211,21 @@ class Files:
     ) -> Listing:
         """List a directory, `depth` levels deep. Raises FileError."""
         with self._sftp(target, path, "list", cancelled) as sftp:
-            resolving, asking = sftp.real_path(path_bytes(path)), sftp.stat(path_bytes(path))
-            mode = asking.attributes().mode or stat.S_IFDIR
-            if not stat.S_ISDIR(mode):
-                raise FileError(f"{path} on {target} is no directory; read it with ssh_read_file")
+            asked = path_bytes(path)
+            resolving, asking = sftp.real_path(asked), sftp.stat(asked)
+            walk = Walk(sftp, asked, depth, show_hidden, pattern, cancelled)
+            try:
+                walk.run()
+            except StatusError:
+                if not stat.S_ISDIR(asking.attributes().mode or stat.S_IFDIR):
+                    raise FileError(
+                        f"{path} on {target} is no directory; read it with ssh_read_file"
+                    ) from None
+                raise
             root = resolving.path()
-            walk = Walk(sftp, root, depth, show_hidden, pattern, cancelled)
-            walk.run()
             page = _sorted(walk.found, sort_by)[offset : offset + limit]
             links = [
-                sftp.read_link(posixpath.join(root, found.relative)) if found.is_link else None
+                sftp.read_link(posixpath.join(asked, found.relative)) if found.is_link else None
                 for found in page
             ]
             entries = [entry(found, link) for found, link in zip(page, links, strict=True)]
@@ -373,7 +375,7 @@ class Files:
         )
 
     def _whole(self, sftp: SFTP, target: Target, place: Place) -> bytes:
-        data = bytes_of(sftp, place.real, MOST_WRITTEN_BYTES + 1)
+        data = bytes_of(sftp, place.real, MOST_WRITTEN_BYTES + 1, place.found.size or 0)
         if len(data) > MOST_WRITTEN_BYTES:
             raise FileError(f"{place.shown} on {target} is over 32 MiB; change it with a command (sed, awk)")
         return data

@@ -6,15 +6,16 @@ is bounded: a walk stops at `MOST_ENTRIES` and says so.
 
 import stat
 import time
+from collections import deque
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from fnmatch import translate
-from itertools import islice
 from re import compile as compile_pattern
-from typing import Final, Literal
+from typing import Final, Literal, Self
 
 from ssh_answers import Entry, iso_time, octal
-from ssh_errors import FileError
+from ssh_errors import ConnectionLostError, FileError
 from ssh_pool import Cancelled
 from ssh_sftp import SFTP, Name, Reply, StatusError, shown_name
 
@@ -22,6 +23,7 @@ MOST_ENTRIES: Final = 200_000
 _WALK_SECONDS: Final = 60.0
 _FOLDERS_AT_ONCE: Final = 32
 _READS_AHEAD: Final = 2
+_MOST_READS_AHEAD: Final = 32
 
 _LONGNAME = compile_pattern(rb"[-a-zA-Z?][-rwxsStTlL]{9}[.+@]?\s+(\d{1,10})\s+(\S+)\s+(\S+)\s+\d+\s")
 
@@ -88,35 +90,64 @@ class Walk:
         return self.full
 
     def _entries(self, folders: list[bytes]) -> Iterator[Found]:
-        opening = [(folder, self.sftp.open_directory(_join(self.root, folder))) for folder in folders]
-        for folder, reply in opening:
-            self.cancelled()
-            try:
-                handle = reply.handle()
-            except StatusError:
-                if not folder:
-                    raise
-                self.unreadable += 1
-                continue
-            for name in names_of(self.sftp, handle):
-                if self._seen_enough():
-                    return
-                if name.name not in (b".", b"..") and (self.show_hidden or not name.name.startswith(b".")):
-                    yield Found(_join(folder, name.name), name)
+        with ExitStack() as opened:
+            opening = [
+                (folder, opened.enter_context(Directory(self.sftp, _join(self.root, folder))))
+                for folder in folders
+            ]
+            for folder, directory in opening:
+                self.cancelled()
+                try:
+                    yield from self._shown(folder, directory.names())
+                except StatusError:
+                    if not folder:
+                        raise
+                    self.unreadable += 1
 
-
-def names_of(sftp: SFTP, handle: bytes) -> Iterator[Name]:
-    """Yield the names of an open directory, and close it."""
-    ahead: list[Reply] = []
-    try:
-        while True:
-            ahead += [sftp.read_directory(handle) for _ in range(_READS_AHEAD - len(ahead))]
-            names = ahead.pop(0).names()
-            if not names:
+    def _shown(self, folder: bytes, names: Iterator[Name]) -> Iterator[Found]:
+        for name in names:
+            if self._seen_enough():
                 return
+            if name.name not in (b".", b"..") and (self.show_hidden or not name.name.startswith(b".")):
+                yield Found(_join(folder, name.name), name)
+
+
+class Directory:
+    """A directory that is being read: the requests are under way when it is made. A context manager: it is closed."""
+
+    def __init__(self, sftp: SFTP, path: bytes) -> None:
+        self._sftp = sftp
+        self._opening = sftp.open_directory(path)
+        self._ahead: deque[Reply] = deque()
+        if self._opening.guess is not None:
+            self._ask(self._opening.guess, _READS_AHEAD)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(StatusError, ConnectionLostError):
+            self._sftp.close_handle(self._opening.handle())
+
+    def ask(self) -> None:
+        """Send requests for its first names, if none are under way, once it is open. Raises StatusError."""
+        handle = self._opening.handle()
+        if handle != self._opening.guess:
+            self._ahead.clear()
+        if not self._ahead:
+            self._ask(handle, _READS_AHEAD)
+
+    def names(self) -> Iterator[Name]:
+        """Yield its names. Raises StatusError."""
+        self.ask()
+        handle, window = self._opening.handle(), _READS_AHEAD
+        while names := self._ahead.popleft().names():
             yield from names
-    finally:
-        sftp.close_handle(handle)
+            window = min(_MOST_READS_AHEAD, window * 2)
+            self._ask(handle, window - len(self._ahead))
+
+    def _ask(self, handle: bytes, count: int) -> None:
+        self._ahead += [self._sftp.read_directory(handle) for _ in range(count)]
 
 
 def entry(found: Found, link: Reply | None) -> Entry:
@@ -135,19 +166,13 @@ def entry(found: Found, link: Reply | None) -> Entry:
     )
 
 
-def hard_links(sftp: SFTP, folder: bytes, name: bytes) -> int:
+def hard_links(name: Name) -> int:
     """Return a file's number of hard links, 1 where the server does not tell.
 
     SFTP's attributes lack it; OpenSSH shows it in the long name of a directory's entry.
     """
-    try:
-        for found in islice(names_of(sftp, sftp.open_directory(folder).handle()), MOST_ENTRIES):
-            if found.name == name:
-                match = _LONGNAME.match(found.longname)
-                return int(match[1]) if match else 1
-    except StatusError:
-        return 1  # a folder that may be written but not read
-    return 1
+    match = _LONGNAME.match(name.longname)
+    return int(match[1]) if match else 1
 
 
 def _target(link: Reply | None) -> str | None:

@@ -7,6 +7,8 @@ Invariants:
 
 - Every wait has a deadline; a server that leaves one unanswered loses the channel, since what state it is in is
   unknown then.
+- A handle is foretold where that can be done (`Opening.guess`), so that reading goes out along with OPEN. Only
+  requests that do no harm on a wrong handle are sent with a guess, never a WRITE or a CLOSE.
 - When the channel ends, every pending reply fails, and so does every later request.
 - Names are bytes: a server's file names need not be text. `shown_name` writes what is no UTF-8 as `\\xHH`, and
   `path_bytes` reads it back, so that every name that was shown can be used again.
@@ -16,7 +18,9 @@ import re
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,8 +28,11 @@ from ssh_errors import ArgumentError, ConnectionLostError
 from ssh_transport import Session
 
 ANSWER_SECONDS: Final = 14.0
-CHUNK_BYTES: Final = 32 * 1024
-IN_FLIGHT: Final = 64
+_CHUNK_BYTES: Final = 32 * 1024
+_LARGE_CHUNK_BYTES: Final = 128 * 1024
+_IN_FLIGHT_BYTES: Final = 4 * 1024 * 1024
+_FIRST_READS: Final = 16
+_MOST_WRONG_GUESSES: Final = 3
 _MOST_PACKET_BYTES: Final = 1024 * 1024
 
 READ: Final = 0x01
@@ -40,7 +47,7 @@ _OPEN, _CLOSE, _READ, _WRITE, _LSTAT, _FSTAT = 3, 4, 5, 6, 7, 8
 _FSETSTAT, _OPENDIR, _READDIR, _REMOVE, _MKDIR = 10, 11, 12, 13, 14
 _REALPATH, _STAT, _RENAME, _READLINK = 16, 17, 18, 19
 _STATUS, _HANDLE, _DATA, _NAME, _ATTRS = 101, 102, 103, 104, 105
-_EXTENDED = 200
+_EXTENDED, _EXTENDED_REPLY = 200, 201
 
 OK, EOF, NO_SUCH_FILE, PERMISSION_DENIED, FAILURE, OP_UNSUPPORTED = 0, 1, 2, 3, 4, 8
 _CONNECTION_LOST = 7
@@ -129,6 +136,11 @@ class Reply:
         self._kind = 0
         self._body = b""
 
+    @property
+    def arrived(self) -> bool:
+        """Whether the answer is there."""
+        return self._arrived.is_set()
+
     def arrive(self, kind: int, body: bytes) -> None:
         """Take the answer; called once, by the reading thread."""
         self._kind, self._body = kind, body
@@ -159,10 +171,6 @@ class Reply:
         """Wait for a plain OK."""
         self.wait(_STATUS)
 
-    def handle(self) -> bytes:
-        """Wait for a handle."""
-        return _Reader(self.wait(_HANDLE)).string()
-
     def data(self) -> bytes:
         """Wait for bytes of a file; none at its end."""
         try:
@@ -192,6 +200,107 @@ class Reply:
         if not names:
             raise StatusError(FAILURE, "no name in the answer")
         return names[0].name
+
+
+class Opening(Reply):
+    """The answer to an OPEN or OPENDIR, and the handle that it will probably bring."""
+
+    def __init__(self, sftp: "SFTP", handles: "_Handles") -> None:
+        super().__init__(sftp)
+        self._handles = handles
+        self.guess = handles.expect()
+
+    def arrive(self, kind: int, body: bytes) -> None:
+        """See Reply."""
+        self._handles.settle(self.guess, _Reader(body).string() if kind == _HANDLE else None)
+        super().arrive(kind, body)
+
+    def handle(self) -> bytes:
+        """Wait for the handle."""
+        return _Reader(self.wait(_HANDLE)).string()
+
+
+class _Handles:
+    """Foretells handles as OpenSSH's server gives them: the one that was closed last, else the next number.
+
+    It does so only while no other answer is outstanding, and never names a handle that is open: then a wrong guess
+    is no handle at all. Servers that count otherwise are found out, and guessed no more. Thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: list[bytes] = []
+        self._open: set[bytes] = set()
+        self._expected = 0
+        self._wrong = 0
+
+    def expect(self) -> bytes | None:
+        """Return what the next handle will be, or None; called in the order in which requests are sent."""
+        with self._lock:
+            self._expected += 1
+            if self._expected > 1 or self._wrong >= _MOST_WRONG_GUESSES:
+                return None
+            guess = self._free[-1] if self._free else struct.pack(">I", len(self._open))
+            return None if guess in self._open else guess
+
+    def settle(self, guess: bytes | None, handle: bytes | None) -> None:
+        """Learn which handle it was; None if there was an error instead."""
+        with self._lock:
+            self._expected -= 1
+            if handle is None:
+                return
+            if guess is not None:
+                self._wrong = 0 if handle == guess else self._wrong + 1
+            if handle in self._free:
+                self._free.remove(handle)
+            self._open.add(handle)
+
+    def give_back(self, handle: bytes) -> None:
+        """Learn that a handle is closed."""
+        with self._lock:
+            self._open.discard(handle)
+            if self._wrong < _MOST_WRONG_GUESSES:
+                self._free.append(handle)
+
+
+class _Reads:
+    """Reads of one file, in flight together and handed out in order."""
+
+    def __init__(self, sftp: "SFTP", handle: bytes, offset: int, end: int | None, size: int) -> None:
+        self._sftp = sftp
+        self._handle = handle
+        self._end = end
+        self._size = size
+        self._asked = offset
+        self._ahead: deque[tuple[int, int, Reply]] = deque()
+        self._chunk = sftp.chunk_bytes
+        expected = max(0, (size if end is None else min(size, end)) - offset)
+        self._window = min(_FIRST_READS, 2 + expected // self._chunk)
+
+    def ask(self) -> None:
+        """Send what may be asked for now; a read that ends where the file should end shows its end without delay."""
+        while len(self._ahead) < self._window and (self._end is None or self._asked < self._end):
+            length = self._chunk if self._end is None else min(self._chunk, self._end - self._asked)
+            if self._asked < self._size:
+                length = min(length, self._size - self._asked)
+            self._ahead.append((self._asked, length, self._sftp.read(self._handle, self._asked, length)))
+            self._asked += length
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the bytes up to the end of the file, or to where reading should end."""
+        while True:
+            self.ask()
+            if not self._ahead:
+                return
+            at, length, reply = self._ahead.popleft()
+            data = reply.data()[:length]
+            if not data:
+                return
+            if len(data) < length:
+                rest = self._sftp.read(self._handle, at + len(data), length - len(data))
+                self._ahead.appendleft((at + len(data), length - len(data), rest))
+            self._window = min(_IN_FLIGHT_BYTES // self._chunk, self._window * 2)
+            yield data
 
 
 class _Reader:
@@ -250,34 +359,53 @@ class SFTP:
         self._next_id = 0
         self._ended = False
         self._sending = threading.Lock()
+        self._handles = _Handles()
+        self._limits: Reply | None = None
         self._buffer = bytearray()
         session.subsystem("sftp")
         try:
-            self._send(struct.pack(">BI", _INIT, 3))
+            with self._sending:
+                self._send(struct.pack(">BI", _INIT, 3))
             self._greet()
         except ConnectionLostError:
             if session.connected:
                 raise NoSFTPError from None
             raise
         threading.Thread(target=self._read_on, name="ssh-sftp-reader", daemon=True).start()
+        if "limits@openssh.com" in self.extensions:
+            self._limits = self._extended("limits@openssh.com", b"")
 
     @property
     def usable(self) -> bool:
         """Whether requests may still be answered."""
         return not (self._ended or self._session.closed)
 
+    @property
+    def chunk_bytes(self) -> int:
+        """How much to read or write at once: as much as suits the wire, if the server is known to take it."""
+        if self._limits is None or not self._limits.arrived:
+            return _CHUNK_BYTES
+        try:
+            limits = _Reader(self._limits.wait(_EXTENDED_REPLY))
+        except StatusError:
+            return _CHUNK_BYTES
+        _, most_read, most_written = limits.uint64(), limits.uint64(), limits.uint64()
+        return max(_CHUNK_BYTES, min(_LARGE_CHUNK_BYTES, most_read, most_written))
+
     def close(self) -> None:
         """End the channel; every pending reply fails."""
         self._end()
         self._session.close()
 
-    def open(self, path: bytes, flags: int, attributes: Attributes = Attributes()) -> Reply:
+    def open(self, path: bytes, flags: int, attributes: Attributes = Attributes()) -> Opening:
         """OPEN: a handle."""
-        return self._request(_OPEN, _string(path) + struct.pack(">I", flags) + attributes.packed())
+        return self._open(_OPEN, _string(path) + struct.pack(">I", flags) + attributes.packed())
 
     def close_handle(self, handle: bytes) -> Reply:
         """CLOSE."""
-        return self._request(_CLOSE, _string(handle))
+        with self._sending:
+            self._handles.give_back(handle)
+            return self._submit(Reply(self), _CLOSE, _string(handle))
 
     def read(self, handle: bytes, offset: int, length: int) -> Reply:
         """READ: bytes, perhaps fewer than asked for."""
@@ -303,9 +431,9 @@ class SFTP:
         """FSETSTAT."""
         return self._request(_FSETSTAT, _string(handle) + attributes.packed())
 
-    def open_directory(self, path: bytes) -> Reply:
+    def open_directory(self, path: bytes) -> Opening:
         """OPENDIR: a handle."""
-        return self._request(_OPENDIR, _string(path))
+        return self._open(_OPENDIR, _string(path))
 
     def read_directory(self, handle: bytes) -> Reply:
         """READDIR: some names."""
@@ -339,52 +467,60 @@ class SFTP:
         """`fsync@openssh.com`."""
         return self._extended("fsync@openssh.com", _string(handle))
 
-    def chunks(self, handle: bytes, offset: int, end: int | None) -> Iterator[bytes]:
+    def chunks(self, handle: bytes, offset: int, end: int | None, size: int = 0) -> Iterator[bytes]:
         """Yield a file's bytes from `offset` to `end` (None: its end), with requests in flight together.
 
-        Up to `IN_FLIGHT` chunks are asked for ahead, fewer at the start, so that a small file costs little.
+        `size` is how large the file probably is.
         """
-        ahead: list[tuple[int, int, Reply]] = []
-        asked, window = offset, 4
-        while True:
-            while len(ahead) < window and (end is None or asked < end):
-                length = CHUNK_BYTES if end is None else min(CHUNK_BYTES, end - asked)
-                ahead.append((asked, length, self.read(handle, asked, length)))
-                asked += length
-            if not ahead:
-                return
-            at, length, reply = ahead.pop(0)
-            data = reply.data()[:length]
-            if not data:
-                return
-            yield data
-            if len(data) < length:
-                rest = self.read(handle, at + len(data), length - len(data))
-                ahead.insert(0, (at + len(data), length - len(data), rest))
-            window = min(IN_FLIGHT, window * 2)
+        return _Reads(self, handle, offset, end, size).chunks()
 
-    def write_all(self, handle: bytes, data: bytes, offset: int = 0) -> None:
-        """Write all of `data` at `offset`, with requests in flight together. Raises StatusError."""
-        view = memoryview(data)
-        ahead: list[Reply] = []
-        failure: StatusError | None = None
-        for start in range(0, len(view), CHUNK_BYTES):
-            ahead.append(self.write(handle, offset + start, view[start : start + CHUNK_BYTES]))
-            if len(ahead) >= IN_FLIGHT:
-                ahead.pop(0).done()
-        for reply in ahead:
-            try:
-                reply.done()
-            except StatusError as error:
-                failure = failure or error
-        if failure is not None:
-            raise failure
+    @contextmanager
+    def reading(
+        self, path: bytes, offset: int = 0, end: int | None = None, size: int = 0
+    ) -> Iterator[tuple[bytes, Iterator[bytes]]]:
+        """Open a file, and yield its handle and its bytes as `chunks` does; the first are asked for along with it."""
+        opening = self.open(path, READ)
+        reads = None
+        if opening.guess is not None:
+            reads = _Reads(self, opening.guess, offset, end, size)
+            reads.ask()
+        handle = opening.handle()
+        try:
+            if reads is None or handle != opening.guess:
+                reads = _Reads(self, handle, offset, end, size)
+            yield handle, reads.chunks()
+        finally:
+            self.close_handle(handle)
+
+    def write_all(self, handle: bytes, data: bytes, offset: int = 0) -> list[Reply]:
+        """Write all of `data` at `offset`, or up to a failure; return the answers that are still to be waited for."""
+        view, chunk = memoryview(data), self.chunk_bytes
+        ahead: deque[Reply] = deque()
+        for start in range(0, len(view), chunk):
+            ahead.append(self.write(handle, offset + start, view[start : start + chunk]))
+            if len(ahead) * chunk >= _IN_FLIGHT_BYTES:
+                try:
+                    ahead[0].done()
+                except StatusError:
+                    break
+                ahead.popleft()
+        return list(ahead)
 
     def _extended(self, name: str, body: bytes) -> Reply:
         return self._request(_EXTENDED, _string(name.encode()) + body)
 
     def _request(self, kind: int, body: bytes) -> Reply:
-        reply = Reply(self)
+        with self._sending:
+            return self._submit(Reply(self), kind, body)
+
+    def _open(self, kind: int, body: bytes) -> Opening:
+        with self._sending:
+            opening = Opening(self, self._handles)
+            self._submit(opening, kind, body)
+        return opening
+
+    def _submit(self, reply: Reply, kind: int, body: bytes) -> Reply:
+        """Send a request. The caller holds `_sending`: packets of several threads must not mix."""
         with self._state:
             if self._ended:
                 raise ConnectionLostError("the connection went away")
@@ -395,16 +531,14 @@ class SFTP:
         return reply
 
     def _send(self, packet: bytes) -> None:
-        """Send one packet whole; packets of several threads must not mix, so this waits under a lock."""
         rest = memoryview(_string(packet))
         deadline = time.monotonic() + ANSWER_SECONDS
-        with self._sending:
-            while rest:
-                sent = self._session.send(rest, wait_seconds=0.5)
-                rest = rest[sent:]
-                if not sent and (self._session.closed or time.monotonic() > deadline):
-                    self.close()
-                    raise ConnectionLostError("the file server takes no more requests")
+        while rest:
+            sent = self._session.send(rest, wait_seconds=0.5)
+            rest = rest[sent:]
+            if not sent and (self._session.closed or time.monotonic() > deadline):
+                self.close()
+                raise ConnectionLostError("the file server takes no more requests")
 
     def _greet(self) -> None:
         """Take the VERSION packet and the extensions it names."""

@@ -2,20 +2,31 @@
 
 SFTP's rename (`posix-rename@openssh.com`) is atomic, but the file is then another one: it must be given the old
 one's owner and mode, and it has no other names. Where that cannot be had (several hard links, a foreign owner, a
-folder one may not write to, a server without that extension) the old file is overwritten, and put back on failure.
+folder one may not write to, a server without that extension) the old file is overwritten, and put back on failure;
+a copy of it stands beside it meanwhile, where the folder allows that.
+
+A temporary file says in its name whose it is: `.ssh-mcp-PROCESS-NUMBER.tmp`. One that was left behind, because the
+connection or a process ended, is removed by the next write into its folder: at once if it is this process's own,
+after a quarter of an hour if it is another's.
 """
 
+import itertools
 import posixpath
 import secrets
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import ssh_sftp
 from ssh_errors import ConnectionLostError, FileError
-from ssh_listing import hard_links
-from ssh_sftp import SFTP, Attributes, StatusError
+from ssh_listing import MOST_ENTRIES, Directory, hard_links
+from ssh_sftp import SFTP, Attributes, Name, Reply, StatusError
 
 _MOST_KEPT_BYTES = 256 * 1024 * 1024
+_MOST_LOOKED_AT = 2000
+_STALE_SECONDS = 900
+_PREFIX, _SUFFIX = b".ssh-mcp-", b".tmp"
 
 
 @dataclass(frozen=True)
@@ -36,124 +47,254 @@ class Place:
         """The folder that the file stands in."""
         return posixpath.dirname(self.real)
 
-
-def replace_file(
-    sftp: SFTP, place: Place, content: bytes, mode: int | None, *, overwrite: bool
-) -> tuple[bool, Attributes]:
-    """Put the content in the file's place; return whether that was atomic, and the new attributes."""
-    existing = place.existing
-    if existing is not None and (
-        "posix-rename@openssh.com" not in sftp.extensions
-        or hard_links(sftp, place.folder, posixpath.basename(place.real)) > 1
-    ):
-        return False, _write_in_place(sftp, place, content, mode)
-    temporary = posixpath.join(place.folder, b".ssh-mcp-" + secrets.token_hex(8).encode() + b".tmp")
-    private = existing is not None or mode is not None
-    try:
-        handle = sftp.open(
-            temporary,
-            ssh_sftp.WRITE | ssh_sftp.CREATE | ssh_sftp.EXCLUSIVE,
-            Attributes(mode=0o600 if private else 0o666),
-        ).handle()
-    except StatusError as error:
-        if existing is None or error.code != ssh_sftp.PERMISSION_DENIED:
-            raise
-        return False, _write_in_place(sftp, place, content, mode)
-    try:
-        attributes = _fill(sftp, handle, content, existing, mode)
-        if attributes is None:
-            return False, _write_in_place(sftp, place, content, mode)
-        if overwrite and "posix-rename@openssh.com" in sftp.extensions:
-            sftp.replace(temporary, place.real).done()
-        else:
-            sftp.rename(temporary, place.real).done()
-        temporary = b""
-        return True, attributes
-    finally:
-        if temporary:
-            with suppress(StatusError, ConnectionLostError):
-                sftp.remove(temporary).done()
+    @property
+    def name(self) -> bytes:
+        """The file's name in its folder."""
+        return posixpath.basename(self.real)
 
 
-def _fill(
-    sftp: SFTP, handle: bytes, content: bytes, existing: Attributes | None, mode: int | None
-) -> Attributes | None:
-    """Fill a temporary file and give it the owner and the mode it must have.
+class Temporaries:
+    """Names this process's temporary files, and knows which of them are in use. Thread-safe."""
 
-    Returns its attributes, or None when the old file's owner cannot be given to it.
-    """
-    try:
-        sftp.write_all(handle, content)
-        own = sftp.fstat(handle).attributes()
-        if existing is not None and (own.uid, own.gid) != (existing.uid, existing.gid):
+    def __init__(self) -> None:
+        self._ours = _PREFIX + secrets.token_hex(6).encode() + b"-"
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self._used: set[bytes] = set()
+
+    @contextmanager
+    def name(self) -> Iterator[bytes]:
+        """Yield a name that nobody else uses."""
+        with self._lock:
+            name = self._ours + str(next(self._numbers)).encode() + _SUFFIX
+            self._used.add(name)
+        try:
+            yield name
+        finally:
+            with self._lock:
+                self._used.discard(name)
+
+    def is_stale(self, found: Name, now: int) -> bool:
+        """Tell whether a name is that of a temporary file that nobody works on; `now` is the server's time."""
+        name = found.name
+        if not name.startswith(_PREFIX) or not name.endswith(_SUFFIX):
+            return False
+        with self._lock:
+            if name.startswith(self._ours):
+                return name not in self._used
+        return now - (found.attributes.mtime or now) > _STALE_SECONDS
+
+
+class Writer:
+    """Writes files over one SFTP channel."""
+
+    def __init__(self, sftp: SFTP, temporaries: Temporaries) -> None:
+        self._sftp = sftp
+        self._temporaries = temporaries
+        self._can_replace = "posix-rename@openssh.com" in sftp.extensions
+
+    def replace(
+        self, place: Place, content: bytes, mode: int | None, *, overwrite: bool
+    ) -> tuple[bool, Attributes]:
+        """Put the content in the file's place; return whether that was atomic, and the new attributes."""
+        with self._temporaries.name() as name:
+            if place.existing is not None and not self._can_replace:
+                return False, self._write_in_place(place, content, mode, name)
+            return self._rename_over(place, content, mode, name, overwrite=overwrite)
+
+    def _rename_over(
+        self, place: Place, content: bytes, mode: int | None, name: bytes, *, overwrite: bool
+    ) -> tuple[bool, Attributes]:
+        temporary = posixpath.join(place.folder, name)
+        with Directory(self._sftp, place.folder) as folder:
+            handle = self._new_file(temporary, place, mode)
+            if handle is None:
+                return False, self._write_in_place(place, content, mode, None)
+            with suppress(StatusError):
+                folder.ask()
             try:
-                sftp.fsetstat(handle, Attributes(uid=existing.uid, gid=existing.gid)).done()
-            except StatusError:
-                return None
+                attributes = self._fill(handle, content, place.existing, mode)
+                if attributes is not None and self._look_around(folder, place, attributes) == 1:
+                    self._rename(temporary, place.real, overwrite=overwrite)
+                    return True, attributes
+            except (StatusError, ConnectionLostError):
+                self._remove(temporary)
+                raise
+            self._remove(temporary)
+            return False, self._write_in_place(place, content, mode, name)
+
+    def _new_file(self, path: bytes, place: Place, mode: int | None) -> bytes | None:
+        """Make the temporary file and return its handle, or None where only the old file itself may be written."""
+        private = place.existing is not None or mode is not None
+        flags = ssh_sftp.WRITE | ssh_sftp.CREATE | ssh_sftp.EXCLUSIVE
+        try:
+            return self._sftp.open(path, flags, Attributes(mode=0o600 if private else 0o666)).handle()
+        except StatusError as error:
+            if place.existing is None or error.code != ssh_sftp.PERMISSION_DENIED:
+                raise
+            return None
+
+    def _rename(self, temporary: bytes, real: bytes, *, overwrite: bool) -> None:
+        if overwrite and self._can_replace:
+            self._sftp.replace(temporary, real).done()
+        else:
+            self._sftp.rename(temporary, real).done()
+
+    def _fill(
+        self, handle: bytes, content: bytes, existing: Attributes | None, mode: int | None
+    ) -> Attributes | None:
+        """Fill a temporary file and give it the owner and the mode it must have, all in one round trip.
+
+        Returns its attributes, or None when the old file's owner cannot be given to it.
+        """
+        sftp = self._sftp
+        writing = sftp.write_all(handle, content)
+        owning = None
+        if existing is not None and existing.uid is not None:
+            owning = sftp.fsetstat(handle, Attributes(uid=existing.uid, gid=existing.gid))
         wanted = mode if mode is not None else existing.mode if existing is not None else None
-        if wanted is not None:
-            sftp.fsetstat(handle, Attributes(mode=wanted & 0o7777)).done()
-        _flush(sftp, handle)
-        return sftp.fstat(handle).attributes()
-    finally:
-        sftp.close_handle(handle).done()
+        allowing = None if wanted is None else sftp.fsetstat(handle, Attributes(mode=wanted & 0o7777))
+        flushing, asking, closing = self._flush(handle), sftp.fstat(handle), sftp.close_handle(handle)
+        _all_done([*writing, allowing, flushing, closing])
+        attributes = asking.attributes()
+        try:
+            _all_done([owning])
+        except StatusError:
+            if existing is None or (attributes.uid, attributes.gid) != (existing.uid, existing.gid):
+                return None
+        return attributes
 
+    def _look_around(self, folder: Directory, place: Place, made: Attributes | None) -> int:
+        """Return the file's number of hard links; remove stale temporaries that stand beside it."""
+        links, removing = 1, []
+        now = made.mtime if made is not None and made.mtime is not None else 0
+        most = MOST_ENTRIES if place.existing is not None else _MOST_LOOKED_AT
+        try:
+            for found in itertools.islice(folder.names(), most):
+                if found.name == place.name:
+                    links = hard_links(found)
+                elif self._temporaries.is_stale(found, now):
+                    removing.append(self._sftp.remove(posixpath.join(place.folder, found.name)))
+        except StatusError:
+            return links  # a folder that may be written but not read
+        for reply in removing:
+            with suppress(StatusError):
+                reply.done()
+        return links
 
-def _write_in_place(sftp: SFTP, place: Place, content: bytes, mode: int | None) -> Attributes:
-    """Overwrite a file where it stands; put the old bytes back when that fails."""
-    handle = sftp.open(place.real, ssh_sftp.WRITE).handle()
-    try:
-        old = bytes_of(sftp, place.real, _MOST_KEPT_BYTES + 1)
-        if len(old) > _MOST_KEPT_BYTES:
-            raise FileError(
-                f"{place.shown} can only be overwritten in place (it has several names, another owner, or a folder "
-                "you may not write to), and is too big for a copy to fall back on; use a command"
+    def _write_in_place(
+        self, place: Place, content: bytes, mode: int | None, name: bytes | None
+    ) -> Attributes:
+        """Overwrite a file where it stands; put the old bytes back when that fails."""
+        sftp = self._sftp
+        handle = sftp.open(place.real, ssh_sftp.WRITE).handle()
+        try:
+            old = bytes_of(sftp, place.real, _MOST_KEPT_BYTES + 1, place.found.size or 0)
+            if len(old) > _MOST_KEPT_BYTES:
+                raise FileError(
+                    f"{place.shown} can only be overwritten in place (it has several names, another owner, or a "
+                    "folder you may not write to), and is too big for a copy to fall back on; use a command"
+                )
+            with self._copy_beside(place, old, name):
+                try:
+                    return self._overwrite(handle, content, mode)
+                except StatusError:
+                    self._overwrite(handle, old, None)
+                    raise
+        finally:
+            sftp.close_handle(handle)
+
+    def _overwrite(self, handle: bytes, content: bytes, mode: int | None) -> Attributes:
+        sftp = self._sftp
+        writing = sftp.write_all(handle, content)
+        cutting = sftp.fsetstat(handle, Attributes(size=len(content)))
+        allowing = None if mode is None else sftp.fsetstat(handle, Attributes(mode=mode))
+        flushing, asking = self._flush(handle), sftp.fstat(handle)
+        _all_done([*writing, cutting, allowing, flushing])
+        return asking.attributes()
+
+    @contextmanager
+    def _copy_beside(self, place: Place, old: bytes, name: bytes | None) -> Iterator[None]:
+        """Keep the old bytes in a file beside it, if the folder allows that, until the new ones are written.
+
+        When the connection ends meanwhile the copy stays, and the error names it.
+        """
+        copy = None if name is None else posixpath.join(place.folder, name.removesuffix(_SUFFIX) + b".old")
+        if copy is not None and not self._is_kept(copy, old):
+            copy = None
+        try:
+            yield
+        except ConnectionLostError as error:
+            if copy is None:
+                raise
+            raise ConnectionLostError(
+                f"{error} (what it held before is in {ssh_sftp.shown_name(copy)})"
+            ) from None
+        except StatusError:
+            self._remove(copy)
+            raise
+        self._remove(copy)
+
+    def _is_kept(self, copy: bytes, old: bytes) -> bool:
+        flags = ssh_sftp.WRITE | ssh_sftp.CREATE | ssh_sftp.EXCLUSIVE
+        try:
+            handle = self._sftp.open(copy, flags, Attributes(mode=0o600)).handle()
+        except StatusError:
+            return False
+        try:
+            _all_done(
+                [*self._sftp.write_all(handle, old), self._flush(handle), self._sftp.close_handle(handle)]
             )
-        try:
-            sftp.write_all(handle, content)
-            sftp.fsetstat(handle, Attributes(size=len(content))).done()
-            if mode is not None:
-                sftp.fsetstat(handle, Attributes(mode=mode)).done()
-            _flush(sftp, handle)
         except StatusError:
-            sftp.write_all(handle, old)
-            sftp.fsetstat(handle, Attributes(size=len(old))).done()
-            raise
-        return sftp.fstat(handle).attributes()
-    finally:
-        sftp.close_handle(handle)
+            self._remove(copy)
+            return False
+        return True
 
+    def _remove(self, path: bytes | None) -> None:
+        if path is not None:
+            with suppress(StatusError, ConnectionLostError):
+                self._sftp.remove(path).done()
 
-def append(sftp: SFTP, place: Place, content: bytes, mode: int | None) -> Attributes:
-    """Add at the file's end and return its attributes; take it back when that fails."""
-    handle = sftp.open(place.real, ssh_sftp.WRITE | ssh_sftp.APPEND | ssh_sftp.CREATE).handle()
-    try:
-        before = sftp.fstat(handle).attributes().size or 0
+    def append(self, place: Place, content: bytes, mode: int | None) -> Attributes:
+        """Add at the file's end and return its attributes; take it back when that fails."""
+        sftp = self._sftp
+        handle = sftp.open(place.real, ssh_sftp.WRITE | ssh_sftp.APPEND | ssh_sftp.CREATE).handle()
         try:
-            sftp.write_all(handle, content, before)
-            if mode is not None:
-                sftp.fsetstat(handle, Attributes(mode=mode)).done()
-            _flush(sftp, handle)
-        except StatusError:
-            sftp.fsetstat(handle, Attributes(size=before)).done()
-            raise
-        return sftp.fstat(handle).attributes()
-    finally:
-        sftp.close_handle(handle)
+            before = sftp.fstat(handle).attributes().size or 0
+            writing = sftp.write_all(handle, content, before)
+            allowing = None if mode is None else sftp.fsetstat(handle, Attributes(mode=mode))
+            flushing, asking = self._flush(handle), sftp.fstat(handle)
+            try:
+                _all_done([*writing, allowing, flushing])
+            except StatusError:
+                sftp.fsetstat(handle, Attributes(size=before)).done()
+                raise
+            return asking.attributes()
+        finally:
+            sftp.close_handle(handle)
+
+    def _flush(self, handle: bytes) -> Reply | None:
+        return self._sftp.fsync(handle) if "fsync@openssh.com" in self._sftp.extensions else None
 
 
-def _flush(sftp: SFTP, handle: bytes) -> None:
-    if "fsync@openssh.com" in sftp.extensions:
-        sftp.fsync(handle).done()
+def _all_done(replies: list[Reply | None]) -> None:
+    """Wait for all that were sent, then raise the first failure."""
+    failure: StatusError | None = None
+    for reply in replies:
+        if reply is None:
+            continue
+        try:
+            reply.done()
+        except StatusError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
 
 
-def bytes_of(sftp: SFTP, path: bytes, limit: int | None = None) -> bytes:
-    """Return a file's content, `limit` bytes at most."""
-    handle = sftp.open(path, ssh_sftp.READ).handle()
-    try:
-        return b"".join(sftp.chunks(handle, 0, limit))
-    finally:
-        sftp.close_handle(handle)
+def bytes_of(sftp: SFTP, path: bytes, limit: int | None = None, size: int = 0) -> bytes:
+    """Return a file's content, `limit` bytes at most; `size` is how large it probably is."""
+    with sftp.reading(path, 0, limit, size) as (_, chunks):
+        return b"".join(chunks)
 
 
 def make_folders(sftp: SFTP, folder: bytes) -> None:
