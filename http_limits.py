@@ -176,7 +176,7 @@ class OAuthLimits:
             return await _held_back(path, "too many requests at once; try again", 1)(scope, receive, send)
 
         async def watch(message: Message) -> None:
-            if message["type"] == "http.response.start" and _failed(message):
+            if message["type"] == "http.response.start" and _failed(message, client_id):
                 self._failures.add(path, address, client_id)
             await send(message)
 
@@ -218,9 +218,9 @@ def _client_id(scope: Scope, values: dict[str, list[str]]) -> str | None:
     return values["client_id"][0] if "client_id" in values else None
 
 
-def _failed(start: Message) -> bool:
-    """Tell whether an answer is the client's failure: 4xx, or an error that is told at its redirect URI."""
-    if 400 <= start["status"] < 500:
+def _failed(start: Message, client_id: str | None) -> bool:
+    """Tell whether an answer is the client's failure: 4xx, an error told at its redirect URI, or no document of it."""
+    if 400 <= start["status"] < 500 or (start["status"] == 503 and (client_id or "").startswith("https://")):
         return True
     location = next((value for name, value in start["headers"] if name.lower() == b"location"), b"")
     return "error" in parse_qs(urlsplit(location.decode("latin-1")).query)

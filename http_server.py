@@ -15,7 +15,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -59,6 +59,7 @@ MESSAGE_BYTES = 48 * 1024 * 1024
 
 _OPEN_TO_ALL = frozenset({"/health", "/register", "/token", "/revoke"})
 _CLOCK_SECONDS = 5.0
+_HEARING_SECONDS = 15.0
 _RESOLVERS = 160
 _MOST_SESSIONS_OF_ONE = 1000
 
@@ -120,6 +121,7 @@ def http_app(
         exception_handlers={StateDown: _say_state_down, Exception: _say_failure},
         lifespan=_lifespan(server, sessions, state),
     )
+    app.state.in_force = in_force
     app.router.redirect_slashes = False
     app.state.fastmcp_server, app.state.path = server, "/mcp"
     _keep_secrets_out_of_logs()
@@ -131,10 +133,12 @@ _UNGUARDED = TransportSecuritySettings(enable_dns_rebinding_protection=False)
 
 
 class _FairManager(StreamableHTTPSessionManager):
-    """The SDK's manager, which opens 10,000 sessions at most, and here not all of them for one login's loop."""
+    """The SDK's manager, which opens 10,000 sessions at most, and here not all of them for one person's loop."""
 
     def _admit_session(self, requestor: AuthorizationContext | None) -> StreamableHTTPServerTransport | None:
-        if sum(owner == requestor for owner in self._session_owners.values()) >= _MOST_SESSIONS_OF_ONE:
+        person = requestor and requestor["subject"]  # who may register any number of clients
+        theirs = sum(owner["subject"] == person for owner in self._session_owners.values())
+        if theirs >= _MOST_SESSIONS_OF_ONE:
             return None
         return super()._admit_session(requestor)
 
@@ -205,9 +209,28 @@ def _demanding_token(provider: Provider, login: Login, path: str, app: ASGIApp) 
     """Let only those in who show a valid token for the path; tell others where to get one (RFC 9728, 5.1)."""
     metadata = AnyHttpUrl(f"{login.base_url}/.well-known/oauth-protected-resource{path}")
     guarded = RequireAuthMiddleware(app, provider.required_scopes, metadata, provider.challenge_scopes)
-    return AuthenticationMiddleware(
+    known = AuthenticationMiddleware(
         AuthContextMiddleware(guarded), backend=BearerAuthBackend(_ForPath(provider, path))
     )
+    return _HearingOut(known)
+
+
+class _HearingOut:
+    """ASGI: lets a refused request end before its answer; many clients, and nginx, send all before they read."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] in (401, 403):
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_HEARING_SECONDS):
+                        while (await receive()).get("more_body"):
+                            pass
+            await send(message)
+
+        await self._app(scope, receive, answer)
 
 
 def _in_context(app: ASGIApp, transport: TransportType) -> ASGIApp:

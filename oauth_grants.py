@@ -152,7 +152,7 @@ class Grants:
             ) from None
         except ClientUnreachable:
             raise OAuthError(
-                "temporarily_unavailable", "the client's own document cannot be fetched now; try again later"
+                "temporarily_unavailable", "the client's own document cannot be fetched now; try later", 503
             ) from None
         shown = sent.get("client_assertion_type"), sent.get("client_assertion")
         if not await self._clients.proves_itself(client, *shown):

@@ -219,6 +219,7 @@ class Provider(AuthProvider):
                 "This application cannot be looked up",
                 "It describes itself at an address that does not answer right now.",
                 "Try again in a minute. If it goes on, the application's maker should know.",
+                503,
             ) from None
         redirect_uri = client.redirect_uri(sent.get("redirect_uri"))
         if redirect_uri is None:

@@ -6,7 +6,7 @@ body is bounded in size and in the time it may take to arrive.
 
 from collections.abc import Awaitable, Callable
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 import anyio
@@ -25,6 +25,7 @@ _FORM = "application/x-www-form-urlencoded"
 _NO_STORE = {"Cache-Control": "no-store", "Pragma": "no-cache"}
 
 Endpoint = Callable[[Any, Request], Awaitable[Response]]
+R = TypeVar("R", bound=Response)
 
 
 class OAuthError(Exception):
@@ -146,7 +147,7 @@ def for_programs(endpoint: Endpoint) -> Endpoint:
             refusal = answer({"error": error.code, "error_description": str(error)}, error.status)
             if error.status == 401 and "authorization" in request.headers:  # RFC 6749, 5.2
                 refusal.headers["WWW-Authenticate"] = 'Basic realm="OAuth"'
-            return refusal
+            return _with_time_to_retry(refusal)
         except StateDown:
             return state_down()
 
@@ -156,8 +157,12 @@ def for_programs(endpoint: Endpoint) -> Endpoint:
 def state_down() -> JSONResponse:
     """Return what a program is answered while used codes and revocations cannot be looked up."""
     words = {"error": "temporarily_unavailable", "error_description": "the server cannot check logins now"}
-    refusal = answer(words, 503)
-    refusal.headers["Retry-After"] = str(_RETRY_SECONDS)
+    return _with_time_to_retry(answer(words, 503))
+
+
+def _with_time_to_retry(refusal: R) -> R:
+    if refusal.status_code == 503:
+        refusal.headers["Retry-After"] = str(_RETRY_SECONDS)
     return refusal
 
 
@@ -169,7 +174,8 @@ def for_people(endpoint: Endpoint) -> Endpoint:
         try:
             return await endpoint(provider, request)
         except PageError as error:
-            return page("error", error.status, title=error.title, message=str(error), hint=error.hint)
+            refusal = page("error", error.status, title=error.title, message=str(error), hint=error.hint)
+            return _with_time_to_retry(refusal)
         except OAuthError as error:
             return page(
                 "error",
@@ -186,7 +192,6 @@ def for_people(endpoint: Endpoint) -> Endpoint:
                 message="This server cannot complete logins at the moment.",
                 hint="Try again in a minute. Whoever runs the server finds the reason in its log.",
             )
-            refusal.headers["Retry-After"] = str(_RETRY_SECONDS)
-            return refusal
+            return _with_time_to_retry(refusal)
 
     return answering

@@ -2,10 +2,10 @@
 
 Nothing here opens a door by itself: codes and tokens are signed and never stored. A family is a login's code with the
 chain of tokens that come of it; the store holds which generation is the current one. What is worth something stands
-in the store and what has ended is taken out, so a store that forgets ends logins and never revives one. Every answer
-that would let somebody in comes from one atomic step, so it holds across threads, processes and replicas. A store
-that cannot be asked raises `StateDown`, and whoever asked must refuse. All methods may be called from any coroutine
-of one event loop.
+in the store and what has ended is taken out, so a store that forgets ends logins; only one that goes back to an older
+copy of itself revives what has ended since. Every answer that would let somebody in comes from one atomic step, so it
+holds across threads, processes and replicas. A store that cannot be asked raises `StateDown`, and whoever asked must
+refuse. All methods may be called from any coroutine of one event loop.
 """
 
 import asyncio

@@ -222,6 +222,12 @@ def test_what_was_made_here_is_not_held_back_by_the_junk_of_others(server: httpx
     assert server.post("/token", data={"client_id": "hosted", name: "ours"}).status_code == 429
 
 
+def test_documents_that_cannot_be_had_are_failures_of_whoever_names_them(server: httpx.Client) -> None:
+    for _ in range(60):
+        server.post("/token?status=503", data={"client_id": "https://slow.example/client.json"})
+    assert server.post("/token", data={"client_id": "https://slow.example/client.json"}).status_code == 429
+
+
 def test_faults_of_the_server_are_not_the_clients_failures(server: httpx.Client) -> None:
     for _ in range(61):
         assert server.post("/token?status=503").status_code == 503

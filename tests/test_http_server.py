@@ -449,7 +449,10 @@ def test_one_login_cannot_take_all_sessions(monkeypatch: pytest.MonkeyPatch) -> 
 
     async def play() -> list[bool]:
         manager = http_server._FairManager(FastMCP("x")._mcp_server, max_sessions=5)
-        users = [AuthenticatedUser(AccessToken(token="t", client_id=who, scopes=[])) for who in "aaaabbb"]
+        users = [
+            AuthenticatedUser(AccessToken(token="t", client_id=f"app {number}", scopes=[], subject=who))
+            for number, who in enumerate("aaaabbb")
+        ]
         return [manager._admit_session(authorization_context(user)) is not None for user in users]
 
     assert asyncio.run(play()) == [True, True, True, False, True, True, False]

@@ -257,6 +257,25 @@ def test_stream_and_its_command_end_when_its_login_is_revoked(
     wait_for(lambda: not running(long))
 
 
+@pytest.mark.parametrize("way", ["/mcp", "/mcp of 2026-07-28"])
+def test_command_ends_when_its_login_is_revoked(stage: Stage, way: str) -> None:
+    app, long = stage.app(), marker()
+    tokens = stage.tokens(app, resource=None)
+
+    def revoke() -> None:
+        wait_for(lambda: running(long))
+        works(app.revoke(tokens.refresh))
+
+    revoking = threading.Thread(target=revoke)
+    revoking.start()
+    started = time.monotonic()
+    with suppress(Exception):  # its client may see the refusal of the next request first
+        call(stage.remote, tokens.access, way, command=f"exec sleep {long}", timeout=90)
+    revoking.join()
+    assert time.monotonic() - started < 60
+    wait_for(lambda: not running(long))
+
+
 def test_stream_lives_on_with_the_newest_token_seen_on_it(
     stage: Stage, stream_of: Callable[..., Stream]
 ) -> None:

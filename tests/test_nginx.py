@@ -209,6 +209,16 @@ def test_only_messages_may_be_large(trusting: Behind, path: str) -> None:
     assert "nginx" in answer.text
 
 
+def test_large_message_without_a_login_reaches_no_disk_and_is_told_why(trusting: Behind) -> None:
+    """All of it is sent before an answer is looked for, as many clients do."""
+    for token in ({}, {"Authorization": "Bearer made-up"}):
+        with oauth.http_from() as http:
+            answer = http.post(f"{trusting.url}/mcp", content=b"x" * 20_000_000, headers=token)
+        assert answer.status_code == 401
+        assert "resource_metadata" in answer.headers["WWW-Authenticate"]
+    assert not [path for path in (trusting.nginx_folder / "body").rglob("*") if path.is_file()]
+
+
 def test_wrong_account_is_refused_through_nginx(
     trusting: Behind, app_of: Callable[..., App], browser_of: Callable[..., Browser]
 ) -> None:

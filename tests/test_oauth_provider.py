@@ -830,9 +830,11 @@ def test_a_description_that_cannot_be_had_costs_nobody_a_registration(
     """`invalid_client` would have an application throw its tokens away, because its own host is down for a minute."""
     url, pages = web
     pages |= {} if page is None else {"/client.json": page}
-    is_page(here.authorize(client_id=f"{url}/client.json"), 400, "cannot be looked up")
+    shown = here.authorize(client_id=f"{url}/client.json")
+    is_page(shown, 503, "cannot be looked up")
     asked = here.token(client_id=f"{url}/client.json", grant_type="refresh_token")
-    refused(asked, "temporarily_unavailable")
+    refused(asked, "temporarily_unavailable", 503)
+    assert shown.headers["Retry-After"] == asked.headers["Retry-After"] == "5"
 
 
 def test_a_host_whose_certificate_nobody_signed_is_not_believed(
@@ -841,7 +843,7 @@ def test_a_host_whose_certificate_nobody_signed_is_not_believed(
     url, pages = web
     pages["/client.json"] = described(url)
     monkeypatch.delenv("SSL_CERT_FILE")
-    is_page(here.authorize(client_id=f"{url}/client.json"), 400, "cannot be looked up")
+    is_page(here.authorize(client_id=f"{url}/client.json"), 503, "cannot be looked up")
 
 
 @pytest.mark.parametrize("place", ["jwks", "jwks_uri"])
