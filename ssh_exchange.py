@@ -24,6 +24,7 @@ _TICK_SECONDS = 0.25
 _GRACE_SECONDS = 0.5
 _PULSE_SECONDS = 1.0
 _LINE_BYTES = 120
+_PACKETS = 16
 
 
 @dataclass
@@ -93,7 +94,7 @@ class Exchange:
             request, stdin = task.request(dialect)
             session.exec(request)
         else:
-            stdin = task.line(dialect)
+            stdin = task.line_ahead(dialect)
         self.dialect = dialect
         self.outcome = Outcome(Kept(budget), Kept(budget))
         self.signal_sent: str | None = None
@@ -103,8 +104,8 @@ class Exchange:
         self._greeting = greeting
         self._input = memoryview(stdin)
         self._fed = False
-        self._out = _Marked(task.mark, rb" (\d{1,10}|no)", self.outcome.out)
-        self._err = _Marked(task.mark, b"()", self.outcome.err)
+        self._out = _Marked(task.mark, _OUT_MARKED, self.outcome.out)
+        self._err = _Marked(task.mark, _ERR_MARKED, self.outcome.err)
         self._grace: _Grace | None = None
 
     def finish(self, deadline: float, check: Cancelled, *, until_started: bool = False) -> bool:
@@ -117,7 +118,8 @@ class Exchange:
                 return False
             check()
             if not moved:
-                self._session.wait(min(_TICK_SECONDS, max(0.0, deadline - time.monotonic())))
+                left = max(0.0, deadline - time.monotonic())
+                self._session.wait(min(_TICK_SECONDS, left), packets=_PACKETS)
 
     def step(self) -> tuple[int, bool]:
         """Move what can be moved without waiting; return how many bytes that were, and whether all is over."""
@@ -209,12 +211,17 @@ class _Grace:
 _FLOOD_BYTES = 256 * 1024
 
 
+_OUT_MARKED = re.compile(rb" (\d{1,10}|no)\r?\n")
+_ERR_MARKED = re.compile(rb"()\r?\n")
+
+
 class _Marked:
     """One stream: what comes before the mark belongs to rc files, what comes after it to the command."""
 
-    def __init__(self, mark: str, word: bytes, kept: Kept) -> None:
+    def __init__(self, mark: str, word: re.Pattern[bytes], kept: Kept) -> None:
         self.said: bytes | None = None
-        self._line = re.compile(mark.encode() + word + rb"\r?\n")
+        self._mark = mark.encode()
+        self._word = word
         self._kept = kept
         self._before = bytearray()
 
@@ -223,12 +230,21 @@ class _Marked:
             self._kept.add(data)
             return
         self._before += data
-        if found := self._line.search(self._before):
+        if found := self._found():
             self.said = found[1]
             self._kept.add(bytes(self._before[found.end() :]))
             self._before.clear()
         else:
             del self._before[: -64 * 1024]
+
+    def _found(self) -> re.Match[bytes] | None:
+        """Find the mark and its word. The mark is no part of the pattern: to compile one costs more than a call."""
+        at = self._before.find(self._mark)
+        while at >= 0:
+            if found := self._word.match(self._before, at + len(self._mark)):
+                return found
+            at = self._before.find(self._mark, at + 1)
+        return None
 
     def greeted_with(self, greeting: bytes) -> bool:
         """Whether all that came, without a mark, ends in this line: what reads the streams shows what is printed."""
