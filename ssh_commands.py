@@ -177,6 +177,7 @@ class Commands:
 
         with self._running:
             dialect = self._dialects.get(target, "unknown")
+            found_none = dialect == "unknown"  # and so could have no warm shell
             exchange = attempt(task, dialect, warm=True)
             if exchange.outcome.unread:
                 exchange = attempt(task, dialect)
@@ -185,7 +186,7 @@ class Commands:
                 dialect = "foreign"
                 exchange = attempt(task, dialect)
             outcome = exchange.outcome
-            if outcome.answered and target not in self._dialects:
+            if outcome.answered and (found_none or target not in self._dialects):
                 self._dialects[target] = "posix" if dialect == "unknown" else dialect
                 self._pool.expect(target, _AHEAD[self._dialects[target]])
             elif not outcome.answered:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
@@ -27,6 +28,7 @@ from fastmcp import Client, FastMCP
 from conftest import Server, make_server, nobody_cancels
 from relay import Relay
 from settings import Settings, Target
+from ssh_answers import CommandResult
 from ssh_commands import Commands
 from ssh_files import Files
 from ssh_pool import Pool
@@ -34,19 +36,39 @@ from ssh_pool import Pool
 _BIG_BYTES = 60_000_000
 _WRITTEN_BYTES = 30_000_000
 _ROUND_TRIP_SECONDS = 0.05
+_FLOOD = "head -c 100000000 /dev/zero"
+_WARM_UP = 5
 
-Row = tuple[str, str, float]
+
+@dataclass
+class Row:
+    """One figure of one contender; `limit` is what the ratio to the first row of the same `what` must not exceed."""
+
+    what: str
+    by: str
+    value: float
+    limit: float | None = None
+    unit: str = "ms"
+
+
+Contenders = dict[str, Callable[[], object]]
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Return how long `work` takes, in seconds."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def median(work: Callable[[], object], times: int) -> float:
     """Return the median of how long `work` takes, in seconds, after one call to warm up."""
     work()
-    taken = []
-    for _ in range(times):
-        started = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
+    return statistics.median(timed(work) for _ in range(times))
+
+
+def p95(taken: list[float]) -> float:
+    return statistics.quantiles(taken, n=20)[-1]
 
 
 @contextmanager
@@ -98,70 +120,121 @@ def paramiko_read(sftp: paramiko.SFTPClient, path: str) -> bytes:
         return data
 
 
-def commands(server: Server, settings: Settings, port: int, times: int) -> Iterator[Row]:
-    """Yield how long `true` takes, one call after the other."""
-    what = "`true`, one after the other"
-    with control_master(server, port) as ssh:
-        yield what, "ssh, ControlMaster", median(lambda: subprocess.run([*ssh, "true"], check=True), times)
-    for nodelay in (False, True):
-        with plain_paramiko(server, port, nodelay=nodelay) as client:
-            name = "Paramiko exec_command" + (", TCP_NODELAY" if nodelay else "")
-            yield what, name, median(lambda: paramiko_command(client, "true"), times)
+def commands(
+    server: Server, settings: Settings, port: int, times: int, *, round_trip: float | None
+) -> Iterator[Row]:
+    """Yield how long `true` takes. The contenders take turns, so that each meets the same machine."""
+    what = "`true`, in turn"
     pool = Pool(settings)
     ours, target = Commands(pool, settings), Target("tester", "127.0.0.1", port)
-    yield (
-        what,
-        "this server, in Python",
-        median(lambda: ours.run(target, "true", cancelled=nobody_cancels), times),
-    )
+
+    def by_us() -> None:
+        ours.run(target, "true", cancelled=nobody_cancels)
+
+    with (
+        control_master(server, port) as ssh,
+        plain_paramiko(server, port, nodelay=False) as slow,
+        plain_paramiko(server, port, nodelay=True) as fast,
+        echo(pool, target) as there_and_back,
+    ):
+        contenders: Contenders = {
+            "ssh, ControlMaster": lambda: subprocess.run([*ssh, "true"], check=True),
+            "Paramiko exec_command": lambda: paramiko_command(slow, "true"),
+            "Paramiko exec_command, TCP_NODELAY": lambda: paramiko_command(fast, "true"),
+            "this server, in Python": by_us,
+            "(one byte to a waiting `cat` and back, in this process)": there_and_back,
+        }
+        taken = asyncio.run(in_turn(contenders, settings, times))
+    medians = {by: statistics.median(times) for by, times in taken.items()}
+    limits = {"this server, in Python": None if round_trip else 0.25}
+    for by in medians:
+        yield Row(what, by, medians[by], limits.get(by))
+    less = medians["this server, MCP client in memory"] - medians["(an empty tool of a bare FastMCP server)"]
+    yield Row(what, "this server, MCP client, less the empty tool", less, None if round_trip else 0.3)
+    if round_trip:
+        name = "this server, in Python"
+        yield Row("`true`, in round trips", "(one round trip)", round_trip)
+        yield Row("`true`, in round trips", name, medians[name], 1.3)
+        yield Row("`true`, in round trips", f"{name}, 95th percentile", p95(taken[name]), 1.6)
+    else:
+        yield Row("`true`, 100 without a pause", "this server, in Python", median(by_us, 100))
     pool.close()
-    over, empty = asyncio.run(through_mcp(settings, times))
-    yield what, "this server, MCP client in memory", over
-    yield what, "(an empty tool of a bare FastMCP server)", empty
 
 
-async def through_mcp(settings: Settings, times: int) -> tuple[float, float]:
-    """Return the medians of `true` through our tool, and of a tool that does nothing."""
+@contextmanager
+def echo(pool: Pool, target: Target) -> Iterator[Callable[[], None]]:
+    """Keep a session on which `cat` waits; yield what sends it a byte and waits for that."""
+    with pool.session(target, time.monotonic() + 10, nobody_cancels) as session:
+        session.exec("echo; exec cat")
+
+        def come() -> None:
+            while not session.read()[0]:
+                session.wait(1)
+
+        def there_and_back() -> None:
+            session.send(b"x", 1)
+            come()
+
+        come()
+        yield there_and_back
+
+
+async def in_turn(contenders: Contenders, settings: Settings, times: int) -> dict[str, list[float]]:
+    """Let the contenders take turns, and with them MCP clients of our tool and of two tools that do nothing."""
     for name, value in settings.model_dump(exclude_none=True).items():
         os.environ[name.upper()] = str(value)
     import app
 
     bare: FastMCP[None] = FastMCP("bare")
+    answer = CommandResult(
+        status="exited", exit_code=0, signal=None, stdout="", stderr="", stdout_bytes=0, stderr_bytes=0,
+        stdout_omitted=0, stderr_omitted=0, duration_seconds=0, target="",
+    )  # fmt: skip
 
     @bare.tool
     def nothing() -> dict[str, str]:
         return {}
 
-    async def timed(server: FastMCP[None], tool: str, arguments: dict[str, str]) -> float:
-        taken = []
-        async with Client(server) as client:
-            for _ in range(times + 1):
+    @bare.tool
+    def same_fields() -> CommandResult:
+        return answer
+
+    taken: dict[str, list[float]] = {}
+    async with Client(app.mcp) as over, Client(bare) as empty:
+        calls = {
+            "this server, MCP client in memory": (over, "ssh_execute", {"command": "true"}),
+            "(an empty tool of a bare FastMCP server)": (empty, "nothing", {}),
+            "(one that returns our fields, and does nothing)": (empty, "same_fields", {}),
+        }
+        for _ in range(times + _WARM_UP):
+            for by, work in contenders.items():
+                taken.setdefault(by, []).append(timed(work))
+            for by, (client, tool, arguments) in calls.items():
                 started = time.perf_counter()
                 await client.call_tool(tool, arguments)
-                taken.append(time.perf_counter() - started)
-        return statistics.median(taken[1:])
-
-    return await timed(app.mcp, "ssh_execute", {"command": "true"}), await timed(bare, "nothing", {})
+                taken.setdefault(by, []).append(time.perf_counter() - started)
+    return {by: all_of_them[_WARM_UP:] for by, all_of_them in taken.items()}
 
 
-def slow_rc(server: Server) -> Iterator[Row]:
+def slow_rc(server: Server, settings: Settings, port: int) -> Iterator[Row]:
     """Yield how long `true` takes where a shell needs 150 ms to start, one call every 0.3 s."""
     what = "`true`, a `.bashrc` of 150 ms"
     rc = server.home / ".bashrc"
     rc.write_text("sleep 0.15\n")
-    with plain_paramiko(server, server.port, nodelay=True) as client:
-        yield what, "Paramiko exec_command, TCP_NODELAY", median(lambda: paramiko_command(client, "true"), 10)
-    pool = Pool(server.settings())
-    ours = Commands(pool, server.settings())
+    with plain_paramiko(server, port, nodelay=True) as client:
+        plain = median(lambda: paramiko_command(client, "true"), 10)
+    yield Row(what, "Paramiko exec_command, TCP_NODELAY", plain)
+    pool = Pool(settings)
+    ours, target = Commands(pool, settings), Target("tester", "127.0.0.1", port)
     taken = []
     for _ in range(20):
         time.sleep(0.3)
-        started = time.perf_counter()
-        ours.run(server.target, "true", cancelled=nobody_cancels)
-        taken.append(time.perf_counter() - started)
+        taken.append(timed(lambda: ours.run(target, "true", cancelled=nobody_cancels)))
     pool.close()
     rc.unlink()
-    yield what, "this server, in Python", statistics.median(taken[1:])
+    yield Row(
+        what, "this server, in Python", statistics.median(taken[1:]), 0.1 if port == server.port else None
+    )
 
 
 def first_command(server: Server) -> Iterator[Row]:
@@ -169,76 +242,127 @@ def first_command(server: Server) -> Iterator[Row]:
     what = "first command, login included"
     with control_master(server, server.port) as ssh:
         alone = [*ssh[:-3], ssh[-1]]
-    yield what, "ssh, no ControlMaster", median(lambda: subprocess.run([*alone, "true"], check=True), 10)
+    by_ssh = median(lambda: subprocess.run([*alone, "true"], check=True), 10)
+    yield Row(what, "ssh, no ControlMaster", by_ssh)
+
+    def by_paramiko() -> None:
+        with plain_paramiko(server, server.port, nodelay=True) as client:
+            paramiko_command(client, "true")
+
+    yield Row(what, "Paramiko", median(by_paramiko, 10))
 
     def by_us() -> None:
         pool = Pool(server.settings())
         Commands(pool, server.settings()).run(server.target, "true", cancelled=nobody_cancels)
         pool.close()
 
-    yield what, "this server, in Python", median(by_us, 10)
+    yield Row(what, "this server, in Python", median(by_us, 10), 1.2)
 
 
-def burst(settings: Settings, port: int) -> Iterator[Row]:
+def burst(server: Server, settings: Settings, port: int) -> Iterator[Row]:
     """Yield what 20 calls at once cost after 30 s of quiet, beside one round trip."""
     pool = Pool(settings)
     ours, target = Commands(pool, settings), Target("tester", "127.0.0.1", port)
 
-    def call(_: int) -> float:
-        started = time.perf_counter()
-        ours.run(target, "true", cancelled=nobody_cancels)
-        return time.perf_counter() - started
+    def by_us(_: int) -> float:
+        return timed(lambda: ours.run(target, "true", cancelled=nobody_cancels))
 
-    with ThreadPoolExecutor(20) as threads:
-        list(threads.map(call, range(20)))
+    what, percentile = "20 calls at once after 30 s of quiet", "95th percentile"
+    yield Row(what, "(one round trip)", _ROUND_TRIP_SECONDS)
+    with ThreadPoolExecutor(20) as threads, plain_paramiko(server, port, nodelay=True) as client:
+        failures = 0
+
+        def by_paramiko(_: int) -> float:
+            nonlocal failures
+            started = time.perf_counter()
+            try:
+                paramiko_command(client, "true")
+            except paramiko.SSHException:
+                failures += 1
+            return time.perf_counter() - started
+
+        list(threads.map(by_us, range(20)))
         time.sleep(30)
-        taken = sorted(threads.map(call, range(20)))
+        taken = list(threads.map(by_paramiko, range(20)))
+        yield Row(what, f"Paramiko, one connection, {percentile}, {failures} failed", p95(taken))
+        taken = list(threads.map(by_us, range(20)))
+        yield Row(what, f"this server, in Python, {percentile}", p95(taken), 2.5)
     pool.close()
-    what = "20 calls at once after 30 s of quiet"
-    yield what, "(one round trip)", _ROUND_TRIP_SECONDS
-    yield what, "this server, in Python, 95th percentile", taken[18]
 
 
 def at_once(server: Server, callers: int) -> Iterator[Row]:
     """Yield how long many callers of `sleep 0.2` wait together."""
-    what = f"{callers} x `sleep 0.2` at once, all answered"
+    what = f"{callers} x `sleep 0.2` at once"
     settings = server.settings()
     pool = Pool(settings)
     ours = Commands(pool, settings)
-    started = time.perf_counter()
-    with ThreadPoolExecutor(callers) as threads:
-        calls = [
-            threads.submit(ours.run, server.target, "sleep 0.2", cancelled=nobody_cancels)
-            for _ in range(callers)
-        ]
-        assert all(call.result().exit_code == 0 for call in calls)
-    yield (
-        what,
-        f"this server, {pool.open_targets()[server.target]} connections",
-        time.perf_counter() - started,
-    )
+    limit = {50: 1.2, 200: 3.0}[callers]
+    yield Row(what, "(one second)", 1.0)
+
+    def all_of(work: Callable[[], object]) -> tuple[float, int]:
+        started = time.perf_counter()
+        with ThreadPoolExecutor(callers) as threads:
+            calls = [threads.submit(work) for _ in range(callers)]
+            failed = sum(call.exception() is not None for call in calls)
+        return time.perf_counter() - started, failed
+
+    with plain_paramiko(server, server.port, nodelay=True) as client:
+        seconds, failed = all_of(lambda: paramiko_command(client, "sleep 0.2"))
+        yield Row(what, f"Paramiko, one connection, {failed} failed", seconds)
+
+    def by_us() -> None:
+        assert ours.run(server.target, "sleep 0.2", cancelled=nobody_cancels).exit_code == 0
+
+    seconds, failed = all_of(by_us)
+    connections = pool.open_targets()[server.target]
+    yield Row(what, f"this server, {connections} connections, {failed} failed", seconds, limit)
     pool.close()
 
 
 def output(server: Server) -> Iterator[Row]:
-    """Yield how long 100 MB of output take."""
-    what, command = "100 MB of output", "head -c 100000000 /dev/zero"
-    with control_master(server, server.port) as ssh:
-        yield (
-            what,
-            "ssh, ControlMaster",
-            median(lambda: subprocess.run([*ssh, command], check=True, stdout=subprocess.DEVNULL), 3),
-        )
-    with plain_paramiko(server, server.port, nodelay=True) as client:
-        yield what, "Paramiko exec_command", median(lambda: paramiko_command(client, command), 3)
-    pool = Pool(server.settings())
-    ours = Commands(pool, server.settings())
-    yield (
-        what,
-        "this server, in Python",
-        median(lambda: ours.run(server.target, command, cancelled=nobody_cancels), 3),
-    )
+    """Yield how long 100 MB of output take, in turn, and the most memory that a process of its own had."""
+    settings = server.settings()
+    pool = Pool(settings)
+    ours = Commands(pool, settings)
+    with (
+        control_master(server, server.port) as ssh,
+        plain_paramiko(server, server.port, nodelay=True) as client,
+    ):
+        contenders: Contenders = {
+            "ssh, ControlMaster": lambda: subprocess.run(
+                [*ssh, _FLOOD], check=True, stdout=subprocess.DEVNULL
+            ),
+            "Paramiko exec_command": lambda: paramiko_command(client, _FLOOD),
+            "this server, in Python": lambda: ours.run(server.target, _FLOOD, cancelled=nobody_cancels),
+        }
+        rounds = [{by: timed(work) for by, work in contenders.items()} for _ in range(6)]
     pool.close()
+    for by in contenders:
+        limit = 1.25 if by.startswith("this") else None
+        yield Row("100 MB of output (1.25 of the time is 0.8 of the speed)", by,
+                  statistics.median(one[by] for one in rounds[1:]), limit)  # fmt: skip
+    what = "the same, most resident memory, FastMCP imported"
+    yield Row(what, "(1 MB)", 1.0, unit="MB")
+    for by, name, most in (("paramiko", "Paramiko exec_command", None), ("us", "this server", 250.0)):
+        command = [sys.executable, __file__, by, str(server.port), str(server.folder)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        yield Row(what, name, int(done.stdout) / 1024, most, unit="MB")
+
+
+def resident_kb(by: str, port: int, folder: Path) -> int:
+    """Return the most memory that this process had resident, after it ran the flood once. Linux only."""
+    server = Server(folder, port, None, folder / "sshd_config")  # type: ignore[arg-type]
+    if by == "paramiko":
+        with plain_paramiko(server, port, nodelay=True) as client:
+            paramiko_command(client, _FLOOD)
+    else:
+        pool = Pool(server.settings())
+        Commands(pool, server.settings()).run(server.target, _FLOOD, cancelled=nobody_cancels)
+        pool.close()
+    (line,) = (
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+    )
+    return int(line.split()[1])
 
 
 def files(server: Server, settings: Settings, port: int, times: int) -> Iterator[Row]:
@@ -252,8 +376,8 @@ def files(server: Server, settings: Settings, port: int, times: int) -> Iterator
     with control_master(server, port) as ssh, plain_paramiko(server, port, nodelay=True) as client:
         sftp = client.open_sftp()
         small, big, write = "read 2 KB", f"read {_BIG_BYTES >> 20} MiB", f"write {_WRITTEN_BYTES >> 20} MiB"
-        yield small, "Paramiko SFTP", median(lambda: paramiko_read(sftp, "small"), times)
-        yield (
+        yield Row(small, "Paramiko SFTP", median(lambda: paramiko_read(sftp, "small"), times))
+        yield Row(
             small,
             "this server, in Python",
             median(lambda: ours.read(target, "small", cancelled=nobody_cancels), times),
@@ -263,7 +387,9 @@ def files(server: Server, settings: Settings, port: int, times: int) -> Iterator
         def by_sftp(line: str) -> None:
             subprocess.run(batch, input=line, text=True, check=True, stdout=subprocess.DEVNULL)
 
-        yield big, "sftp get, ControlMaster", median(lambda: by_sftp(f"get big {server.folder}/got\n"), 1)
+        yield Row(
+            big, "sftp get, ControlMaster", median(lambda: by_sftp(f"get big {server.folder}/got\n"), 1)
+        )
         whole = len((server.home / "big").read_bytes())
 
         def by_us() -> None:
@@ -278,9 +404,11 @@ def files(server: Server, settings: Settings, port: int, times: int) -> Iterator
                     cancelled=nobody_cancels,
                 )
 
-        yield big, "this server, in Python (8 MiB windows)", median(by_us, 1)
-        yield write, "sftp put, ControlMaster", median(lambda: by_sftp(f"put {server.home}/source put\n"), 1)
-        yield (
+        yield Row(big, "this server, in Python (8 MiB windows)", median(by_us, 1))
+        yield Row(
+            write, "sftp put, ControlMaster", median(lambda: by_sftp(f"put {server.home}/source put\n"), 1)
+        )
+        yield Row(
             write,
             "this server, in Python (atomic)",
             median(lambda: ours.write(target, "put", written, cancelled=nobody_cancels), 1),
@@ -289,11 +417,15 @@ def files(server: Server, settings: Settings, port: int, times: int) -> Iterator
 
 
 def print_table(title: str, rows: Iterator[Row]) -> None:
-    print(f"\n{title}\n\n| what | by | median | ratio to the first |\n|---|---|---|---|")
+    print(f"\n## {title}\n\n| what | by | median | ratio to the first | must reach |\n|---|---|---|---|---|")
     first: dict[str, float] = {}
-    for what, by, seconds in rows:
-        first.setdefault(what, seconds)
-        print(f"| {what} | {by} | {seconds * 1000:.1f} ms | {seconds / first[what]:.2f} |", flush=True)
+    for row in rows:
+        value = f"{row.value * 1000:.1f}" if row.unit == "ms" else f"{row.value:.0f}"
+        ratio = row.value / first.setdefault(row.what, row.value)
+        verdict = (
+            "" if row.limit is None else f"{row.limit:g}: {'reached' if ratio <= row.limit else 'missed'}"
+        )
+        print(f"| {row.what} | {row.by} | {value} {row.unit} | {ratio:.2f} | {verdict} |", flush=True)
 
 
 def main() -> None:
@@ -304,14 +436,17 @@ def main() -> None:
         server.known_hosts.write_text(known + known.replace(f":{server.port}", f":{relay.port}"))
         far = server.settings(ssh_default_port=relay.port)
         try:
-            print_table("Loopback", commands(server, server.settings(), server.port, 100))
-            print_table("50 ms round trip", commands(server, far, relay.port, 10))
+            print_table("Loopback", commands(server, server.settings(), server.port, 100, round_trip=None))
+            print_table(
+                "50 ms round trip", commands(server, far, relay.port, 40, round_trip=_ROUND_TRIP_SECONDS)
+            )
             print_table(
                 "Many at once, loopback", (row for count in (50, 200) for row in at_once(server, count))
             )
-            print_table("Slow rc file, loopback", slow_rc(server))
+            print_table("Slow rc file, loopback", slow_rc(server, server.settings(), server.port))
+            print_table("Slow rc file, 50 ms round trip", slow_rc(server, far, relay.port))
             print_table("First command, loopback", first_command(server))
-            print_table("Burst, 50 ms round trip", burst(far, relay.port))
+            print_table("Burst, 50 ms round trip", burst(server, far, relay.port))
             print_table("Output, loopback", output(server))
             print_table("Files, loopback", files(server, server.settings(), server.port, 100))
             print_table("Files, 50 ms round trip", files(server, far, relay.port, 10))
@@ -321,4 +456,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:]:
+        print(resident_kb(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])))
+    else:
+        main()
