@@ -1,10 +1,11 @@
 """SSH MCP Server: the FastMCP application and its seven tools.
 
-`fastmcp run app.py`, `python app.py` and `ssh-mcp-server` all serve `mcp`. A tool names its target, calls the room
-that does the work, and returns an answer that has fields for programs and a text for people. Tools run in threads,
-since SSH blocks; a client that cancels, or goes away, ends what its waiting calls run.
+`fastmcp run app.py`, `python app.py` and `ssh-mcp-server` all serve `mcp`, over stdio or HTTP. A tool names its target,
+calls the room that does the work, and returns an answer that has fields for programs and a text for people. Tools run
+in threads, since SSH blocks; a client that cancels, or goes away, ends what its waiting calls run.
 """
 
+import asyncio
 import base64
 import binascii
 import logging
@@ -12,18 +13,18 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import wraps
 from types import FrameType
-from typing import Annotated, Any, Literal, NoReturn, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, Protocol, TypeVar
 
 import anyio.from_thread
 import anyio.to_thread
 import fastmcp
 from fastmcp import FastMCP
 from fastmcp.exceptions import ToolError, ValidationError
-from fastmcp.server.dependencies import get_context
+from fastmcp.server.dependencies import get_access_token, get_context
 from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
 from fastmcp.tools.base import ToolResult
 from pydantic import Field
@@ -41,9 +42,14 @@ from ssh_kill import Signal
 from ssh_output import visible
 from ssh_policy import Reach
 from ssh_pool import Pool
+from ssh_shells import Task
 from ssh_system import SystemInfo, SystemReports
 
+if TYPE_CHECKING:
+    from fastmcp.server.http import StarletteWithLifespan
+
 _MOST_CALLS_AT_ONCE = 256
+_MOST_FILES = 65_536
 _ERROR_CHARACTERS = 1000
 _FINISH_SECONDS = 3.0
 
@@ -63,11 +69,11 @@ class Answer(Protocol):
 class Services:
     """What the tools work with, made from one set of settings."""
 
-    def __init__(self, current: Settings) -> None:
+    def __init__(self, current: Settings, job_key: Callable[[], str | Sequence[bytes]]) -> None:
         self.reach = Reach(current)
         self.pool = Pool(current)
         self.commands = Commands(self.pool, current)
-        self.jobs = Jobs(self.commands, local_key)
+        self.jobs = Jobs(self.commands, job_key)
         self.files = Files(self.pool, current)
         self.systems = SystemReports(self.commands.script)
 
@@ -92,7 +98,7 @@ async def _lifespan(_: FastMCP[None]) -> AsyncIterator[None]:
     """Keep the services while the server runs; signals end it as the end of stdin does."""
     global _services
     anyio.to_thread.current_default_thread_limiter().total_tokens = _MOST_CALLS_AT_ONCE
-    services = _services = Services(settings.load())
+    services = _services = Services(settings.load(), mcp.job_key)
     try:
         with _ended_by_signals(services):
             yield
@@ -175,14 +181,72 @@ def answers(tool: Callable[P, A]) -> Callable[P, A]:
     return call
 
 
-class _Server(FastMCP[None]):
-    """FastMCP, without the transports that need a login."""
+_UVICORN: dict[str, Any] = {
+    "proxy_headers": False,  # the application knows which proxies to believe
+    "access_log": False,  # it would hold codes, and goes to stdout
+    "log_config": None,
+    "server_header": False,
+    "ws": "none",
+}
 
-    def http_app(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: over HTTP anybody could come, and there is no login yet."""
-        raise SettingsError(
-            "HTTP transports need a login (OAuth), which this version does not have; use stdio"
+
+class _Server(FastMCP[None]):
+    """FastMCP, whose HTTP transports are one application behind the login."""
+
+    job_key: Callable[[], str | Sequence[bytes]] = staticmethod(local_key)
+    _listens_on: str | None = None
+
+    async def run_http_async(self, *args: Any, **kwargs: Any) -> None:
+        """Serve over HTTP until told to stop; a setting that cannot be used ends the process before it listens."""
+        host = kwargs.get("host") or fastmcp.settings.host
+        self._listens_on = settings.http_url(host, kwargs.get("port") or fastmcp.settings.port)
+        logging.getLogger("uvicorn").handlers = _log.handlers
+        _allow_many_connections()
+        kwargs["uvicorn_config"] = _UVICORN | (kwargs.get("uvicorn_config") or {})
+        try:
+            await super().run_http_async(*args, **kwargs)
+        except SettingsError as error:
+            settings.exit_for(error)
+
+    def http_app(self, *args: Any, **kwargs: Any) -> "StarletteWithLifespan":
+        """Return the application that serves both HTTP transports. Raises SettingsError without a complete login."""
+        import http_server  # what only HTTP needs takes a second to import
+
+        current = settings.load()
+        login = settings.login(current, self._listens_on)
+        self.job_key = lambda: login.session_keys[::-1]  # itsdangerous signs with the last
+        return http_server.http_app(
+            self,
+            login,
+            current.forwarded_allow_ips,
+            lambda: anyio.to_thread.run_sync(_default_target_report),
+            json_response=bool(kwargs.get("json_response")),
+            stateless=bool(kwargs.get("stateless_http")),
         )
+
+
+def _allow_many_connections() -> None:
+    """Raise the soft limit of file descriptors, usually 1024: each stream holds one, and each message another."""
+    if os.name != "posix":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with suppress(ValueError, OSError):  # macOS allows less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _default_target_report() -> dict[str, Any]:
+    """Tell whether the default target can be reached: for monitoring."""
+    try:
+        target = _ssh().reach.target(None, None, None)
+        _ssh().commands.script(target, ":", cancelled=_cancelled)
+    except SSHError as error:
+        return {"reachable": False, "error": visible(str(error))}
+    connections = _ssh().pool.open_targets().get(target, 0)
+    return {"reachable": True, "target": str(target), "connections": connections}
 
 
 fastmcp.settings.check_for_updates = "off"
@@ -213,14 +277,39 @@ Hash = Annotated[
 _cancelled = anyio.from_thread.check_cancelled
 
 
-def _progress(seconds: float, size: int, line: str) -> None:
-    """Tell the client how the call goes on, if it asked for that."""
-    message = f"{seconds:.0f} s, {size} bytes" + (f": {line}" if line else "")
-    anyio.from_thread.run(get_context().report_progress, seconds, None, message)
+class _Telling:
+    """Tells one call's client how it goes on, if it asked for that.
+
+    Whoever waits for a command must not wait for its client: a notification that fails ends nothing, and while one
+    is on its way no other is sent.
+    """
+
+    def __init__(self) -> None:
+        self._context = get_context()
+        self._sending: asyncio.Task[None] | None = None
+
+    def __call__(self, seconds: float, size: int, line: str) -> None:
+        message = f"{seconds:.0f} s, {size} bytes" + (f": {line}" if line else "")
+        anyio.from_thread.run_sync(self._send, seconds, message)
+
+    def _send(self, seconds: float, message: str) -> None:
+        if self._sending is None or self._sending.done():
+            self._sending = asyncio.create_task(self._context.report_progress(seconds, None, message))
+            self._sending.add_done_callback(_untold)
+
+
+def _untold(sending: asyncio.Task[None]) -> None:
+    if not sending.cancelled() and (error := sending.exception()):
+        _log.info("a progress notification was not sent: %s", error)
 
 
 def identity() -> str:
-    """Return who calls: over stdio everybody is the local user."""
+    """Return who calls: the e-mail address that the token names; over stdio everybody is the local user."""
+    token = get_access_token()
+    if token is not None:
+        return str(token.claims["email"])
+    if get_context().transport not in (None, "stdio"):
+        raise SSHError("this call came without a login; connect again")
     return "local"
 
 
@@ -259,39 +348,35 @@ def ssh_execute(
     next call, which waits again and returns what came since. Background processes do not hold the call.
     """
     ssh = _ssh()
+    begins = command is not None or cwd is not None or env is not None or bool(input) or background
     if job_id is None:
         if command is None or cursor is not None or signal is not None:
             raise ArgumentError(
                 "give a command, or the job_id of a running one; cursor and signal need job_id"
             )
         target = ssh.reach.target(host, user, port)
-        if background:
-            return ssh.jobs.start_background(
+        task = Task.of(command, cwd, env, input)
+        if not background:
+            return ssh.jobs.execute(
                 identity(),
                 target,
-                command,
-                cwd=cwd,
-                env=env,
-                stdin=input,
+                task,
                 timeout=timeout,
+                on_timeout=on_timeout,
                 cancelled=_cancelled,
+                progress=_Telling(),
             )
-        return ssh.jobs.execute(
-            identity(),
-            target,
-            command,
-            cwd=cwd,
-            env=env,
-            stdin=input,
-            timeout=timeout,
-            on_timeout=on_timeout,
-            cancelled=_cancelled,
-            progress=_progress,
-        )
-    if command is not None or cwd is not None or env is not None or input:
+        if on_timeout == "kill":
+            raise ArgumentError(
+                "a command in the background has no time-out: leave on_timeout out, or background; nothing was run"
+            )
+        return ssh.jobs.start_background(identity(), target, task, timeout=timeout, cancelled=_cancelled)
+    if begins:
         raise ArgumentError(
-            "give a command or a job_id, not both; command, cwd, env and input begin a new command"
+            "give a command or a job_id, not both; command, cwd, env, input and background begin a new command"
         )
+    if host is not None or user is not None or port is not None:
+        raise ArgumentError("a job_id says where its job runs; leave host, user and port out")
     runs_on = ssh.jobs.target_of(identity(), job_id)
     ssh.reach.target(runs_on.host, runs_on.user, runs_on.port)
     return ssh.jobs.go_on(
@@ -302,7 +387,7 @@ def ssh_execute(
         timeout=timeout,
         on_timeout=on_timeout,
         cancelled=_cancelled,
-        progress=_progress,
+        progress=_Telling(),
     )
 
 
@@ -500,6 +585,7 @@ try:
     _checked = settings.load()
     Reach(_checked)
     _log_to_stderr(_checked.log_level)
+    fastmcp.settings.host, fastmcp.settings.port = _checked.http_host, _checked.http_port
 except SettingsError as error:
     settings.exit_for(error)
 

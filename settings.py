@@ -10,19 +10,45 @@ import ipaddress
 import os
 import stat
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
-from platformdirs import user_config_path
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from platformdirs import user_config_path, user_state_path
+from pydantic import (
+    AfterValidator,
+    AnyHttpUrl,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 __version__ = "0.1.0"
 
 _HOST_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789._-")
 _USER_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-@+")
+
+_GOOGLE = "https://accounts.google.com/.well-known/openid-configuration"
+_SECRET_BYTES = 32
+_MAKE_SECRET = "make a good one with: openssl rand -hex 32"  # noqa: S105 - a command, not a secret
+_PLACEHOLDERS = (
+    "change-me",
+    "change_me",
+    "changeme",
+    "replace-me",
+    "replace_me",
+    "example",
+    "your-",
+    "your_",
+)
+
+_url = TypeAdapter(AnyHttpUrl, config=ConfigDict(url_preserve_empty_path=True))
 
 
 class SettingsError(Exception):
@@ -62,6 +88,64 @@ def user_token(text: str) -> str:
     if not user or len(user) > 64 or user.startswith("-") or not _USER_CHARACTERS.issuperset(user):
         raise ValueError("an account name: letters, digits and . _ - @ +")
     return user
+
+
+def is_loopback(host: str | None) -> bool:
+    """Tell whether a host is the machine that asks, by name or by address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host or "").is_loopback
+    except ValueError:
+        return False
+
+
+def _trusted_url(text: str) -> str:
+    """Return an https URL, or an http one of this machine, in its canonical form; else raise ValueError."""
+    url = str(_url.validate_python(text.strip()))
+    parts = urlsplit(url)
+    if parts.scheme != "https" and not is_loopback(parts.hostname):
+        raise ValueError("plain http leaves this machine")
+    if parts.username is not None or parts.password is not None or "#" in url:
+        raise ValueError("a URL without user name, password and fragment")
+    return url
+
+
+def _origin(text: str) -> str:
+    """Return the canonical origin, without a slash at its end; raise ValueError when there is more to the URL."""
+    url = _trusted_url(text).removesuffix("/")
+    if urlsplit(url).path or "?" in url:
+        raise ValueError("an origin without path and query")
+    return url
+
+
+def _state_url(text: str) -> str:
+    url = text.strip()
+    parts = urlsplit(url)
+    names_file = parts.scheme == "sqlite" and not parts.netloc and len(parts.path) > 1
+    names_server = parts.scheme in ("redis", "rediss") and bool(parts.hostname)
+    if not names_file and not (names_server and parts.port != 0):
+        raise ValueError("neither a file nor a Redis server")
+    return url
+
+
+def _networks(text: str) -> str:
+    """Return comma-separated addresses and networks as they stand if all can be read, else raise ValueError."""
+    for part in text.split(","):
+        ipaddress.ip_network(part.strip(), strict=False)
+    return text
+
+
+def _emails(text: str) -> str:
+    """Return comma-separated addresses as they stand if all can be used, else raise ValueError.
+
+    Only ASCII: letters of other alphabets that fold to the same one would let a stranger pass for somebody.
+    """
+    for part in text.split(","):
+        name, _, domain = part.strip().rpartition("@")
+        if not part.isascii() or not name or not domain or len(part.split()) != 1 or "*" in part:
+            raise ValueError("e-mail addresses")
+    return text
 
 
 def _os_user() -> str:
@@ -128,6 +212,35 @@ class Settings(BaseSettings):
     ssh_max_read_bytes: int = Field(
         65_536, ge=1_000, le=10_000_000, description="bytes, from 1000 to 10000000"
     )
+    http_host: Annotated[str, AfterValidator(host_token)] = Field(
+        "127.0.0.1", description="an address or a name of this machine to listen on"
+    )
+    http_port: Port = Field(3003, description="a port from 1 to 65535")
+    public_base_url: Annotated[str, AfterValidator(_origin)] | None = Field(
+        None,
+        description="an https URL without a path, such as https://mcp.example.com; plain http only on loopback",
+    )
+    google_client_id: str | None = Field(None, description="the OAuth client ID from Google's console")
+    google_client_secret: SecretStr | None = Field(
+        None, description="the OAuth client secret from Google's console"
+    )
+    google_discovery_url: Annotated[str, AfterValidator(_trusted_url)] = Field(
+        _GOOGLE, description="the https URL of an OpenID provider's discovery document"
+    )
+    allowed_email: Annotated[str, AfterValidator(_emails)] | None = Field(
+        None, description="who may log in: e-mail addresses in ASCII, with commas between them"
+    )
+    jwt_secret: SecretStr | None = Field(None, description="the key that signs access tokens")
+    session_secret: SecretStr | None = Field(
+        None, description="the key that signs sessions, client ids and job ids"
+    )
+    oauth_code_secret: SecretStr | None = Field(None, description="the key that signs authorization codes")
+    state_url: Annotated[str, AfterValidator(_state_url)] | None = Field(
+        None, repr=False, description="sqlite:///path or redis://host:port/db"
+    )
+    forwarded_allow_ips: Annotated[str, AfterValidator(_networks)] = Field(
+        "127.0.0.1", description="addresses or networks of proxies, with commas between them"
+    )
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR"],
         BeforeValidator(lambda v: v.upper() if isinstance(v, str) else v),
@@ -153,6 +266,89 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Let the environment win over the file, whose values come in as arguments."""
         return env_settings, init_settings
+
+
+@dataclass(frozen=True)
+class Login:
+    """A complete OAuth configuration. Of several keys the first signs and all verify. Its repr shows no secret."""
+
+    base_url: str
+    google_client_id: str
+    google_client_secret: SecretStr
+    discovery_url: str
+    allowed_emails: frozenset[str]
+    jwt_keys: tuple[bytes, ...] = field(repr=False)
+    session_keys: tuple[bytes, ...] = field(repr=False)
+    code_keys: tuple[bytes, ...] = field(repr=False)
+    state_url: str = field(repr=False)
+
+
+def login(current: Settings, base_url: str | None = None) -> Login:
+    """Return the OAuth configuration, without which HTTP is not served.
+
+    `base_url` is what the server really listens on, if not what the settings say; without PUBLIC_BASE_URL it is the
+    URL that clients see, as long as only this machine can reach it. Raises SettingsError for the first variable that
+    is missing or cannot be used.
+    """
+    names = ("jwt_secret", "session_secret", "oauth_code_secret")
+    keys = {name: _signing_keys(name, _needed(current, name)) for name in names}
+    every = [key for name in names for key in set(keys[name])]
+    if len(set(every)) != len(every):
+        raise SettingsError(f"JWT_SECRET, SESSION_SECRET and OAUTH_CODE_SECRET share a value; {_MAKE_SECRET}")
+    return Login(
+        base_url=_public_url(current, base_url),
+        google_client_id=_needed(current, "google_client_id"),
+        google_client_secret=SecretStr(_needed(current, "google_client_secret")),
+        discovery_url=current.google_discovery_url,
+        allowed_emails=frozenset(
+            part.strip().casefold() for part in _needed(current, "allowed_email").split(",")
+        ),
+        jwt_keys=keys["jwt_secret"],
+        session_keys=keys["session_secret"],
+        code_keys=keys["oauth_code_secret"],
+        state_url=current.state_url or _default_state_url(),
+    )
+
+
+def http_url(host: str, port: int) -> str:
+    """Return the plain http URL of an address and a port."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _needed(current: Settings, name: str) -> str:
+    value = getattr(current, name)
+    text = value.get_secret_value() if isinstance(value, SecretStr) else value
+    if text and text.strip():
+        return str(text).strip()
+    description = Settings.model_fields[name].description
+    remedy = f"{description}; {_MAKE_SECRET}" if name in _SIGNING else f"give {description}"
+    raise SettingsError(f"{name.upper()} is not set, and HTTP is not served without a login; {remedy}")
+
+
+def _signing_keys(name: str, text: str) -> tuple[bytes, ...]:
+    keys = tuple(part.strip().encode() for part in text.split(","))
+    if any(len(key) < _SECRET_BYTES for key in keys):
+        raise SettingsError(f"{name.upper()} has fewer than {_SECRET_BYTES} bytes; {_MAKE_SECRET}")
+    if any(mark in text.casefold() for mark in _PLACEHOLDERS):
+        raise SettingsError(f"{name.upper()} is the value of an example, which anybody knows; {_MAKE_SECRET}")
+    return keys
+
+
+def _public_url(current: Settings, listens_on: str | None) -> str:
+    if current.public_base_url is not None:
+        return current.public_base_url
+    url = listens_on or http_url(current.http_host, current.http_port)
+    if is_loopback(urlsplit(url).hostname):
+        return _origin(url)
+    description = Settings.model_fields["public_base_url"].description
+    raise SettingsError(
+        f"PUBLIC_BASE_URL is not set, and other machines can reach this server; give {description}"
+    )
+
+
+def _default_state_url() -> str:
+    path = user_state_path("ssh-mcp-server", appauthor=False) / "oauth" / "state.db"
+    return f"sqlite:///{path.as_posix().removeprefix('/')}"
 
 
 def env_file(named: Path | None = None) -> Path | None:
@@ -197,17 +393,16 @@ def _file_values(path: Path | None) -> dict[str, Any]:
         raise SettingsError(
             f"the settings file {path} cannot be read: {getattr(error, 'strerror', 'not UTF-8')}"
         ) from None
-    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO) and _SECRETS & values.keys():
+    holds_secret = _SECRETS & values.keys() or "@" in (values.get("state_url") or "")
+    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO) and holds_secret:
         raise SettingsError(f"{path} holds a secret and others may read it; run: chmod 600 {path}")
     return values
 
 
-_SECRETS = frozenset(
+_SIGNING = frozenset({"jwt_secret", "session_secret", "oauth_code_secret"})
+_SECRETS = _SIGNING | frozenset(
     {
         "google_client_secret",
-        "jwt_secret",
-        "session_secret",
-        "oauth_code_secret",
         "ssh_key_passphrase",
         "ssh_sudo_password",
     }
@@ -216,11 +411,13 @@ _SECRETS = frozenset(
 
 def _sentence(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False)[0]
-    field = str(first["loc"][0])
+    name = str(first["loc"][0])
     if first["msg"].endswith("unset it"):
-        return f"{field.upper()} is set, and {first['msg'].removeprefix('Value error, ')}"
-    held = "a value that cannot be used" if field in _SECRETS else repr(str(first["input"])[:100])
-    return f"{field.upper()} is {held}; give {Settings.model_fields[field].description}"
+        return f"{name.upper()} is set, and {first['msg'].removeprefix('Value error, ')}"
+    shown = str(first["input"])
+    hidden = name in _SECRETS or ("://" in shown and "@" in shown)  # a URL may hold a password
+    held = "a value that cannot be used" if hidden else repr(shown[:100])
+    return f"{name.upper()} is {held}; give {Settings.model_fields[name].description}"
 
 
 def exit_for(error: SettingsError) -> NoReturn:

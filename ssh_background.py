@@ -2,7 +2,10 @@
 
 `~/.cache/ssh-mcp/jobs/NAME` (0700) holds `stdin`, `stdout`, `stderr`, `pid` (process group, runner, when it started)
 and, once the command has ended, `status`. The runner is a subshell that belongs to nobody's connection: it outlives
-the SSH session, writes down how the command ended, and takes no notice of signals that its group gets.
+the SSH session, writes down how the command ended, and takes no notice of signals that its group gets. The command
+gets them all: INT too, which POSIX lets a shell ignore for good in what it starts with `&` (dash, ash and ksh do). So
+their runner is a part of a pipeline whose shell is killed instead of waiting. A Korn shell runs its subshells within
+itself, so `/bin/sh` is its runner, and starts the command as `$SHELL -c COMMAND`.
 
 Nothing but POSIX `sh` and its usual companions is needed there. Pure: text in, text out; no thread, no connection.
 """
@@ -30,7 +33,11 @@ _POLLS_A_SECOND = 5
 _ALIVE = """\
 j="$HOME/FOLDER"
 started_at() {
-  { read -r x <"/proc/$1/stat"; } 2>/dev/null || { ! kill -0 "$1" 2>/dev/null || echo -; return; }
+  if ! [ -e /proc/self/stat ]; then
+    ! kill -0 "$1" 2>/dev/null || echo "-$(ps -o lstart= -p "$1" 2>/dev/null | tr -d ' ')"
+    return
+  fi
+  { read -r x <"/proc/$1/stat"; } 2>/dev/null || return
   set -- ${x##*) }
   case $1 in Z|X) ;; *) echo "${20}" ;; esac
 }
@@ -72,20 +79,36 @@ _START = """\
 /bin/sh -c PREPARE || exit $?
 ssh_mcp_job="$HOME/FOLDER/NAME"
 [ -z "${ZSH_VERSION-}" ] || unsetopt bg_nice
-(
+ssh_mcp_run=RUNNER
+ssh_mcp_group=$$
+if [ -n "${BASH_VERSION-}${ZSH_VERSION-}" ]; then
+( eval "$ssh_mcp_run" ) &
+elif [ -n "${KSH_VERSION-}" ]; then
+/bin/sh -c KORN sh "$ssh_mcp_run" "$ssh_mcp_job" "$ssh_mcp_group" 2>/dev/null
+else
+{ ( eval "$ssh_mcp_run" | /bin/sh -c 'kill -s KILL $PPID' ); } 2>/dev/null
+fi
+echo started"""
+
+_KORN = """\
+ssh_mcp_login=yes ssh_mcp_job=$2 ssh_mcp_group=$3
+eval "$1" | kill -s KILL $$"""
+
+_RUNNER = """\
 exec </dev/null >/dev/null 2>&1
 trap : HUP INT QUIT TERM
-/bin/sh -c NOTE_PID sh "$ssh_mcp_job" $$
+/bin/sh -c NOTE_PID sh "$ssh_mcp_job" "$ssh_mcp_group"
 (
 trap - HUP INT QUIT TERM
-unset ssh_mcp_job
+unset ssh_mcp_job ssh_mcp_run ssh_mcp_group
 RUN
 ) <"$ssh_mcp_job/stdin" >"$ssh_mcp_job/stdout" 2>"$ssh_mcp_job/stderr"
-echo "$? $(date +%s)" >"$ssh_mcp_job/status.new"
+set -- $?
+[ "$1" -le 255 ] || set -- $(($1 - 128))
+echo "$1 $(date +%s)" >"$ssh_mcp_job/status.new"
 mv -f "$ssh_mcp_job/status.new" "$ssh_mcp_job/status"
 rm -f "$ssh_mcp_job/stdin"
-) &
-echo started"""
+"""
 
 _LOOK = (
     _ALIVE
@@ -93,7 +116,15 @@ _LOOK = (
 d="$j/NAME"
 [ -d "$d" ] || { echo gone; exit; }
 n=0
+size() { if [ -e "$1" ]; then echo $(($(wc -c <"$1"))); else echo 0; fi; }
+tell() {
+  f=stdout
+  [ -s "$d/$f" ] || f=stderr
+  last=$(tail -c 120 "$d/$f" 2>/dev/null | tail -n 1 | tr -d '\\000')
+  echo "$(($(size "$d/stdout") + $(size "$d/stderr"))) $last" >&2
+}
 while [ $n -lt POLLS ] && [ ! -e "$d/status" ] && alive "$d"; do
+  [ $((n % 5)) -ne 4 ] || tell
   if sleep 0.2 2>/dev/null; then n=$((n + 1)); else sleep 1; n=$((n + 5)); fi
 done
 s=running end=$(date +%s) since=$end
@@ -104,7 +135,6 @@ if [ -e "$d/status" ]; then
 fi
 { read -r g r at since <"$d/pid"; } 2>/dev/null
 case $since in ''|*[!0-9]*) since=$end ;; esac
-size() { if [ -e "$1" ]; then echo $(($(wc -c <"$1"))); else echo 0; fi; }
 parts() {
   rest=$(($1 - $2)) head=0 tail=0
   if [ $rest -lt 0 ]; then rest=0; fi
@@ -186,7 +216,8 @@ gone() {
 }
 tens='1 2 3 4 5 6 7 8 9 10'
 t=$(members)
-if [ -n "$t" ]; then kill -s TERM -- $t 2>/dev/null; fi
+if [ -z "$t" ]; then echo gone; exit; fi
+kill -s TERM -- $t 2>/dev/null
 if gone "$tens $tens" ''; then echo TERM; exit; fi
 if gone "$tens" KILL; then echo KILL; exit; fi
 echo KILL $(members)
@@ -205,6 +236,7 @@ class Look:
     sizes: tuple[int, int]
     out: Kept
     err: Kept
+    note: str | None = None
 
 
 def start(name: str, run: str) -> str:
@@ -213,12 +245,17 @@ def start(name: str, run: str) -> str:
     It reads the job's stdin to its end, and prints `started`; it ends with 3 where there can be no folder, with 4
     where a hundred jobs run already.
     """
-    text = _START.replace("PREPARE", quoted(_PREPARE)).replace("NOTE_PID", quoted(_NOTE_PID))
-    return text.replace("FOLDER", FOLDER).replace("NAME", name).replace("RUN", run)
+    runner = _RUNNER.replace("NOTE_PID", quoted(_NOTE_PID)).replace("FOLDER", FOLDER)
+    text = _START.replace("PREPARE", quoted(_PREPARE)).replace("FOLDER", FOLDER).replace("NAME", name)
+    text = text.replace("KORN", quoted(_KORN))
+    return text.replace("RUNNER", quoted(runner.replace("RUN", run)))
 
 
 def look(name: str, seen: tuple[int, int], seconds: float, budget: int) -> str:
-    """Return the program that waits for a job's end, `seconds` at most, and prints what `parsed` reads."""
+    """Return the program that waits for a job's end, `seconds` at most, and prints what `parsed` reads.
+
+    Each second or so it prints the bytes so far and the last line of output on stderr.
+    """
     return _filled(_LOOK, name, POLLS=int(seconds * _POLLS_A_SECOND), BUDGET=budget, OUT=seen[0], ERR=seen[1])
 
 
@@ -228,7 +265,10 @@ def signalling(name: str, signal: Signal) -> str:
 
 
 def ending(name: str) -> str:
-    """Return the program that ends a job as `ssh_kill.ending` ends a command."""
+    """Return the program that ends a job as `ssh_kill.ending` ends a command, and prints what that does.
+
+    It prints `ended` when the job had ended before.
+    """
     return _filled(_END, name)
 
 

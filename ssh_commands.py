@@ -5,9 +5,7 @@ shell's process id on both streams and hands the command line to the account's o
 prints is taken for the command's output, and the process group to kill is known. On a warm shell that is one round
 trip; without one, a session is opened first.
 
-A POSIX login shell reads the line itself. Another one (fish, tcsh) cannot, prints no mark and ends; then `/bin/sh`
-reads the line and starts `$SHELL -c COMMAND`. Which of the two a target needs is found out once; only a target of
-which that is known gets warm shells.
+Who reads the line where (`ssh_accounts`) is found out once.
 
 Invariants:
 
@@ -20,13 +18,13 @@ Invariants:
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 
 import ssh_background
 from settings import Settings, Target
+from ssh_accounts import AHEAD, Accounts, refuse_unless_carried
 from ssh_answers import CommandResult, Status
 from ssh_errors import ArgumentError, ConnectionLostError, SSHError
 from ssh_exchange import Exchange, Progress, Pulse, untold
@@ -34,7 +32,6 @@ from ssh_kill import Signal, ending, signalling
 from ssh_output import Kept, share, visible
 from ssh_pool import Cancelled, Pool
 from ssh_shells import Dialect, Task, start_ahead
-from ssh_warm import Prepare
 
 _log = logging.getLogger("ssh_mcp_server.commands")
 
@@ -42,12 +39,13 @@ _GRACE_SECONDS = 0.5
 _KILL_SECONDS = 8.0
 _START_SECONDS = 10.0
 _SCRIPT_BYTES = 1_000_000
+_SIGNAL_SECONDS = 2.0
+_NO_FOLDER = 3
 _TOO_MANY_JOBS = 4
-
-_AHEAD: dict[Dialect, Prepare] = {
-    "posix": partial(start_ahead, dialect="posix"),
-    "foreign": partial(start_ahead, dialect="foreign"),
-}
+_PLAIN_NOTE = (
+    "sent as a plain exec request, since no shell of this account reads more (forced command, restricted shell, or "
+    "an rc file that exits): what that runs is the account's choice"
+)
 
 
 class Commands:
@@ -56,7 +54,7 @@ class Commands:
     def __init__(self, pool: Pool, settings: Settings) -> None:
         self._pool = pool
         self.budget = settings.ssh_max_output_bytes
-        self._dialects: dict[Target, Dialect] = {}
+        self._accounts = Accounts(pool)
         self._stopping = threading.Event()
         self._running = _Count()
 
@@ -78,8 +76,14 @@ class Commands:
         there or an argument cannot be sent, UnreachableError and its kinds, and BusyError; in all these cases
         nothing was run. When `cancelled` raises, the command is killed first.
         """
-        started_at = time.monotonic()
         task = Task.of(command, cwd, env, stdin)
+        return self.run_task(target, task, timeout=timeout, cancelled=cancelled, progress=progress)
+
+    def run_task(
+        self, target: Target, task: Task, *, timeout: float, cancelled: Cancelled, progress: Progress = untold
+    ) -> CommandResult:
+        """Do as `run` does for a task."""
+        started_at = time.monotonic()
         exchange = self._run(target, task, started_at + timeout, cancelled, self.budget, progress=progress)
         return Running(target, exchange, started_at, self.budget).result()
 
@@ -111,10 +115,12 @@ class Commands:
         cancelled: Cancelled,
         timeout: float,
         most_bytes: int = _SCRIPT_BYTES,
+        progress: Progress = untold,
     ) -> bytes:
         """Do as `script` does, for a program that prints bytes, `most_bytes` at most."""
         task = Task(text, None, {}, b"", by_sh=True)
-        outcome = self._run(target, task, time.monotonic() + timeout, cancelled, most_bytes).outcome
+        deadline = time.monotonic() + timeout
+        outcome = self._run(target, task, deadline, cancelled, most_bytes, progress=progress).outcome
         if outcome.lost or outcome.killed:
             raise ConnectionLostError(f"{target} did not answer within {timeout:.0f} s")
         if outcome.exit_status != 0:
@@ -131,10 +137,15 @@ class Commands:
             )
         if outcome.exit_status == _TOO_MANY_JOBS:
             raise SSHError(f"{target}: a hundred background jobs run there already; end one of them first")
+        said = visible(outcome.err.shown(300).text.strip())
+        if outcome.exit_status == _NO_FOLDER:
+            raise SSHError(
+                f"{target}: ~/{ssh_background.FOLDER} cannot be written, so nothing was run: {said}"
+            )
         if outcome.exit_status != 0 or outcome.out.shown(100).text != "started\n":
             raise SSHError(
-                f"{target}: ~/{ssh_background.FOLDER} cannot be written, so nothing was run: "
-                f"{visible(outcome.err.shown(300).text.strip())}"
+                f"{target}: the job did not start as it should (exit status {outcome.exit_status}); whether it runs "
+                f"is unknown. Look at ~/{ssh_background.FOLDER}/{task.job} there before you try again: {said}"
             )
 
     def stop(self, timeout: float = 5) -> None:
@@ -142,12 +153,21 @@ class Commands:
         self._stopping.set()
         self._running.wait_for_none(timeout)
 
-    def kill(self, running: "Running") -> None:
-        """End a command that was handed over. What cannot be ended is said in its outcome's note."""
-        self._kill(running.target, running.exchange)
+    def kill(self, running: "Running", over: Callable[[float], bool]) -> None:
+        """End a command that was handed over; `over` waits so many seconds for its end.
+
+        What cannot be ended is said in its outcome's note.
+        """
+        self._kill(running.target, running.exchange, over)
 
     def send_signal(self, running: "Running", signal: Signal) -> None:
         """Send a signal to everything a command that was handed over has started. Raises SSHError if that fails."""
+        if running.exchange.dialect == "plain":
+            running.exchange.signal(signal)
+            running.exchange.outcome.note = (
+                f"SIG{signal} was asked of the SSH server, which does not say whether it sent it"
+            )
+            return
         pid = running.exchange.outcome.pid
         if pid is None or pid <= 1:
             raise SSHError(f"{running.target}: the job's process id is unknown; no signal was sent")
@@ -170,27 +190,39 @@ class Commands:
     ) -> Exchange:
         pulse = Pulse(progress)
 
-        def attempt(what: Task, dialect: Dialect, *, warm: bool = False) -> Exchange:
+        def attempt(dialect: Dialect, *, warm: bool = False, patience: float | None = None) -> Exchange:
             return self._attempt(
-                target, what, dialect, deadline, cancelled, budget, pulse, warm=warm, detach=detach
+                target,
+                task,
+                dialect,
+                deadline,
+                cancelled,
+                budget,
+                pulse,
+                warm=warm,
+                detach=detach,
+                patience=patience,
             )
 
         with self._running:
-            dialect = self._dialects.get(target, "unknown")
-            found_none = dialect == "unknown"  # and so could have no warm shell
-            exchange = attempt(task, dialect, warm=True)
+            dialect = self._accounts.dialect(target)
+            met = dialect is None
+            if dialect is None:
+                dialect, exchange = self._accounts.meet(target, task, attempt, deadline, cancelled)
+            else:
+                refuse_unless_carried(target, task, dialect)
+                exchange = attempt(dialect, warm=True)
             if exchange.outcome.unread:
-                exchange = attempt(task, dialect)
-            silent = dialect == "unknown" and not (exchange.outcome.answered or exchange.outcome.lost)
-            if silent and attempt(Task.of(":"), "foreign").outcome.answered:
-                dialect = "foreign"
-                exchange = attempt(task, dialect)
-            outcome = exchange.outcome
-            if outcome.answered and (found_none or target not in self._dialects):
-                self._dialects[target] = "posix" if dialect == "unknown" else dialect
-                self._pool.expect(target, _AHEAD[self._dialects[target]])
-            elif not outcome.answered:
-                self._dialects.pop(target, None)
+                exchange = attempt(dialect)
+            self._accounts.learn(target, dialect, exchange.outcome, met=met)
+        outcome = exchange.outcome
+        if dialect == "plain":
+            if outcome.lost and not outcome.note and exchange.connected:
+                raise SSHError(
+                    f"{target} ended the session without saying how the command ended, or refused to run any; look "
+                    "before you try again"
+                )
+            outcome.note = outcome.note or _PLAIN_NOTE
         if outcome.refused:
             raise ArgumentError(
                 f"the working directory {task.cwd} cannot be entered on {target}; nothing was run"
@@ -216,47 +248,68 @@ class Commands:
         *,
         warm: bool,
         detach: bool,
+        patience: float | None,
     ) -> Exchange:
+        """Run a task on one session; with `patience` only after a greeting, which is waited for so many seconds."""
+
         def check() -> None:
             cancelled()
             if self._stopping.is_set():
                 raise SSHError(f"{target}: the server is stopping; the command was ended")
 
-        prepare = _AHEAD.get(dialect) if warm else None
+        prepare = AHEAD.get(dialect) if warm else None
         with ExitStack() as lent:
             session, greeting = lent.enter_context(
                 self._pool.prepared_session(target, prepare, deadline, check)
             )
-            exchange = Exchange(session, task, dialect, budget, greeting)
+            if patience is not None:
+                greeting = start_ahead(session, dialect)
+            exchange = Exchange(session, task, dialect, budget, greeting, patient=patience is not None)
+            impatient_at = time.monotonic() + (patience or 0.0)
 
             def watch() -> None:
                 check()
                 pulse.beat(exchange)
+                exchange.hurry(impatient_at)
 
             try:
-                timed_out = not exchange.finish(deadline, watch)
-                if timed_out and detach and not exchange.outcome.started:
+                ended = exchange.finish(deadline, watch)
+                if detach and not (ended or exchange.outcome.started):
                     late = time.monotonic() + _START_SECONDS
-                    timed_out = not exchange.finish(late, watch, until_started=True)
+                    ended = exchange.finish(late, watch, until_started=True)
             except BaseException:
-                self._kill(target, exchange)
+                self._kill(target, exchange, exchange.ends_within)
                 raise
-            if timed_out and detach and exchange.outcome.started:
+            if ended:
+                return exchange
+            if exchange.outcome.unsent:
+                raise SSHError(
+                    f"{target}: nothing there was ready to take the command in time; nothing was run. See the "
+                    "account's rc files, and whether a forced command waits for something"
+                )
+            if detach and exchange.outcome.started:
                 exchange.kept_session = lent.pop_all()
-            elif timed_out:
-                self._kill(target, exchange)
-                exchange.finish(time.monotonic() + _GRACE_SECONDS, lambda: None)
+            else:
+                self._kill(target, exchange, exchange.ends_within)
+                exchange.ends_within(_GRACE_SECONDS)
             return exchange
 
-    def _kill(self, target: Target, exchange: Exchange) -> None:
+    def _kill(self, target: Target, exchange: Exchange, over: Callable[[float], bool]) -> None:
         """End the process group of a command, and look that it is gone."""
         outcome = exchange.outcome
+        if outcome.unsent:
+            return
+        if exchange.dialect == "plain":
+            _kill_plainly(exchange, over)
+            return
         if not outcome.started:
             exchange.finish(time.monotonic() + _START_SECONDS, lambda: None, until_started=True)
         said = self._killed(target, exchange) if (outcome.pid or 0) > 1 else []
         if not said:
             outcome.lost = True
             outcome.note = f"process {outcome.pid} may still be running" if outcome.pid else None
+            return
+        if said == ["gone"]:  # it ended by itself just then, and its outcome is on the way
             return
         outcome.killed = True
         exchange.signal_sent = said[0]
@@ -279,6 +332,22 @@ class Commands:
             _log.warning("%s: a running command was not reached: %s", target, error)
             return []
         return killer.outcome.out.shown(4096).text.split() if done else []
+
+
+def _kill_plainly(exchange: Exchange, over: Callable[[float], bool]) -> None:
+    """End a command whose process id is unknown, through the server: TERM, and KILL after two seconds."""
+    outcome = exchange.outcome
+    outcome.killed = True
+    for name in ("TERM", "KILL"):
+        exchange.signal_sent = name
+        exchange.signal(name)
+        if over(_SIGNAL_SECONDS):
+            return
+    outcome.killed, outcome.lost = False, True
+    outcome.note = (
+        "the SSH server did not end it (OpenSSH never does so for root, nor where it forces a command); it may still "
+        "be running"
+    )
 
 
 @dataclass(frozen=True)

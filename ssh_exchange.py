@@ -3,7 +3,8 @@
 Invariants:
 
 - Bytes kept in memory are bounded, whatever a command prints; bytes counted are true.
-- What comes before the mark on a stream is not the command's.
+- What comes before the mark on a stream is not the command's. A plain exec has no mark: all is the command's.
+- A patient exchange sends nothing before it was greeted.
 - The command has ended when its own process has: what it left in the background does not hold the exchange.
 """
 
@@ -41,6 +42,8 @@ class Outcome:
     killed: bool = False
     lost: bool = False
     unread: bool = False
+    unsent: bool = False
+    greeted: bool = False
     note: str | None = None
 
     @property
@@ -88,7 +91,14 @@ class Exchange:
     """One command on one session. Driven by one thread at a time; `books` guards what others may look at."""
 
     def __init__(
-        self, session: Session, task: Task, dialect: Dialect, budget: int, greeting: bytes | None = None
+        self,
+        session: Session,
+        task: Task,
+        dialect: Dialect,
+        budget: int,
+        greeting: bytes | None = None,
+        *,
+        patient: bool = False,
     ) -> None:
         if greeting is None:
             request, stdin = task.request(dialect)
@@ -96,7 +106,7 @@ class Exchange:
         else:
             stdin = task.line_ahead(dialect)
         self.dialect = dialect
-        self.outcome = Outcome(Kept(budget), Kept(budget))
+        self.outcome = Outcome(Kept(budget), Kept(budget), unsent=patient)
         self.signal_sent: str | None = None
         self.books = threading.Lock()
         self.kept_session: ExitStack | None = None
@@ -104,8 +114,9 @@ class Exchange:
         self._greeting = greeting
         self._input = memoryview(stdin)
         self._fed = False
-        self._out = _Marked(task.mark, _OUT_MARKED, self.outcome.out)
-        self._err = _Marked(task.mark, _ERR_MARKED, self.outcome.err)
+        mark = None if dialect == "plain" else task.mark
+        self._out = _Marked(mark, _OUT_MARKED, self.outcome.out)
+        self._err = _Marked(mark, _ERR_MARKED, self.outcome.err)
         self._grace: _Grace | None = None
 
     def finish(self, deadline: float, check: Cancelled, *, until_started: bool = False) -> bool:
@@ -119,7 +130,12 @@ class Exchange:
             check()
             if not moved:
                 left = max(0.0, deadline - time.monotonic())
-                self._session.wait(min(_TICK_SECONDS, left), packets=_PACKETS)
+                first = until_started or self.outcome.unsent
+                self._session.wait(min(_TICK_SECONDS, left), packets=1 if first else _PACKETS)
+
+    def ends_within(self, seconds: float) -> bool:
+        """Go on for so many seconds at most, and return whether the command has ended."""
+        return self.finish(time.monotonic() + seconds, lambda: None)
 
     def step(self) -> tuple[int, bool]:
         """Move what can be moved without waiting; return how many bytes that were, and whether all is over."""
@@ -129,12 +145,37 @@ class Exchange:
             self._conclude()
         return moved, over
 
+    def hurry(self, since: float) -> None:
+        """From a time on, end the wait for a greeting with the end of stdin: what waits for more then ends."""
+        waits = self.outcome.unsent and not self.outcome.greeted and not self._fed
+        if waits and time.monotonic() >= since:
+            self._session.send_eof()
+            self._fed = True
+
+    @property
+    def hurried(self) -> bool:
+        """Whether stdin was ended before anything was sent."""
+        return self.outcome.unsent and self._fed
+
+    def signal(self, name: str) -> None:
+        """Ask the server to send a signal to the command; whether it did is not known."""
+        self._session.signal(name)
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection below is there still."""
+        return self._session.connected
+
     def stir(self, event: threading.Event) -> None:
         """Set an event too whenever something happens: for one thread that drives many exchanges."""
         self._session.stir(event)
 
     def _feed(self) -> int:
         """Send what fits of stdin, and its end after the last byte."""
+        if self.outcome.unsent:
+            if self._fed or not self.outcome.greeted:
+                return 0
+            self.outcome.unsent = False
         sent = 0
         while self._input and (count := self._session.send(self._input)):
             self._input = self._input[count:]
@@ -150,6 +191,8 @@ class Exchange:
         with self.books:
             self._out.feed(out)
             self._err.feed(err)
+        if self.outcome.unsent and self._greeting is not None:
+            self.outcome.greeted |= self._out.was_greeted(self._greeting)
         said = self._out.said or b""
         self.outcome.refused = said == b"no"
         self.outcome.pid = int(said) if said.isdigit() else None
@@ -175,8 +218,6 @@ class Exchange:
             and self._session.connected
             and self._out.greeted_with(self._greeting)
         )
-        self._out.finish(outcome.started)
-        self._err.finish(outcome.started)
         outcome.exit_status = self._session.exit_status
         outcome.exit_signal = self._session.exit_signal
         if outcome.killed and outcome.exit_status is None and outcome.exit_signal is None:
@@ -185,6 +226,8 @@ class Exchange:
             outcome.lost = True
         elif outcome.lost and self._session.exited:  # a kill that was not answered, and an end that was seen
             outcome.lost, outcome.note = False, None
+        self._out.finish(outcome.started or outcome.lost)
+        self._err.finish(outcome.started or outcome.lost)
 
 
 class _Grace:
@@ -218,9 +261,9 @@ _ERR_MARKED = re.compile(rb"()\r?\n")
 class _Marked:
     """One stream: what comes before the mark belongs to rc files, what comes after it to the command."""
 
-    def __init__(self, mark: str, word: re.Pattern[bytes], kept: Kept) -> None:
-        self.said: bytes | None = None
-        self._mark = mark.encode()
+    def __init__(self, mark: str | None, word: re.Pattern[bytes], kept: Kept) -> None:
+        self.said: bytes | None = b"" if mark is None else None
+        self._mark = (mark or "").encode()
         self._word = word
         self._kept = kept
         self._before = bytearray()
@@ -246,11 +289,15 @@ class _Marked:
             at = self._before.find(self._mark, at + 1)
         return None
 
+    def was_greeted(self, greeting: bytes) -> bool:
+        """Whether this line has come."""
+        return greeting in self._before
+
     def greeted_with(self, greeting: bytes) -> bool:
         """Whether all that came, without a mark, ends in this line: what reads the streams shows what is printed."""
         return self.said is None and self._before.endswith(greeting)
 
-    def finish(self, started: bool) -> None:
+    def finish(self, started_or_lost: bool) -> None:
         """Without a mark at the end of a command that was not run, what there is explains why."""
-        if not started and self.said is None:
+        if not started_or_lost and self.said is None:
             self._kept.add(bytes(self._before))

@@ -15,13 +15,14 @@ Invariants:
 - Any number of callers may wait for one job; one that goes away does not end it.
 """
 
+import logging
 import os
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
@@ -41,8 +42,11 @@ from ssh_output import Kept, share
 from ssh_pool import Cancelled
 from ssh_shells import Task
 
+_log = logging.getLogger("ssh_mcp_server.jobs")
+
 _TICK_SECONDS = 0.25
 _ANSWERS_SECONDS = 3600.0
+_SWEEP_SECONDS = 60.0
 _ENDED_BYTES = 64 * 1024 * 1024
 _AFTER_KILL_SECONDS = 3.0
 _LOOK_SECONDS = 20.0
@@ -71,11 +75,22 @@ class Job:
         """Move what can be moved; note the end and give the session back. Return how many bytes were moved."""
         moved, over = self.running.exchange.step()
         if over:
-            self.running.release()
-            with self.changed:
-                self.ended_at = time.monotonic()
-                self.changed.notify_all()
+            self._end()
         return moved
+
+    def give_up(self) -> None:
+        """Let it go: what has become of it cannot be known."""
+        _log.error("%s: a detached job is given up after an error of this server", self.target)
+        outcome = self.running.exchange.outcome
+        outcome.lost = True
+        outcome.note = "this server failed while it followed the command; its log on stderr says where"
+        self._end()
+
+    def _end(self) -> None:
+        self.running.release()
+        with self.changed:
+            self.ended_at = time.monotonic()
+            self.changed.notify_all()
 
     def wait(self, deadline: float, cancelled: Cancelled, progress: Progress = untold) -> bool:
         """Wait for its end; return whether it has ended. Raises what `cancelled` raises."""
@@ -96,7 +111,7 @@ class Job:
 class Jobs:
     """All detached commands of the process. Thread-safe."""
 
-    def __init__(self, commands: Commands, key: Callable[[], str]) -> None:
+    def __init__(self, commands: Commands, key: Callable[[], str | Sequence[bytes]]) -> None:
         self._commands = commands
         self._key = key
         self._books = threading.Lock()
@@ -109,29 +124,18 @@ class Jobs:
         self,
         owner: str,
         target: Target,
-        command: str,
+        task: Task,
         *,
         on_timeout: Literal["detach", "kill"],
         cancelled: Cancelled,
-        cwd: str | None = None,
-        env: dict[str, str] | None = None,
-        stdin: str = "",
         timeout: float = 45,
         progress: Progress = untold,
     ) -> CommandResult:
         """Run a command and wait `timeout` seconds for it; then it is detached or killed. Raises what `run` raises."""
         if on_timeout == "kill":
-            return self._commands.run(
-                target,
-                command,
-                cwd=cwd,
-                env=env,
-                stdin=stdin,
-                timeout=timeout,
-                cancelled=cancelled,
-                progress=progress,
+            return self._commands.run_task(
+                target, task, timeout=timeout, cancelled=cancelled, progress=progress
             )
-        task = Task.of(command, cwd, env, stdin)
         self._key()  # before anything is sent: a command must not run on without a handle
         ended = self._commands.run_or_detach(
             target, task, timeout=timeout, cancelled=cancelled, progress=progress
@@ -143,29 +147,20 @@ class Jobs:
             self._forget_old()
             self._jobs[job.name] = job
         ended.exchange.stir(self._stirred)
+        self._stirred.set()
         self._drive()
         return self._answer(job, (0, 0))
 
     def start_background(
-        self,
-        owner: str,
-        target: Target,
-        command: str,
-        *,
-        cancelled: Cancelled,
-        cwd: str | None = None,
-        env: dict[str, str] | None = None,
-        stdin: str = "",
-        timeout: float = 45,
+        self, owner: str, target: Target, task: Task, *, cancelled: Cancelled, timeout: float = 45
     ) -> CommandResult:
         """Start a command that outlives its connection and this server, and return at once.
 
         Raises what `run` raises, and SSHError when it could not be started.
         """
         name = f"{_BACKGROUND}{int(time.time()):x}-{secrets.token_hex(8)}"
-        task = Task.of(command, cwd, env, stdin, job=name)
         self._key()
-        self._commands.start_background(target, task, timeout=timeout, cancelled=cancelled)
+        self._commands.start_background(target, replace(task, job=name), timeout=timeout, cancelled=cancelled)
         nothing = Kept(0)
         look = Look("running", None, None, 0, (0, 0), nothing, nothing)
         return self._looked(owner, name, target, look, (0, 0))
@@ -195,14 +190,20 @@ class Jobs:
         seen = _offsets(cursor)
         name, target = self._opened(owner, job_id)
         if name.startswith(_BACKGROUND):
-            look = self._look(name, target, seen, deadline, cancelled, signal, end=on_timeout == "kill")
+            look = self._look(
+                name, target, seen, deadline, cancelled, progress, signal, end=on_timeout == "kill"
+            )
             return self._looked(owner, name, target, look, seen)
         job = self._found(name)
         if signal is not None and job.ended_at is None:
             self._commands.send_signal(job.running, signal)
         if not job.wait(deadline, cancelled, progress) and on_timeout == "kill":
-            self._commands.kill(job.running)
-            job.wait(time.monotonic() + _AFTER_KILL_SECONDS, cancelled)
+
+            def over(seconds: float) -> bool:
+                return job.wait(time.monotonic() + seconds, lambda: None)
+
+            self._commands.kill(job.running, over)
+            over(_AFTER_KILL_SECONDS)
         return self._answer(job, seen)
 
     def close(self) -> None:
@@ -241,6 +242,7 @@ class Jobs:
         seen: tuple[int, int],
         deadline: float,
         cancelled: Cancelled,
+        progress: Progress,
         signal: Signal | None,
         *,
         end: bool,
@@ -253,10 +255,12 @@ class Jobs:
                     f"{target}: SIG{signal} was not delivered; the job may just have ended. Ask again"
                 )
         budget = self._commands.budget
+        told = _told_from_afar(progress)
+        unkilled: str | None = None
         while True:
             left = max(0.0, deadline - time.monotonic())
             program = ssh_background.look(name, seen, min(left, _LOOK_SECONDS), budget)
-            said = self._sh(target, program, cancelled, left + _ANSWER_SECONDS, 4 * budget + 1000)
+            said = self._sh(target, program, cancelled, left + _ANSWER_SECONDS, 4 * budget + 1000, told)
             try:
                 found = ssh_background.parsed(said, budget)
             except ValueError:
@@ -269,15 +273,23 @@ class Jobs:
                 )
             if found.status != "running" or time.monotonic() >= deadline - _NEARLY_SECONDS:
                 if found.status != "running" or not end:
-                    return found
-                self._sh(target, ssh_background.ending(name), cancelled)
+                    return replace(found, note=unkilled)
+                left_over = self._sh(target, ssh_background.ending(name), cancelled).decode().split()[1:]
+                if left_over:
+                    unkilled = f"could not be killed: process {', '.join(left_over)}"
                 deadline, end = time.monotonic() + _AFTER_KILL_SECONDS, False
 
     def _sh(
-        self, target: Target, program: str, cancelled: Cancelled, timeout: float = 15, most: int = 10_000
+        self,
+        target: Target,
+        program: str,
+        cancelled: Cancelled,
+        timeout: float = 15,
+        most: int = 10_000,
+        progress: Progress = untold,
     ) -> bytes:
         return self._commands.script_bytes(
-            target, program, cancelled=cancelled, timeout=timeout, most_bytes=most
+            target, program, cancelled=cancelled, timeout=timeout, most_bytes=most, progress=progress
         )
 
     def _looked(
@@ -302,6 +314,7 @@ class Jobs:
             cursor=f"{min(seen[0], look.sizes[0]) + out.total}.{min(seen[1], look.sizes[1]) + err.total}",
             stdout_path=f"~/{ssh_background.FOLDER}/{name}/stdout",
             stderr_path=f"~/{ssh_background.FOLDER}/{name}/stderr",
+            note=look.note,
         )
 
     def _signed(self, owner: str, name: str, target: Target) -> str:
@@ -336,16 +349,48 @@ class Jobs:
                 self._driving = True
 
     def _drain_all(self) -> None:
-        """Drain every detached command until none runs."""
-        while True:
-            with self._books:
-                running = [job for job in self._jobs.values() if job.ended_at is None]
-                if self._closed or not running:
+        """Drain every detached command, and forget the ended ones in time, until none is left.
+
+        What goes wrong with one job ends this thread, and is told as Python tells of it; that job is given up, and
+        another thread drains the rest.
+        """
+        at: Job | None = None
+        try:
+            while (running := self._still_running()) is not None:
+                self._stirred.clear()
+                moved = 0
+                for at in running:
+                    moved += at.step()
+                at = None
+                if not moved:
+                    self._stirred.wait(_TICK_SECONDS if running else _SWEEP_SECONDS)
+        finally:
+            if at is not None:
+                at.give_up()
+                with self._books:
                     self._driving = False
-                    return
-            self._stirred.clear()
-            if not sum(job.step() for job in running):
-                self._stirred.wait(_TICK_SECONDS)
+                self._drive()
+
+    def _still_running(self) -> list[Job] | None:
+        """Return the jobs that run; None when nobody is needed for any job any more."""
+        with self._books:
+            self._forget_old()
+            if self._closed or not self._jobs:
+                self._driving = False
+                return None
+            return [job for job in self._jobs.values() if job.ended_at is None]
+
+
+def _told_from_afar(progress: Progress) -> Progress:
+    """Tell what a look at a background job prints on its way: bytes so far, and the last line of output."""
+    began_at = time.monotonic()
+
+    def tell(seconds: float, size: int, line: str) -> None:
+        so_far, _, last = line.partition(" ")
+        if so_far.isdecimal():
+            progress(time.monotonic() - began_at, int(so_far), last)
+
+    return tell
 
 
 def _offsets(cursor: str | None) -> tuple[int, int]:

@@ -13,7 +13,8 @@ Signal = Literal["INT", "TERM", "KILL", "HUP"]
 def ending(pid: int) -> str:
     """Return the program that ends a command: TERM, KILL after two seconds, and a look whether anything is left.
 
-    It prints the signal that did it, and after that the ids of processes that neither has ended.
+    It prints the signal that did it, and after that the ids of processes that neither has ended; `gone` when there
+    was nobody.
     """
     return (_MEMBERS + _END).replace("PID", str(pid))
 
@@ -64,6 +65,7 @@ gone() {
   [ -z "$(alive)" ]
 }
 tens='1 2 3 4 5 6 7 8 9 10'
+if [ -z "$(alive)" ]; then echo gone; exit; fi
 kill -s TERM -- $t 2>/dev/null
 if gone "$tens $tens"; then echo TERM; exit; fi
 kill -s KILL -- $t 2>/dev/null

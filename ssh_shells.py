@@ -7,6 +7,9 @@ meets a shell that is no POSIX shell: that one starts `/bin/sh`, which reads the
 
 A warm shell got its constant ahead of need: it has read its rc files and waits. It greets when it does, which tells
 it apart from one whose rc files end it or send its output elsewhere. Each shell serves one command.
+
+An account that has no shell to read a line (a forced command, a restricted shell) gets the command line as it is in
+the exec request, as `ssh` would send it: no mark, no `cwd`, no `env`.
 """
 
 import secrets
@@ -19,8 +22,8 @@ from ssh_background import quoted
 from ssh_errors import ArgumentError
 from ssh_transport import Session
 
-Dialect = Literal["unknown", "posix", "foreign"]
-"""Who reads the line: an unknown login shell, one that is a POSIX shell, or `/bin/sh` started by another."""
+Dialect = Literal["posix", "foreign", "plain"]
+"""Who reads the line: the login shell, which is a POSIX shell; `/bin/sh`, started by another; or nobody."""
 
 _READ_LINE = 'IFS= read -r c && eval "$(printf %b "$c")"'
 _READ_PLAIN_LINE = 'IFS= read -r c && eval "$c"'
@@ -34,6 +37,13 @@ trap - EXIT HUP INT QUIT TERM
 IFS=' \t\n'
 unset c"""
 """Undoes what rc files may have set up; the shells' own names keep each from what it does not know."""
+
+_RUN_ARGUMENT = """\
+[ -z "${ssh_mcp_login-}" ] || exec "${SHELL:-/bin/sh}" -c "$1"
+eval "shift
+$1"
+"""
+"""Runs a background command where the shell itself reads it."""
 
 
 def start_ahead(session: Session, dialect: Dialect) -> bytes:
@@ -86,12 +96,22 @@ class Task:
         """Return the task for what a caller gave. Raises ArgumentError when it cannot be sent."""
         return cls(command, cwd, dict(env or {}), _sendable("input", stdin), job=job)
 
+    def plainly(self) -> str | None:
+        """Return what of it a plain exec request cannot carry, None when it carries all."""
+        if self.by_sh:
+            return "programs of this server (reports, background jobs)"
+        if self.job is not None:
+            return "background jobs"
+        return "cwd" if self.cwd is not None else "env" if self.env else None
+
     def request(self, dialect: Dialect) -> tuple[str, bytes]:
         """Return the exec request, and what goes to stdin.
 
         A login shell that is known to be a POSIX one gets the steps in the request itself, which saves a round
         trip; but no environment, which others could read in the process list, and nothing too long for it.
         """
+        if dialect == "plain":
+            return self.command, self.stdin
         if dialect == "posix" and not self.env:
             steps = _evaluating("\n".join([_CALM, *self._steps(False)]))
             if len(steps) <= _MOST_ARGUMENT_BYTES:
@@ -132,9 +152,10 @@ class Task:
             run = f'exec "${{SHELL:-/bin/sh}}" -c {quoted(self.command)}'
         else:
             run = f"eval {quoted(self.command)}"
-        if (
-            self.job is not None
-        ):  # its variables are the command's alone: HOME and PATH are needed to start it
+        if self.job is not None:
+            if not (foreign or self.by_sh):
+                run = f"set -- {quoted(self.command)}\n{_RUN_ARGUMENT}"
+            # its variables are the command's alone: HOME and PATH are needed to start it
             run = ssh_background.start(self.job, "\n".join([*exports, run]))
         steps.append(run)
         return steps

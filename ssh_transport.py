@@ -302,6 +302,10 @@ class Session:
         """Send the exec request without waiting for its answer."""
         self._request("exec", command)
 
+    def signal(self, name: str) -> None:
+        """Ask for a signal to what runs (RFC 4254, 6.9); the server does not say whether it sent it."""
+        self._request("signal", name, answered=False)
+
     def subsystem(self, name: str) -> None:
         """Send the subsystem request without waiting for its answer."""
         self._request("subsystem", name)
@@ -344,6 +348,7 @@ class Session:
 
     def stir(self, event: threading.Event) -> None:
         """Set this event as well whenever something happens."""
+        self._arrivals.awaited = 1
         self._wake.another = event
 
     @property
@@ -388,12 +393,12 @@ class Session:
         with suppress(*_SOCKET_ERRORS):
             self._gate.close(self._channel.close)
 
-    def _request(self, kind: str, argument: str) -> None:
+    def _request(self, kind: str, argument: str, *, answered: bool = True) -> None:
         message = paramiko.Message()
         message.add_byte(cMSG_CHANNEL_REQUEST)
         message.add_int(self._channel.remote_chanid)
         message.add_string(kind)
-        message.add_boolean(True)
+        message.add_boolean(answered)
         message.add_string(argument)
         with self._gate as is_open, suppress(*_SOCKET_ERRORS):
             if is_open:  # else the channel is closed, which says it all
@@ -610,6 +615,10 @@ def _authenticate(target: Target, transport: _Transport, keys: Keys, deadline: f
             except paramiko.AuthenticationException:
                 tried.append(name)
             except _SOCKET_ERRORS:
+                if not (tried or transport.is_active()):  # else it may have had enough of keys (MaxAuthTries)
+                    raise UnreachableError(
+                        f"{target}: the connection went away during the login; try again"
+                    ) from None
                 tried.append(name)
             if not transport.is_active():
                 break

@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise SystemExit(demo())
         from cli.serve import serve
 
-        serve(options.transport, options.env_file)
+        serve(options.transport, options.env_file, options.host, options.port)
     except SettingsError as error:
         exit_for(error)
 
@@ -33,6 +33,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--transport", choices=["stdio", "http", "sse"], default="stdio", help="default: stdio"
     )
+    parser.add_argument("--host", help="address that HTTP listens on; default: HTTP_HOST, else 127.0.0.1")
+    parser.add_argument("--port", type=_port, help="port of HTTP; default: HTTP_PORT, else 3003")
     parser.add_argument(
         "--env-file",
         type=Path,
@@ -44,3 +46,9 @@ def _parser() -> argparse.ArgumentParser:
         "demo", help="show every tool at work on a throwaway SSH server; needs no configuration"
     )
     return parser
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:6]) <= 65_535):
+        raise argparse.ArgumentTypeError("give a port from 1 to 65535")
+    return int(text)

@@ -4,18 +4,20 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from settings import SettingsError
 
+def serve(
+    transport: Literal["stdio", "http", "sse"], env_file: Path | None, host: str | None, port: int | None
+) -> None:
+    """Serve until the client goes away or the process is told to stop.
 
-def serve(transport: Literal["stdio", "http", "sse"], env_file: Path | None) -> None:
-    """Serve until the client goes away or the process is told to stop. Raises SettingsError."""
-    if transport != "stdio":
-        raise SettingsError(
-            f"--transport {transport} needs a login (OAuth), which this version does not have; use stdio"
-        )
+    `host` and `port` are where HTTP listens, if not where the settings say.
+    """
     if env_file is not None:
         os.environ["SSH_MCP_ENV_FILE"] = str(env_file)
     os.environ.setdefault("FASTMCP_ENV_FILE", os.devnull)  # else FastMCP reads the working directory's .env
     from app import mcp
 
-    mcp.run()
+    if transport == "stdio":
+        mcp.run()
+    else:
+        mcp.run(transport, host=host, port=port)

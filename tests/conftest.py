@@ -5,6 +5,7 @@ login shell of its own. So no rc file of this machine is read, and no account of
 """
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -23,6 +24,8 @@ from settings import Settings, Target
 from ssh_commands import Commands
 from ssh_pool import Pool
 
+pytest_plugins = ["oauth"]
+
 
 def program(name: str, package: str) -> str:
     """Return a program's path, or fail with the command that installs it."""
@@ -40,10 +43,22 @@ def keygen(path: Path, *arguments: str) -> Path:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a port that nobody uses, below those that the system gives to connections that go out."""
+    while True:
+        port = random.randrange(15_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def marker() -> str:
+    """Return digits that no other process has in its arguments."""
+    return f"{os.getpid()}{time.monotonic_ns()}"
+
+
+def running(marker: str) -> bool:
+    """Whether a process with the marker in its arguments runs."""
+    return subprocess.run(["pgrep", "-f", marker], capture_output=True, check=False).returncode == 0
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 20) -> None:
@@ -143,7 +158,15 @@ class Server:
                 os.kill(pid, signal.SIGKILL)
 
 
-SHELLS = {"tester": "bash", "dash": "dash", "zsh": "zsh", "ksh": "ksh93", "fish": "fish", "tcsh": "tcsh"}
+SHELLS = {
+    "tester": "bash",
+    "dash": "dash",
+    "ash": "busybox",
+    "zsh": "zsh",
+    "ksh": "ksh93",
+    "fish": "fish",
+    "tcsh": "tcsh",
+}
 """The accounts of a test server and the packages that hold their login shells."""
 
 ORDINARY_UID = 4242 if os.getuid() == 0 else os.getuid()
@@ -157,7 +180,12 @@ def make_accounts(folder: Path) -> None:
     for name, package in SHELLS.items():
         home = folder / name
         home.mkdir()
-        shell = program("bash" if name == "tester" else name, package)
+        if name == "ash":
+            shell = str(folder / "ash.shell" / "ash")
+            Path(shell).parent.mkdir()
+            Path(shell).symlink_to(program("busybox", package))
+        else:
+            shell = program("bash" if name == "tester" else name, package)
         lines.append(f"{name}:*:{os.getuid()}:{os.getgid()}::{home}:{shell}")
     (folder / "ordinary").mkdir()
     os.chown(folder / "ordinary", ORDINARY_UID, -1)

@@ -19,6 +19,9 @@ class Relay:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._pumps: list[_Pump] = []
+        self._allowed: dict[str, int | None] = {"up": None, "down": None}
+        self.passed = {"up": 0, "down": 0}
+        self._books = threading.Lock()
         self._closing = False
         self._accepting = threading.Thread(target=self._accept, daemon=True)
         self._accepting.start()
@@ -37,6 +40,21 @@ class Relay:
                 end.shutdown(socket.SHUT_RDWR)
             except OSError:
                 continue
+
+    def cut_after(self, way: str, size: int) -> None:
+        """End every connection once so many more bytes have passed one way, `up` to the server or `down`."""
+        with self._books:
+            self._allowed[way] = size
+
+    def admit(self, way: str, data: bytes) -> bytes:
+        """Return what of this may pass; less than all means that the wire is to be cut behind it."""
+        with self._books:
+            allowed = self._allowed[way]
+            if allowed is not None:
+                data = data[:allowed]
+                self._allowed[way] = allowed - len(data) or None
+            self.passed[way] += len(data)
+        return data
 
     def close(self) -> None:
         self._closing = True
@@ -61,8 +79,8 @@ class Relay:
             for end in (client, server):
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._sockets += [client, server]
-            for source, sink in ((client, server), (server, client)):
-                self._pumps.append(_Pump(self, source, sink))
+            for way, source, sink in (("up", client, server), ("down", server, client)):
+                self._pumps.append(_Pump(self, way, source, sink))
 
     def wait_for_flow(self) -> None:
         self._flowing.wait()
@@ -71,8 +89,9 @@ class Relay:
 class _Pump:
     """One direction of one connection: a thread that reads, and one that passes on after the delay."""
 
-    def __init__(self, relay: Relay, source: socket.socket, sink: socket.socket) -> None:
+    def __init__(self, relay: Relay, way: str, source: socket.socket, sink: socket.socket) -> None:
         self._relay = relay
+        self._way = way
         self._source = source
         self._sink = sink
         self._queue: deque[tuple[float, bytes]] = deque()
@@ -108,6 +127,9 @@ class _Pump:
                 if not data:
                     self._sink.shutdown(socket.SHUT_RDWR)
                     return
-                self._sink.sendall(data)
+                admitted = self._relay.admit(self._way, data)
+                self._sink.sendall(admitted)
+                if len(admitted) < len(data):
+                    self._relay.cut()
             except OSError:
                 return

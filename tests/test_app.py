@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import re
-import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 from fastmcp import Client, FastMCP
+from fastmcp.client.transports import StdioTransport
+from fastmcp.server.context import Context, set_transport
 from mcp_types import Tool
 
 import app
-from conftest import Server, wait_for
+from conftest import Server, running, wait_for
 from settings import SettingsError
+from ssh_errors import SSHError
 
 NAMES = [
     "ssh_close_connection",
@@ -252,14 +255,11 @@ def test_bug_inside_is_no_traceback(call: Call, monkeypatch: pytest.MonkeyPatch)
 def test_cancelled_call_leaves_no_process(environment: None) -> None:
     marker = f"{os.getpid()}{time.monotonic_ns()}"
 
-    def runs() -> bool:
-        return subprocess.run(["pgrep", "-f", marker], capture_output=True, check=False).returncode == 0
-
     async def work(client: Client[Any]) -> None:
         waiting = asyncio.create_task(client.call_tool("ssh_execute", {"command": f"sleep 60.{marker}"}))
-        await asyncio.to_thread(wait_for, runs)
+        await asyncio.to_thread(wait_for, lambda: running(marker))
         waiting.cancel()
-        await asyncio.to_thread(wait_for, lambda: not runs())
+        await asyncio.to_thread(wait_for, lambda: not running(marker))
 
     with_client(work)
 
@@ -273,10 +273,29 @@ def test_fifty_calls_at_once_all_answer(environment: None) -> None:
 
 
 @pytest.mark.parametrize("transport", ["sse", "http"])
-def test_http_is_refused_while_there_is_no_login(transport: str) -> None:
+def test_http_is_refused_without_a_login(
+    environment: None, transport: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     server: FastMCP[Any] = app.mcp
-    with pytest.raises(SettingsError, match="login"):
+    with pytest.raises(SystemExit) as ended:
         asyncio.run(server.run_async(transport=transport, port=1))  # type: ignore[arg-type]
+    assert ended.value.code == 2
+    assert "JWT_SECRET is not set" in capsys.readouterr().err
+    with pytest.raises(SettingsError, match="JWT_SECRET is not set"):
+        server.http_app()
+
+
+@pytest.mark.parametrize("transport", ["sse", "streamable-http"])
+def test_call_over_http_without_a_token_has_no_identity(transport: str) -> None:
+    """No request gets that far; if one did, it must not pass for the local user."""
+
+    async def ask() -> str:
+        set_transport(transport)  # type: ignore[arg-type]
+        async with Context(app.mcp):
+            return app.identity()
+
+    with pytest.raises(SSHError, match="without a login"):
+        asyncio.run(ask())
 
 
 def test_command_over_its_time_is_waited_for_with_its_job_id(call: Call) -> None:
@@ -337,6 +356,67 @@ def test_client_that_asks_for_it_is_told_how_a_command_goes_on(environment: None
 
     with_client(work)
     assert (told[0][1] or "").endswith("s, 4 bytes: b\\x1b")
+
+
+@pytest.mark.parametrize("fault", ["raises", "blocks"])
+def test_notification_that_fails_or_hangs_holds_no_command(
+    environment: None, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    reports = 0
+
+    async def report(*_: object) -> None:
+        nonlocal reports
+        reports += 1
+        if fault == "raises":
+            raise RuntimeError("no client")
+        await asyncio.sleep(3600)
+
+    monkeypatch.setattr(Context, "report_progress", report)
+
+    async def work(client: Client[Any]) -> Any:
+        return await client.call_tool("ssh_execute", {"command": "sleep 3.5; seq 1000000 | wc -l"})
+
+    result = fields(with_client(work))
+    assert (result["status"], result["exit_code"], result["stdout"].strip()) == ("exited", 0, "1000000")
+    assert reports == 1 if fault == "blocks" else reports >= 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"job_id": "x", "host": "127.0.0.1"}, "host"),
+        ({"job_id": "x", "user": "tester"}, "user"),
+        ({"job_id": "x", "port": 22}, "port"),
+        ({"job_id": "x", "background": True}, "background"),
+        ({"command": "touch ran", "background": True, "on_timeout": "kill"}, "on_timeout"),
+    ],
+)
+def test_arguments_that_would_be_ignored_are_refused(
+    call: Call, sshd: Server, arguments: dict[str, Any], named: str
+) -> None:
+    result = call("ssh_execute", **arguments)
+    assert result.is_error
+    assert named in text(result)
+    assert not (sshd.home / "ran").exists()
+
+
+@pytest.mark.parametrize("era", ["legacy", "2026-07-28"])
+def test_cancelled_call_over_stdio_leaves_no_process(environment: None, era: str) -> None:
+    marker = f"{os.getpid()}{time.monotonic_ns()}"
+
+    async def work() -> None:
+        server = StdioTransport(
+            sys.executable, [str(Path(app.__file__))], env=dict(os.environ), keep_alive=False
+        )
+        async with Client(server, mode=era, init_timeout=60) as client:
+            waiting = asyncio.create_task(client.call_tool("ssh_execute", {"command": f"sleep 60.{marker}"}))
+            await asyncio.to_thread(wait_for, lambda: running(marker))
+            waiting.cancel()
+            await asyncio.to_thread(wait_for, lambda: not running(marker))
+            result = await client.call_tool("ssh_execute", {"command": "echo still here"})
+            assert fields(result)["stdout"] == "still here\n"
+
+    asyncio.run(work())
 
 
 def test_background_job_is_asked_for_by_another_client(environment: None) -> None:

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastmcp import Client
 from fastmcp.client.transports import StdioTransport
 
-from conftest import Server, wait_for
+from conftest import Server, free_port, running, wait_for
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -48,10 +49,6 @@ def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
         check=False,
         timeout=60,
     )
-
-
-def process_runs(marker: str) -> bool:
-    return subprocess.run(["pgrep", "-f", marker], capture_output=True, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -96,7 +93,7 @@ def started(environment: dict[str, str]) -> Iterator[Callable[[str], "subprocess
         )
         process.stdin.write(INITIALIZE + call.encode())
         process.stdin.flush()
-        wait_for(lambda: process_runs(f"sleep 60.{marker}"), 60)
+        wait_for(lambda: running(f"sleep 60.{marker}"), 60)
         return process
 
     yield start
@@ -121,7 +118,7 @@ def test_server_that_ends_leaves_no_process(
     else:
         process.send_signal(signal.Signals[ending])
     assert process.wait(20) == (130 if ending == "SIGINT" else 0)
-    assert not process_runs(f"sleep 60.{marker}")
+    assert not running(f"sleep 60.{marker}")
     wait_for(lambda: set(sshd.session_pids()) <= connections)
     assert process.stdout is not None
     for line in process.stdout.read().splitlines():
@@ -172,11 +169,123 @@ def test_missing_settings_file_is_told() -> None:
     assert "/nowhere/env" in done.stderr
 
 
+HTTP_WAYS = {
+    "fastmcp run app.py": [str(BIN / "fastmcp"), "run", "app.py"],
+    "ssh-mcp-server": [str(BIN / "ssh-mcp-server")],
+}
+LOGIN = {
+    "GOOGLE_CLIENT_ID": "x",
+    "GOOGLE_CLIENT_SECRET": "y",
+    "ALLOWED_EMAIL": "me@example.com",
+    "JWT_SECRET": "j1" * 16,
+    "SESSION_SECRET": "s2" * 16,
+    "OAUTH_CODE_SECRET": "c3" * 16,
+}
+
+
+def attempt(way: str, arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Start a server that is expected to refuse; one that starts nevertheless is ended, and status is not 2."""
+    return subprocess.run(
+        ["timeout", "60", *HTTP_WAYS[way], *arguments],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"} | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=90,
+    )
+
+
+@pytest.mark.parametrize("way", HTTP_WAYS)
 @pytest.mark.parametrize("transport", ["sse", "http"])
-def test_http_is_refused_while_there_is_no_login(transport: str) -> None:
-    done = run(["--transport", transport])
+def test_http_without_a_complete_login_is_one_line_and_exit_status_two(way: str, transport: str) -> None:
+    complete = dict(LOGIN)
+    del complete["ALLOWED_EMAIL"]
+    done = attempt(way, ["--transport", transport], **complete)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("ssh-mcp-server: ALLOWED_EMAIL is not set")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("way", HTTP_WAYS)
+def test_listening_for_other_machines_needs_a_public_url(way: str) -> None:
+    done = attempt(way, ["--transport", "http", "--host", "0.0.0.0"], **LOGIN)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "PUBLIC_BASE_URL" in done.stderr
+
+
+def test_store_that_cannot_work_stops_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = attempt(
+        "ssh-mcp-server", ["--transport", "http"], STATE_URL=f"sqlite://{tmp_path}/file/x", **LOGIN
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "STATE_URL" in done.stderr
+
+
+@pytest.mark.parametrize("way", HTTP_WAYS)
+@pytest.mark.parametrize("told_by", ["arguments", "environment", "both"])
+def test_address_and_port_mean_the_same_from_every_way_of_starting(
+    way: str, told_by: str, tmp_path: Path
+) -> None:
+    port = free_port()
+    arguments = ["--transport", "sse"]
+    environment = LOGIN | {"XDG_STATE_HOME": str(tmp_path)}
+    if told_by == "environment":
+        environment |= {"HTTP_HOST": "127.0.0.2", "HTTP_PORT": str(port)}
+    else:
+        arguments += ["--host", "127.0.0.2", "--port", str(port)]
+    if told_by == "both":
+        environment |= {"HTTP_HOST": "127.0.0.3", "HTTP_PORT": str(free_port())}
+    process = subprocess.Popen(
+        [*HTTP_WAYS[way], *arguments],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)} | environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        url = f"http://127.0.0.2:{port}"
+        with httpx.Client(trust_env=False) as http:
+
+            def issuer() -> str | None:
+                assert process.poll() is None
+                try:
+                    told = http.get(f"{url}/.well-known/oauth-authorization-server")
+                except httpx.TransportError:
+                    return None
+                return str(told.json()["issuer"])
+
+            wait_for(issuer, 60)
+            assert issuer() == url
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        assert process.stdout is not None
+        assert process.stdout.read() == b""
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "x", "-1", "٣"])
+def test_port_that_cannot_be_is_exit_status_two(port: str) -> None:
+    done = run(["--transport", "http", f"--port={port}"])
     assert done.returncode == 2
-    assert "login" in done.stderr
+    assert "65535" in done.stderr
+
+
+def test_stdio_needs_nothing_of_the_login_and_does_not_open_its_store(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        WAYS["ssh-mcp-server"], env=environment, stdin=subprocess.DEVNULL, check=False, timeout=60
+    )
+    assert done.returncode == 0
+    assert not list(tmp_path.rglob("state.db"))
 
 
 def test_settings_of_the_working_directory_are_not_read(environment: dict[str, str], tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from settings import Settings, SettingsError, env_file, exit_for, load
+from settings import Login, Settings, SettingsError, env_file, exit_for, load, login
 
 
 @pytest.fixture(autouse=True)
@@ -241,3 +241,229 @@ def test_file_that_is_no_text_is_told(tmp_path: Path) -> None:
     (tmp_path / "env").write_bytes(b"SSH_DEFAULT_HOST=\xff\xfe\n")
     with pytest.raises(SettingsError, match="UTF-8"):
         load(tmp_path / "env")
+
+
+# HTTP and its login
+
+
+KEYS = {"JWT_SECRET": "j1" * 16, "SESSION_SECRET": "s2" * 16, "OAUTH_CODE_SECRET": "c3" * 16}
+
+
+@pytest.fixture
+def complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that an HTTP transport demands."""
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GOOGLE_CLIENT_ID", "our-id")
+    monkeypatch.setenv("GOOGLE_CLIENT_SECRET", "our-secret")
+    monkeypatch.setenv("ALLOWED_EMAIL", "Me@Example.com, you@example.com")
+
+
+def made(base_url: str | None = None) -> Login:
+    return login(load(), base_url)
+
+
+def test_http_defaults_are_those_of_the_contract() -> None:
+    values = load()
+    assert (values.http_host, values.http_port) == ("127.0.0.1", 3003)
+    assert (values.public_base_url, values.state_url) == (None, None)
+    assert values.google_discovery_url == "https://accounts.google.com/.well-known/openid-configuration"
+    assert values.forwarded_allow_ips == "127.0.0.1"
+
+
+def test_complete_login_is_what_was_configured(complete: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PUBLIC_BASE_URL", "https://mcp.example.com")
+    monkeypatch.setenv("STATE_URL", "redis://:pass-word@127.0.0.1:6379/1")
+    current = made("http://127.0.0.1:4000")
+    assert current.base_url == "https://mcp.example.com"
+    assert current.allowed_emails == {"me@example.com", "you@example.com"}
+    assert (current.google_client_id, current.google_client_secret.get_secret_value()) == (
+        "our-id",
+        "our-secret",
+    )
+    assert current.jwt_keys == (b"j1" * 16,)
+    assert current.session_keys == (b"s2" * 16,)
+    assert current.code_keys == (b"c3" * 16,)
+    assert current.state_url == "redis://:pass-word@127.0.0.1:6379/1"
+
+
+def test_login_and_settings_show_no_secret(complete: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STATE_URL", "redis://:pass-word@127.0.0.1:6379/1")
+    shown = repr(made()) + str(made()) + repr(load())
+    for secret in (*KEYS.values(), "our-secret", "pass-word"):
+        assert secret not in shown
+
+
+def test_keys_may_be_several_and_keep_their_order(complete: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JWT_SECRET", f"{'n4' * 16}, {'j1' * 16}")
+    assert made().jwt_keys == (b"n4" * 16, b"j1" * 16)
+
+
+@pytest.mark.parametrize("missing", [*KEYS, "GOOGLE_CLIENT_ID", "GOOGLE_CLIENT_SECRET", "ALLOWED_EMAIL"])
+@pytest.mark.parametrize("how", ["not set", "empty", "blank"])
+def test_what_is_missing_is_named_with_a_remedy(
+    complete: None, monkeypatch: pytest.MonkeyPatch, missing: str, how: str
+) -> None:
+    if how == "not set":
+        monkeypatch.delenv(missing)
+    else:
+        monkeypatch.setenv(missing, "" if how == "empty" else "  ")
+    if (missing, how) == ("ALLOWED_EMAIL", "blank"):
+        with pytest.raises(SettingsError, match=r"^ALLOWED_EMAIL is "):
+            load()
+        return
+    load()  # stdio needs none of it
+    with pytest.raises(SettingsError, match=f"^{missing} is not set") as raised:
+        made()
+    assert ("openssl rand" in str(raised.value)) is (missing in KEYS)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("variable", KEYS)
+@pytest.mark.parametrize(
+    "value",
+    [
+        "k" * 31,
+        f"{'n4' * 16},short",
+        f"{'n4' * 16},",
+        "change-me-change-me-change-me-change-me",
+        "REPLACE-ME-with-the-output-of-openssl-rand",
+        "this-is-only-an-example-of-a-long-secret",
+        "your-secret-your-secret-your-secret-your",
+    ],
+)
+def test_weak_key_is_refused_with_the_command_that_makes_a_good_one(
+    complete: None, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError, match=f"^{variable} .*openssl rand -hex 32") as raised:
+        made()
+    assert value not in str(raised.value)
+
+
+@pytest.mark.parametrize("first", KEYS)
+@pytest.mark.parametrize("second", KEYS)
+def test_keys_of_two_purposes_differ_old_ones_too(
+    complete: None, monkeypatch: pytest.MonkeyPatch, first: str, second: str
+) -> None:
+    monkeypatch.setenv(first, f"{'n4' * 16},{KEYS[second]}")
+    if first == second:
+        made()
+        return
+    with pytest.raises(SettingsError, match=r"JWT_SECRET.*share a value") as raised:
+        made()
+    assert KEYS[second] not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "issuer"),
+    [
+        ("https://mcp.example.com", "https://mcp.example.com"),
+        ("https://mcp.example.com/", "https://mcp.example.com"),
+        ("HTTPS://MCP.Example.com:443", "https://mcp.example.com"),
+        ("https://mcp.example.com:8443", "https://mcp.example.com:8443"),
+        ("http://localhost:3003", "http://localhost:3003"),
+        ("http://127.0.0.1:3003/", "http://127.0.0.1:3003"),
+        ("http://[::1]:3003", "http://[::1]:3003"),
+    ],
+)
+def test_issuer_is_the_public_url_without_a_slash(
+    complete: None, monkeypatch: pytest.MonkeyPatch, given: str, issuer: str
+) -> None:
+    monkeypatch.setenv("PUBLIC_BASE_URL", given)
+    assert made().base_url == issuer
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "http://mcp.example.com",
+        "http://127.0.0.1.example.com",
+        "http://0.0.0.0:3003",
+        "ftp://mcp.example.com",
+        "mcp.example.com",
+        "https://mcp.example.com/base",
+        "https://mcp.example.com?x=1",
+        "https://mcp.example.com/#x",
+        "https://",
+        "https://mcp.example.com:99999",
+    ],
+)
+def test_public_url_is_an_https_origin_or_loopback(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("PUBLIC_BASE_URL", value)
+    with pytest.raises(SettingsError, match=r"^PUBLIC_BASE_URL is .*https") as raised:
+        load()
+    assert value in str(raised.value)
+
+
+@pytest.mark.parametrize("variable", ["PUBLIC_BASE_URL", "GOOGLE_DISCOVERY_URL", "STATE_URL"])
+def test_password_in_a_url_is_not_shown(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "ftp://me:pass-word@example.com")
+    with pytest.raises(SettingsError, match=f"^{variable} is a value that cannot be used") as raised:
+        load()
+    assert "pass-word" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("HTTP_HOST", "a b"),
+        ("HTTP_PORT", "0"),
+        ("HTTP_PORT", "65536"),
+        ("GOOGLE_DISCOVERY_URL", "http://accounts.example.com/x"),
+        ("ALLOWED_EMAIL", "me"),
+        ("ALLOWED_EMAIL", "*@example.com"),
+        ("ALLOWED_EMAIL", "me@example.com,,you@example.com"),
+        ("ALLOWED_EMAIL", "\N{KELVIN SIGN}iss@example.com"),
+        ("FORWARDED_ALLOW_IPS", "proxy.example.com"),
+        ("FORWARDED_ALLOW_IPS", "*"),
+    ],
+)
+def test_bad_http_setting_is_one_line(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError, match=f"^{variable} is .*; give ") as raised:
+        load()
+    assert value in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "sqlite://",
+        "sqlite:///",
+        "sqlite://host/path",
+        "redis:///0",
+        "postgres://127.0.0.1/x",
+        "/var/state.db",
+    ],
+)
+def test_store_is_sqlite_or_redis(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("STATE_URL", value)
+    with pytest.raises(SettingsError, match=r"^STATE_URL is .*give sqlite:///path or redis://host:port/db"):
+        load()
+
+
+def test_default_store_is_in_the_users_state_directory(
+    complete: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    assert made().state_url == f"sqlite://{tmp_path}/state/ssh-mcp-server/oauth/state.db"
+
+
+def test_url_that_is_listened_on_stands_in_for_a_public_one_on_loopback_only(
+    complete: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert made().base_url == "http://127.0.0.1:3003"
+    assert made("http://[::1]:4000").base_url == "http://[::1]:4000"
+    with pytest.raises(SettingsError, match=r"^PUBLIC_BASE_URL is not set"):
+        made("http://192.0.2.1:3003")
+    monkeypatch.setenv("HTTP_HOST", "0.0.0.0")
+    with pytest.raises(SettingsError, match=r"^PUBLIC_BASE_URL is not set"):
+        made()
+
+
+def test_password_of_the_store_makes_the_file_a_secret(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="chmod 600"):
+        load(write(tmp_path / "env", "STATE_URL=redis://:pass-word@127.0.0.1/0", 0o644))
+    load(write(tmp_path / "env2", "STATE_URL=redis://127.0.0.1/0", 0o644))

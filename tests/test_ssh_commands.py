@@ -1,6 +1,9 @@
 """What the contract says of commands, against a real sshd."""
 
 import os
+import re
+import shlex
+import signal
 import subprocess
 import threading
 import time
@@ -10,7 +13,7 @@ from contextlib import suppress
 
 import pytest
 
-from conftest import Server, nobody_cancels, wait_for
+from conftest import Server, nobody_cancels, running, wait_for
 from relay import Relay
 from ssh_answers import CommandResult
 from ssh_commands import Commands
@@ -26,11 +29,6 @@ def run(commands: Commands, sshd: Server) -> Run:
         return commands.run(sshd.account(account), command, cancelled=nobody_cancels, **arguments)  # type: ignore[arg-type]
 
     return run
-
-
-def running(marker: str) -> bool:
-    """Whether a process with the marker in its arguments runs."""
-    return subprocess.run(["pgrep", "-f", marker], capture_output=True, check=False).returncode == 0
 
 
 def test_streams_and_exit_code_come_back(run: Run, sshd: Server) -> None:
@@ -92,7 +90,7 @@ def test_env_name_that_is_none_is_an_error_before_anything_runs(run: Run, name: 
         run("true", env={name: "x"})
 
 
-@pytest.mark.parametrize("account", ["tester", "dash", "zsh", "ksh", "fish", "tcsh"])
+@pytest.mark.parametrize("account", ["tester", "dash", "ash", "zsh", "ksh", "fish", "tcsh"])
 def test_login_shell_reads_the_command_line(run: Run, account: str) -> None:
     commands = {"fish": "echo $version | cut -c1", "tcsh": "echo $?tcsh $tcsh | cut -c1"}
     expected = {"fish": "3", "tcsh": "1"}
@@ -102,7 +100,7 @@ def test_login_shell_reads_the_command_line(run: Run, account: str) -> None:
     )
 
 
-@pytest.mark.parametrize("account", ["tester", "dash", "zsh", "ksh", "fish", "tcsh"])
+@pytest.mark.parametrize("account", ["tester", "dash", "ash", "zsh", "ksh", "fish", "tcsh"])
 def test_every_login_shell_gives_the_same_results(run: Run, account: str) -> None:
     command = "cat; echo $A; sh -c 'echo err >&2'; exit 5"
     result = run(command, account=account, stdin="in\n", env={"A": "x y"}, cwd="/")
@@ -170,7 +168,7 @@ def test_background_process_does_not_hold_the_call(run: Run) -> None:
 def test_chatty_background_process_does_not_hold_the_call(run: Run) -> None:
     started = time.monotonic()
     result = run(
-        "(while :; do echo tick; sleep 0.05; done) & echo x; trap 'kill $!' EXIT; (sleep 3; kill $!) &"
+        "echo x; (while :; do echo tick; sleep 0.05; done) & trap 'kill $!' EXIT; (sleep 3; kill $!) &"
     )
     assert result.stdout.startswith("x\n")
     assert time.monotonic() - started < 10
@@ -180,6 +178,37 @@ def test_both_streams_are_drained(run: Run) -> None:
     result = run("head -c 5000000 /dev/zero | tr '\\0' e >&2; head -c 5000000 /dev/zero | tr '\\0' o")
     assert (result.stdout_bytes, result.stderr_bytes) == (5_000_000, 5_000_000)
     assert result.exit_code == 0
+
+
+def test_binary_floods_on_both_streams_are_counted_to_the_byte(run: Run) -> None:
+    result = run(
+        "head -c 20000000 /dev/urandom >&2 & head -c 20000000 /dev/urandom; wait; exit 3", timeout=60
+    )
+    assert (result.stdout_bytes, result.stderr_bytes, result.exit_code) == (20_000_000, 20_000_000, 3)
+    assert result.stdout_omitted + result.stderr_omitted > 39_000_000
+    assert not re.search("[\0-\x08]", result.text())
+
+
+def test_reader_that_stops_before_the_end_of_its_input_holds_nothing(run: Run) -> None:
+    result = run("head -c 1000000 | wc -c; exec <&-; sleep 1; echo done", stdin="x" * 50_000_000, timeout=60)
+    assert (result.stdout.split(), result.exit_code) == (["1000000", "done"], 0)
+
+
+@pytest.mark.parametrize("timeout", [20, 1])
+def test_daemon_that_left_the_group_is_left_alone(run: Run, timeout: float) -> None:
+    marker = f"{os.getpid()}{time.monotonic_ns()}"
+    result = run(f"setsid sleep 8.{marker} </dev/null >/dev/null 2>&1 & sleep 3; echo x", timeout=timeout)
+    assert result.status == ("exited" if timeout == 20 else "killed")
+    assert running(marker)
+    found = subprocess.run(["pgrep", "-f", f"^sleep 8.{marker}"], capture_output=True, text=True, check=True)
+    os.kill(int(found.stdout), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("account", ["tester", "dash", "ash", "zsh", "ksh"])
+def test_all_bytes_but_nul_reach_the_command(run: Run, account: str) -> None:
+    text = "".join(chr(code) for code in range(1, 0x180))
+    result = run(f"printf %s {shlex.quote(text)} | cksum", account=account)
+    assert result.stdout == run("cksum", stdin=text).stdout
 
 
 def test_long_output_keeps_head_and_tail_and_counts_the_rest(run: Run, sshd: Server) -> None:
@@ -214,6 +243,7 @@ def test_command_killed_by_a_signal_says_which(run: Run) -> None:
         ("(sleep 30.{marker} & wait) & wait", "TERM"),
         ("trap '' TERM; sleep 30.{marker}", "KILL"),
         ("kill -STOP $$; sleep 30.{marker}", "KILL"),
+        ("trap '' TERM; sleep 30.{marker} | (trap '' TERM; cat; sleep 30.{marker}) | cat", "KILL"),
     ],
 )
 def test_timed_out_command_is_killed_with_its_group(run: Run, command: str, signal: str) -> None:
@@ -223,7 +253,7 @@ def test_timed_out_command_is_killed_with_its_group(run: Run, command: str, sign
     assert not running(marker)
 
 
-@pytest.mark.parametrize("account", ["ordinary", "dash", "zsh", "ksh", "fish", "tcsh"])
+@pytest.mark.parametrize("account", ["ordinary", "dash", "ash", "zsh", "ksh", "fish", "tcsh"])
 def test_timed_out_command_is_killed_in_every_login_shell(run: Run, account: str) -> None:
     marker = f"{os.getpid()}{time.monotonic_ns()}"
     result = run(f"sh -c 'sleep 30.{marker}; echo no' | cat", account=account, timeout=0.5)
@@ -312,8 +342,9 @@ def test_command_cut_off_while_it_runs_is_lost_and_not_run_again(own_sshd: Calla
 def test_account_without_a_shell_is_told_apart(own_sshd: Callable[..., Server]) -> None:
     server = own_sshd("ForceCommand echo This account is closed")
     pool = Pool(server.settings())
-    with pytest.raises(SSHError, match="This account is closed"):
-        Commands(pool, server.settings()).run(server.target, "echo ran", cancelled=nobody_cancels)
+    result = Commands(pool, server.settings()).run(server.target, "echo ran", cancelled=nobody_cancels)
+    assert (result.stdout, result.exit_code) == ("This account is closed\n", 0)
+    assert "forced command" in result.text()
     pool.close()
 
 

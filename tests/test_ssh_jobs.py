@@ -1,10 +1,7 @@
 """Commands that outlive the call that began them, against a real sshd."""
 
-import os
 import stat
-import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import ssh_jobs
-from conftest import Server, nobody_cancels, wait_for
+from conftest import Server, marker, nobody_cancels, running, wait_for
 from relay import Relay
 from settings import Target
 from ssh_answers import CommandResult
@@ -24,6 +21,7 @@ from ssh_errors import ArgumentError, SSHError
 from ssh_jobs import Jobs
 from ssh_output import Kept
 from ssh_pool import Pool
+from ssh_shells import Task
 
 Start = Callable[..., CommandResult]
 KEY = "k" * 64
@@ -40,10 +38,13 @@ def jobs(commands: Commands) -> Iterator[Jobs]:
 def start(jobs: Jobs, commands: Commands, sshd: Server) -> Start:
     """Start a command on a connection that is there, and wait for it a second: much less than it takes."""
 
-    def start(command: str, *, account: str = "tester", owner: str = "me", **more: object) -> CommandResult:
+    def start(
+        command: str, *, account: str = "tester", owner: str = "me", stdin: str = "", **more: object
+    ) -> CommandResult:
         given = {"timeout": 1, "on_timeout": "detach"} | more
+        task = Task.of(command, stdin=stdin)
         commands.run(sshd.account(account), "true", cancelled=nobody_cancels)
-        return jobs.execute(owner, sshd.account(account), command, cancelled=nobody_cancels, **given)  # type: ignore[arg-type]
+        return jobs.execute(owner, sshd.account(account), task, cancelled=nobody_cancels, **given)  # type: ignore[arg-type]
 
     return start
 
@@ -56,14 +57,6 @@ def go_on(jobs: Jobs) -> Start:
         return jobs.go_on(owner, job_id, cancelled=nobody_cancels, **given)  # type: ignore[arg-type]
 
     return go_on
-
-
-def running(marker: str) -> bool:
-    return subprocess.run(["pgrep", "-f", marker], capture_output=True, check=False).returncode == 0
-
-
-def marker() -> str:
-    return f"{os.getpid()}{time.monotonic_ns()}"
 
 
 def test_command_over_its_time_goes_on_as_a_job(start: Start, go_on: Start, sshd: Server) -> None:
@@ -244,7 +237,7 @@ def test_job_whose_connection_is_cut_is_lost(own_sshd: Callable[..., Server]) ->
     first = jobs.execute(
         "me",
         target,
-        "echo run >> count; echo said; sleep 10",
+        Task.of("echo run >> count; echo said; sleep 10"),
         timeout=3,
         on_timeout="detach",
         cancelled=nobody_cancels,
@@ -266,7 +259,7 @@ def test_detached_jobs_do_not_hold_others_or_the_end(sshd: Server) -> None:
 
     def detach(_: int) -> str:
         return jobs.execute(
-            "me", sshd.target, "sleep 30", timeout=3, on_timeout="detach", cancelled=nobody_cancels
+            "me", sshd.target, Task.of("sleep 30"), timeout=3, on_timeout="detach", cancelled=nobody_cancels
         ).status
 
     with ThreadPoolExecutor(12) as threads:
@@ -290,10 +283,11 @@ def test_session_of_an_ended_job_is_given_back(own_sshd: Callable[..., Server]) 
     commands.run(server.target, "true", cancelled=nobody_cancels)
     for _ in range(3):
         first = jobs.execute(
-            "me", server.target, "sleep 3", timeout=1, on_timeout="detach", cancelled=nobody_cancels
+            "me", server.target, Task.of("sleep 3"), timeout=1, on_timeout="detach", cancelled=nobody_cancels
         )
         assert first.job_id
         jobs.go_on("me", first.job_id, on_timeout="detach", cancelled=nobody_cancels)
+    jobs.close()
     pool.close()
 
 
@@ -347,3 +341,40 @@ def test_answers_after_cursors_show_or_count_every_byte(
     whole = b"".join(chunks)
     if len(whole) <= budget:
         assert "".join(texts) == whole.decode("utf-8", "replace")
+
+
+def test_error_in_one_job_leaves_the_others(
+    start: Start, go_on: Start, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[type[BaseException]] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: told.append(args.exc_type))
+    one, other = start("sleep 4; echo one"), start("sleep 4; echo other")
+    broken = next(iter(jobs._jobs.values()))
+    monkeypatch.setattr(broken.running.exchange, "step", lambda: 1 // 0)
+    ended = go_on(one.job_id)
+    assert (ended.status, ended.exit_code) == ("lost", None)
+    assert "log" in (ended.note or "")
+    assert go_on(other.job_id).stdout == "other\n"
+    assert told == [ZeroDivisionError]
+    assert start("sleep 2; echo later").status == "running"
+
+
+def test_ended_jobs_are_forgotten_without_another_call(
+    start: Start, go_on: Start, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssh_jobs, "_SWEEP_SECONDS", 0.1)
+    monkeypatch.setattr(ssh_jobs, "_ANSWERS_SECONDS", 3)
+    first = start("sleep 2; echo end")
+    assert go_on(first.job_id).stdout == "end\n"
+    wait_for(lambda: not jobs._jobs)
+    wait_for(lambda: not jobs._driving)
+    assert go_on(start("sleep 2; echo more").job_id).stdout == "more\n"
+
+
+def test_kill_of_what_has_just_ended_keeps_its_own_outcome(start: Start, go_on: Start, jobs: Jobs) -> None:
+    first = start("sleep 2; exit 6")
+    (job,) = jobs._jobs.values()
+    wait_for(lambda: job.ended_at is not None)
+    jobs._commands.kill(job.running, lambda seconds: True)
+    ended = go_on(first.job_id)
+    assert (ended.status, ended.exit_code, ended.note) == ("exited", 6, None)

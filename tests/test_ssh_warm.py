@@ -99,7 +99,7 @@ def test_rc_file_never_changes_what_a_command_returns(own_sshd: Serve, text: str
             assert (result.stdout, result.stderr, result.exit_code) == ("2  axb\n", "err\n", 7)
 
 
-@pytest.mark.parametrize("account", ["dash", "zsh", "ksh"])
+@pytest.mark.parametrize("account", ["dash", "ash", "zsh", "ksh"])
 def test_profile_of_another_shell_changes_nothing_either(own_sshd: Serve, account: str) -> None:
     server = own_sshd()
     (server.folder / account / ".zshenv").write_text("echo noise; setopt err_exit; trap 'echo bye' EXIT\n")
@@ -109,7 +109,7 @@ def test_profile_of_another_shell_changes_nothing_either(own_sshd: Serve, accoun
             assert (result.stdout, result.stderr, result.exit_code) == ("a\n", "", 3)
 
 
-@pytest.mark.parametrize("account", ["tester", "dash", "zsh", "ksh", "fish", "tcsh"])
+@pytest.mark.parametrize("account", ["tester", "dash", "ash", "zsh", "ksh", "fish", "tcsh"])
 def test_warm_shell_gives_what_a_fresh_one_gives(sshd: Server, account: str) -> None:
     with runner(sshd, account) as run:
         for number in range(6):

@@ -1,0 +1,54 @@
+"""An SSH server of asyncssh's for the tests: `asyncssh_server.py FOLDER` prints its port and serves until it is ended.
+
+Commands are run by /bin/sh, and lead no process group of their own.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+import asyncssh
+
+
+async def serve(folder: Path) -> None:
+    host_key, client_key = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(2))
+    (folder / "key").touch(mode=0o600)
+    client_key.write_private_key(str(folder / "key"))
+    client_key.write_public_key(str(folder / "authorized_keys"))
+
+    async def run(process: "asyncssh.SSHServerProcess[bytes]") -> None:
+        child = await asyncio.create_subprocess_exec(
+            "/bin/sh",
+            "-c",
+            process.command or "exit 1",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            cwd=folder,
+            env={"HOME": str(folder), "PATH": os.environ["PATH"], "SHELL": "/bin/sh"},
+        )
+        await process.redirect(child.stdin, child.stdout, child.stderr)
+        status = await child.wait()
+        if status < 0:
+            process.exit_with_signal(signal.Signals(-status).name.removeprefix("SIG"))
+        else:
+            process.exit(status)
+
+    server = await asyncssh.listen(
+        "127.0.0.1",
+        0,
+        server_host_keys=[host_key],
+        authorized_client_keys=str(folder / "authorized_keys"),
+        process_factory=run,
+        encoding=None,
+    )
+    port = server.get_port()
+    (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {host_key.export_public_key().decode()}")
+    print(port, flush=True)
+    await server.wait_closed()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(Path(sys.argv[1])))
