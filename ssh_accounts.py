@@ -21,7 +21,7 @@ from settings import Target
 from ssh_errors import ArgumentError, ConnectionLostError, SSHError
 from ssh_exchange import Exchange, Outcome
 from ssh_pool import Cancelled, Pool
-from ssh_shells import Dialect, Task, start_ahead
+from ssh_shells import Dialect, Task, start_ahead, start_reader
 from ssh_warm import Prepare
 
 _log = logging.getLogger("ssh_mcp_server.commands")
@@ -107,7 +107,7 @@ class Accounts:
         Asked only of what reads its input to the end and says nothing.
         """
         with self._pool.session(target, deadline, cancelled) as session:
-            start_ahead(session, "posix")
+            start_reader(session, "posix")
             session.send(_SFTP_INIT, _PATIENCE_SECONDS)
             said = b""
             until = min(deadline, time.monotonic() + _PATIENCE_SECONDS)

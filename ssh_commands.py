@@ -31,7 +31,7 @@ from ssh_exchange import Exchange, Progress, Pulse, untold
 from ssh_kill import Signal, ending, signalling
 from ssh_output import Kept, share, visible
 from ssh_pool import Cancelled, Pool
-from ssh_shells import Dialect, Task, start_ahead
+from ssh_shells import Dialect, Task, start_reader
 
 _log = logging.getLogger("ssh_mcp_server.commands")
 
@@ -263,7 +263,7 @@ class Commands:
                 self._pool.prepared_session(target, prepare, deadline, check)
             )
             if patience is not None:
-                greeting = start_ahead(session, dialect)
+                greeting = start_reader(session, dialect)
             exchange = Exchange(session, task, dialect, budget, greeting, patient=patience is not None)
             impatient_at = time.monotonic() + (patience or 0.0)
 

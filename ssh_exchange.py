@@ -104,7 +104,7 @@ class Exchange:
             request, stdin = task.request(dialect)
             session.exec(request)
         else:
-            stdin = task.line_ahead(dialect)
+            stdin = task.line(dialect) if patient else task.line_ahead(dialect)
         self.dialect = dialect
         self.outcome = Outcome(Kept(budget), Kept(budget), unsent=patient)
         self.signal_sent: str | None = None

@@ -46,15 +46,29 @@ $1"
 """Runs a background command where the shell itself reads it."""
 
 
+def start_reader(session: Session, dialect: Dialect) -> bytes:
+    """Start a shell that reads `Task.line` whenever it comes; return the greeting it prints once it waits for it.
+
+    The request is one line, and harmless to whatever else reads it.
+    """
+    greet, greeting = _greet()
+    session.exec(_reader(dialect, greet))
+    return greeting
+
+
 def start_ahead(session: Session, dialect: Dialect) -> bytes:
-    """Start a shell that reads its line whenever it comes; return the greeting it prints once it waits for it."""
+    """Do as `start_reader` does, where it is known that `dialect` reads; what it reads then is `Task.line_ahead`."""
+    if dialect != "posix":
+        return start_reader(session, dialect)
+    greet, greeting = _greet()
+    session.exec(f"{greet}{_CALM}\n{_READ_PLAIN_LINE}")
+    return greeting
+
+
+def _greet() -> tuple[str, bytes]:
+    """Return what prints a greeting, and the greeting, which what echoes the request must not show."""
     greeting = secrets.token_hex(16)
-    greet = f"c=; echo {greeting[:16]}${{c}}{greeting[16:]}; "
-    if dialect == "posix":
-        session.exec(f"{greet}{_CALM}\n{_READ_PLAIN_LINE}")
-    else:
-        session.exec(_reader(dialect, greet))
-    return f"{greeting}\n".encode()
+    return f"c=; echo {greeting[:16]}${{c}}{greeting[16:]}; ", f"{greeting}\n".encode()
 
 
 def _reader(dialect: Dialect, before: str = "") -> str:
