@@ -35,6 +35,7 @@ from ssh_pool import Pool
 
 _BIG_BYTES = 60_000_000
 _WRITTEN_BYTES = 30_000_000
+_WINDOW_BYTES = 8 * 1024 * 1024
 _ROUND_TRIP_MS = 50.0
 _FLOOD_MB = 100
 _FLOOD = f"head -c {_FLOOD_MB}000000 /dev/zero"
@@ -52,7 +53,7 @@ class Must:
     of_figure: bool = False
 
     def text(self, unit: str) -> str:
-        return f"{'≥' if self.least else '≤'} {self.number:g}" + (f" {unit}" if self.of_figure else "")
+        return f"{'≥' if self.least else '≤'} {self.number:g} {unit if self.of_figure else ''}".strip()
 
     def is_met(self, row: "Row", ratio: float) -> bool:
         value = row.figure if self.of_figure else ratio
@@ -380,48 +381,39 @@ def files(server: Server, settings: Settings, port: int, times: int) -> Iterator
     (server.home / "big").write_bytes(os.urandom(1 << 20) * (_BIG_BYTES >> 20))
     written = os.urandom(1 << 20) * (_WRITTEN_BYTES >> 20)
     (server.home / "source").write_bytes(written)
+    source, got = f"{server.home}/source", f"{server.folder}/got"
     pool = Pool(settings)
     ours, target = Files(pool, settings), Target("tester", "127.0.0.1", port)
+
+    def read_by_us() -> None:
+        for offset in range(0, (server.home / "big").stat().st_size, _WINDOW_BYTES):
+            ours.read_bytes(target, "big", offset=offset, max_bytes=_WINDOW_BYTES, cancelled=nobody_cancels)
+
     with control_master(server, port) as ssh, plain_paramiko(server, port, nodelay=True) as client:
         sftp = client.open_sftp()
-        small, big, write = "read 2 KB", f"read {_BIG_BYTES >> 20} MiB", f"write {_WRITTEN_BYTES >> 20} MiB"
-        yield Row(small, "Paramiko SFTP", median(lambda: paramiko_read(sftp, "small"), times))
-        yield Row(
-            small,
-            "this server, in Python",
-            median(lambda: ours.read(target, "small", cancelled=nobody_cancels), times),
-        )
         batch = ["sftp", "-q", "-b", "-", *("-P" if word == "-p" else word for word in ssh[1:])]
 
         def by_sftp(line: str) -> None:
             subprocess.run(batch, input=line, text=True, check=True, stdout=subprocess.DEVNULL)
 
-        yield Row(
-            big, "sftp get, ControlMaster", median(lambda: by_sftp(f"get big {server.folder}/got\n"), 1)
-        )
-        whole = len((server.home / "big").read_bytes())
-
-        def by_us() -> None:
-            offset = 0
-            while offset < whole:
-                offset += 8 * 1024 * 1024
-                ours.read_bytes(
-                    target,
-                    "big",
-                    offset=offset - 8 * 1024 * 1024,
-                    max_bytes=8 * 1024 * 1024,
-                    cancelled=nobody_cancels,
-                )
-
-        yield Row(big, "this server, in Python (8 MiB windows)", median(by_us, 1))
-        yield Row(
-            write, "sftp put, ControlMaster", median(lambda: by_sftp(f"put {server.home}/source put\n"), 1)
-        )
-        yield Row(
-            write,
-            "this server, in Python (atomic)",
-            median(lambda: ours.write(target, "put", written, cancelled=nobody_cancels), 1),
-        )
+        small, big, write = "read 2 KB", f"read {_BIG_BYTES >> 20} MiB", f"write {_WRITTEN_BYTES >> 20} MiB"
+        works: list[tuple[str, str, Callable[[], object], int]] = [
+            (small, "Paramiko SFTP", lambda: paramiko_read(sftp, "small"), times),
+            (small, _US, lambda: ours.read(target, "small", cancelled=nobody_cancels), times),
+            (big, "sftp get, ControlMaster", lambda: by_sftp(f"get big {got}\n"), 1),
+            (big, "Paramiko SFTP get", lambda: sftp.get("big", got), 1),
+            (big, f"{_US} (8 MiB windows)", read_by_us, 1),
+            (write, "sftp put, ControlMaster", lambda: by_sftp(f"put {source} put\n"), 1),
+            (write, "Paramiko SFTP put", lambda: sftp.put(source, "put"), 1),
+            (
+                write,
+                f"{_US} (atomic)",
+                lambda: ours.write(target, "put", written, cancelled=nobody_cancels),
+                1,
+            ),
+        ]
+        for what, by, work, rounds in works:
+            yield Row(what, by, median(work, rounds))
     pool.close()
 
 
