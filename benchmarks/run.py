@@ -9,6 +9,7 @@ machine. Everything is on loopback: an sshd of its own, reached directly and thr
 import asyncio
 import inspect
 import os
+import random
 import socket
 import statistics
 import subprocess
@@ -202,11 +203,9 @@ async def by_everybody(
                 "this server, through MCP": lambda: over.call_tool("ssh_execute", {"command": "true"}),
             }
             every = range(times + _WARM_UP)
-            order = (
-                [by for _ in every for by in contenders]
-                if in_turn
-                else [by for by in contenders for _ in every]
-            )
+            order = [by for by in contenders for _ in every]
+            if in_turn:  # by lot: who comes behind whom matters, for caches and for shells that are replaced
+                order = [by for _ in every for by in random.sample(list(contenders), len(contenders))]
             taken: dict[str, list[float]] = {by: [] for by in contenders}
             for by in order:
                 started = time.perf_counter()
