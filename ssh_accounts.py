@@ -21,7 +21,7 @@ from settings import Target
 from ssh_errors import ArgumentError, ConnectionLostError, SSHError
 from ssh_exchange import Exchange, Outcome
 from ssh_pool import Cancelled, Pool
-from ssh_shells import Dialect, Task, start_ahead
+from ssh_shells import Dialect, Task, start_ahead, start_reader
 from ssh_warm import Prepare
 
 _log = logging.getLogger("ssh_mcp_server.commands")
@@ -52,11 +52,14 @@ class Accounts:
             return None
         return dialect
 
-    def learn(self, target: Target, dialect: Dialect, outcome: Outcome) -> None:
-        """Remember who read a line, and see that shells are started ahead there; forget it when nobody did."""
+    def learn(self, target: Target, dialect: Dialect, outcome: Outcome, *, met: bool) -> None:
+        """Remember who read a line, forget it when nobody did.
+
+        See that a shell is started ahead for each caller that `met` the account, and so could not have one.
+        """
         if not outcome.answered:
             self._dialects.pop(target, None)
-        elif self.dialect(target) is None:
+        elif met or self.dialect(target) is None:
             self._dialects[target] = dialect, time.monotonic()
             if dialect in AHEAD:
                 self._pool.expect(target, AHEAD[dialect])
@@ -104,7 +107,7 @@ class Accounts:
         Asked only of what reads its input to the end and says nothing.
         """
         with self._pool.session(target, deadline, cancelled) as session:
-            start_ahead(session, "posix")
+            start_reader(session, "posix")
             session.send(_SFTP_INIT, _PATIENCE_SECONDS)
             said = b""
             until = min(deadline, time.monotonic() + _PATIENCE_SECONDS)

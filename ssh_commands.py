@@ -31,7 +31,7 @@ from ssh_exchange import Exchange, Progress, Pulse, untold
 from ssh_kill import Signal, ending, signalling
 from ssh_output import Kept, share, visible
 from ssh_pool import Cancelled, Pool
-from ssh_shells import Dialect, Task, start_ahead
+from ssh_shells import Dialect, Task, start_reader
 
 _log = logging.getLogger("ssh_mcp_server.commands")
 
@@ -206,6 +206,7 @@ class Commands:
 
         with self._running:
             dialect = self._accounts.dialect(target)
+            met = dialect is None
             if dialect is None:
                 dialect, exchange = self._accounts.meet(target, task, attempt, deadline, cancelled)
             else:
@@ -213,7 +214,7 @@ class Commands:
                 exchange = attempt(dialect, warm=True)
             if exchange.outcome.unread:
                 exchange = attempt(dialect)
-            self._accounts.learn(target, dialect, exchange.outcome)
+            self._accounts.learn(target, dialect, exchange.outcome, met=met)
         outcome = exchange.outcome
         if dialect == "plain":
             if outcome.lost and not outcome.note and exchange.connected:
@@ -262,7 +263,7 @@ class Commands:
                 self._pool.prepared_session(target, prepare, deadline, check)
             )
             if patience is not None:
-                greeting = start_ahead(session, dialect)
+                greeting = start_reader(session, dialect)
             exchange = Exchange(session, task, dialect, budget, greeting, patient=patience is not None)
             impatient_at = time.monotonic() + (patience or 0.0)
 

@@ -25,6 +25,7 @@ _TICK_SECONDS = 0.25
 _GRACE_SECONDS = 0.5
 _PULSE_SECONDS = 1.0
 _LINE_BYTES = 120
+_PACKETS = 16
 
 
 @dataclass
@@ -103,7 +104,7 @@ class Exchange:
             request, stdin = task.request(dialect)
             session.exec(request)
         else:
-            stdin = task.line(dialect)
+            stdin = task.line(dialect) if patient else task.line_ahead(dialect)
         self.dialect = dialect
         self.outcome = Outcome(Kept(budget), Kept(budget), unsent=patient)
         self.signal_sent: str | None = None
@@ -114,8 +115,8 @@ class Exchange:
         self._input = memoryview(stdin)
         self._fed = False
         mark = None if dialect == "plain" else task.mark
-        self._out = _Marked(mark, rb" (\d{1,10}|no)", self.outcome.out)
-        self._err = _Marked(mark, b"()", self.outcome.err)
+        self._out = _Marked(mark, _OUT_MARKED, self.outcome.out)
+        self._err = _Marked(mark, _ERR_MARKED, self.outcome.err)
         self._grace: _Grace | None = None
 
     def finish(self, deadline: float, check: Cancelled, *, until_started: bool = False) -> bool:
@@ -128,7 +129,9 @@ class Exchange:
                 return False
             check()
             if not moved:
-                self._session.wait(min(_TICK_SECONDS, max(0.0, deadline - time.monotonic())))
+                left = max(0.0, deadline - time.monotonic())
+                first = until_started or self.outcome.unsent
+                self._session.wait(min(_TICK_SECONDS, left), packets=1 if first else _PACKETS)
 
     def ends_within(self, seconds: float) -> bool:
         """Go on for so many seconds at most, and return whether the command has ended."""
@@ -251,12 +254,17 @@ class _Grace:
 _FLOOD_BYTES = 256 * 1024
 
 
+_OUT_MARKED = re.compile(rb" (\d{1,10}|no)\r?\n")
+_ERR_MARKED = re.compile(rb"()\r?\n")
+
+
 class _Marked:
     """One stream: what comes before the mark belongs to rc files, what comes after it to the command."""
 
-    def __init__(self, mark: str | None, word: bytes, kept: Kept) -> None:
+    def __init__(self, mark: str | None, word: re.Pattern[bytes], kept: Kept) -> None:
         self.said: bytes | None = b"" if mark is None else None
-        self._line = re.compile((mark or "").encode() + word + rb"\r?\n")
+        self._mark = (mark or "").encode()
+        self._word = word
         self._kept = kept
         self._before = bytearray()
 
@@ -265,12 +273,21 @@ class _Marked:
             self._kept.add(data)
             return
         self._before += data
-        if found := self._line.search(self._before):
+        if found := self._found():
             self.said = found[1]
             self._kept.add(bytes(self._before[found.end() :]))
             self._before.clear()
         else:
             del self._before[: -64 * 1024]
+
+    def _found(self) -> re.Match[bytes] | None:
+        """Find the mark and its word. The mark is no part of the pattern: to compile one costs more than a call."""
+        at = self._before.find(self._mark)
+        while at >= 0:
+            if found := self._word.match(self._before, at + len(self._mark)):
+                return found
+            at = self._before.find(self._mark, at + 1)
+        return None
 
     def was_greeted(self, greeting: bytes) -> bool:
         """Whether this line has come."""

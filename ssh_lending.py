@@ -132,6 +132,7 @@ class TargetPool:
         self._demand = Demand()
         self._stock_changed = threading.Condition(self._books)
         self._stocking = False
+        self._stock_rests = False
 
     def reserve(
         self, deadline: float, cancelled: Cancelled, *, control: bool, prepare: Prepare | None = None
@@ -425,9 +426,11 @@ class TargetPool:
 
     def _keep_stock(self) -> None:
         """See that somebody prepares sessions, as long as any are wanted and there is room."""
-        if self._stocking:
-            self._stock_changed.notify()
-        elif self._room_for_one_more() is not None:
+        if self._stock_rests:
+            if self._demand.waits_seconds(self._prepared()) is not None:
+                self._stock_rests = False
+                self._stock_changed.notify()
+        elif not self._stocking and self._room_for_one_more() is not None:
             with suppress(RuntimeError):  # the system grants no further thread: nothing is prepared then
                 threading.Thread(target=self._stock, name=f"ssh-prepare-{self.target}", daemon=True).start()
                 self._stocking = True
@@ -437,15 +440,18 @@ class TargetPool:
         while True:
             with self._books:
                 over = self._take_over()
-                member = self._room_for_one_more()
+                pause = self._demand.waits_seconds(self._prepared())
+                member = None if pause else self._room_for_one_more()
                 prepare = self._demand.prepare
                 if member is not None:
                     member.sessions += 1
                 elif not over:
-                    if self._closed or not any(m.prepared for m in self._members):
+                    if self._closed or not (pause or self._prepared()):
                         self._stocking = False
                         return
-                    self._stock_changed.wait(1.0)
+                    self._stock_rests = not pause
+                    self._stock_changed.wait(pause or 1.0)
+                    self._stock_rests = False
             for one in over:
                 one.close()
             if member is not None and prepare is not None:
@@ -462,10 +468,12 @@ class TargetPool:
                 over.append(one)
         return over
 
+    def _prepared(self) -> int:
+        return sum(len(member.prepared) for member in self._members)
+
     def _room_for_one_more(self) -> _Member | None:
         """Return where a session may be prepared: with one left free for a caller there, and one for SFTP."""
-        missing = self._demand.wanted - sum(len(member.prepared) for member in self._members)
-        if self._closed or self._waiters or missing <= 0:
+        if self._closed or self._waiters or self._prepared() >= self._demand.wanted:
             return None
         most = self._limit(control=False) - 2
         free = [m for m in self._members if m.lends and m.sessions + (m.standing is None) <= most]

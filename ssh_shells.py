@@ -26,6 +26,7 @@ Dialect = Literal["posix", "foreign", "plain"]
 """Who reads the line: the login shell, which is a POSIX shell; `/bin/sh`, started by another; or nobody."""
 
 _READ_LINE = 'IFS= read -r c && eval "$(printf %b "$c")"'
+_READ_PLAIN_LINE = 'IFS= read -r c && eval "$c"'
 _MOST_ARGUMENT_BYTES = 64 * 1024
 _CALM = """\
 set +efuvxC
@@ -45,11 +46,29 @@ $1"
 """Runs a background command where the shell itself reads it."""
 
 
+def start_reader(session: Session, dialect: Dialect) -> bytes:
+    """Start a shell that reads `Task.line` whenever it comes; return the greeting it prints once it waits for it.
+
+    The request is one line, and harmless to whatever else reads it.
+    """
+    greet, greeting = _greet()
+    session.exec(_reader(dialect, greet))
+    return greeting
+
+
 def start_ahead(session: Session, dialect: Dialect) -> bytes:
-    """Start a shell that reads its line whenever it comes; return the greeting it prints once it waits for it."""
+    """Do as `start_reader` does, where it is known that `dialect` reads; what it reads then is `Task.line_ahead`."""
+    if dialect != "posix":
+        return start_reader(session, dialect)
+    greet, greeting = _greet()
+    session.exec(f"{greet}{_CALM}\n{_READ_PLAIN_LINE}")
+    return greeting
+
+
+def _greet() -> tuple[str, bytes]:
+    """Return what prints a greeting, and the greeting, which what echoes the request must not show."""
     greeting = secrets.token_hex(16)
-    session.exec(_reader(dialect, f"c=; echo {greeting[:16]}${{c}}{greeting[16:]}; "))
-    return f"{greeting}\n".encode()
+    return f"c=; echo {greeting[:16]}${{c}}{greeting[16:]}; ", f"{greeting}\n".encode()
 
 
 def _reader(dialect: Dialect, before: str = "") -> str:
@@ -107,19 +126,34 @@ class Task:
         """
         if dialect == "plain":
             return self.command, self.stdin
-        steps = _encoded(self._steps(dialect == "foreign"))
-        if dialect == "posix" and not self.env and len(steps) <= _MOST_ARGUMENT_BYTES:
-            return f"eval \"$(printf %b '{steps.decode()}')\"", self.stdin
+        if dialect == "posix" and not self.env:
+            steps = _evaluating("\n".join([_CALM, *self._steps(False)]))
+            if len(steps) <= _MOST_ARGUMENT_BYTES:
+                return steps, self.stdin
         return _reader(dialect), self.line(dialect)
 
     def line(self, dialect: Dialect) -> bytes:
         """Return what goes to the stdin of a shell that reads one line."""
-        return _encoded(self._steps(dialect == "foreign")) + b"\n" + self.stdin
+        return _encoded("\n".join([_CALM, *self._steps(dialect == "foreign")])) + b"\n" + self.stdin
 
-    def _steps(self, foreign: bool) -> str:
+    def line_ahead(self, dialect: Dialect) -> bytes:
+        """Return what goes to the stdin of a shell that was started ahead.
+
+        A POSIX one is calm by then and evaluates the line as it is: decoding one costs it a process, which only a
+        command of several lines, or with more than printable ASCII, is given.
+        """
+        if dialect != "posix":
+            return self.line(dialect)
+        steps = ["unset c", *self._steps(False)]
+        line = "; ".join(steps)
+        if not (line.isascii() and line.isprintable()):
+            line = _evaluating("\n".join(steps))
+        return line.encode() + b"\n" + self.stdin
+
+    def _steps(self, foreign: bool) -> list[str]:
         """Return what the shell evaluates."""
         mark = f"{self.mark[:16]}''{self.mark[16:]}"  # in two parts: what echoes the steps must not show it
-        steps = [_CALM]
+        steps = []
         if self.cwd is not None:
             steps.append(f"cd -- {_directory(self.cwd)} >/dev/null 2>&1 || {{ echo {mark} no; exit 1; }}")
         exports = [f"export {name}={quoted(value)}" for name, value in self.env.items()]
@@ -138,7 +172,7 @@ class Task:
             # its variables are the command's alone: HOME and PATH are needed to start it
             run = ssh_background.start(self.job, "\n".join([*exports, run]))
         steps.append(run)
-        return "\n".join(steps)
+        return steps
 
 
 def _no_nul(what: str, text: str) -> None:
@@ -159,6 +193,11 @@ def _directory(path: str) -> str:
     if path.startswith("/"):
         return quoted(path)
     return '"$HOME"/' + quoted(path.removeprefix("~/"))
+
+
+def _evaluating(text: str) -> str:
+    """Return words that make a POSIX shell evaluate a text, whatever it holds."""
+    return f"eval \"$(printf %b '{_encoded(text).decode()}')\""
 
 
 def _encoded(text: str) -> bytes:

@@ -45,6 +45,7 @@ logging.getLogger("paramiko").addHandler(logging.NullHandler())
 _WINDOW_BYTES = 16 * 1024 * 1024
 _PACKET_BYTES = 256 * 1024
 _MOST_PACKET_BYTES = _PACKET_BYTES + 64 * 1024
+_READ_AHEAD_BYTES = 64 * 1024
 _STALL_SECONDS = 12.0
 _BUSY_SILENCE_SECONDS = 4.0
 _IDLE_SILENCE_SECONDS = 30.0
@@ -57,20 +58,30 @@ class SessionRefusedError(Exception):
 
 
 class _Wire(socket.socket):
-    """A TCP socket that remembers when the peer was last heard, and whether it hung up."""
+    """A TCP socket that remembers when the peer was last heard, and whether it hung up.
+
+    It reads ahead: Paramiko asks for each packet's head and rest, and every system call lets another thread run
+    before the next packet is looked at. Read by one thread.
+    """
 
     heard_at = 0.0
     hung_up = False
+    _ahead = b""
+    _used = 0
 
-    def recv(self, *args: Any) -> bytes:
-        try:
-            data = super().recv(*args)
-        except ConnectionError:
-            self.hung_up = True
-            raise
-        self.hung_up = not data
-        self.heard_at = time.monotonic()
-        return data
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """Return at most `size` bytes, those first that were read ahead."""
+        if self._used == len(self._ahead):
+            try:
+                self._ahead = super().recv(max(size, _READ_AHEAD_BYTES), flags)
+            except ConnectionError:
+                self.hung_up = True
+                raise
+            self._used = 0
+            self.hung_up = not self._ahead
+            self.heard_at = time.monotonic()
+        begin, self._used = self._used, min(self._used + size, len(self._ahead))
+        return self._ahead[begin : self._used]
 
 
 class _Packetizer(Packetizer):  # type: ignore[misc]
@@ -241,7 +252,7 @@ class _Transport(paramiko.Transport):  # type: ignore[misc]
 
 
 class _Wake:
-    """An event that Paramiko's pipes may set, and that only its owner clears."""
+    """An event that Paramiko sets when the state of a channel has changed, and that only its owner clears."""
 
     def __init__(self) -> None:
         self.event = threading.Event()
@@ -251,6 +262,23 @@ class _Wake:
         self.event.set()
         if self.another is not None:
             self.another.set()
+
+
+class _Arrivals:
+    """The event of a channel's pipes: passes on the last of so many packets, and always the end of the stream."""
+
+    def __init__(self, channel: paramiko.Channel, wake: _Wake) -> None:
+        self.awaited = 1
+        self._channel = channel
+        self._wake = wake
+        self._arrived = 0
+
+    def set(self) -> None:
+        """Count a packet; Paramiko's pipes call this, from one thread."""
+        self._arrived += 1
+        if self._arrived >= self.awaited or self._channel.eof_received or self._channel.closed:
+            self._arrived = 0
+            self._wake.set()
 
     def clear(self) -> None:
         """Paramiko clears a pipe's event when that pipe is empty; the other pipe may hold data still."""
@@ -266,8 +294,9 @@ class Session:
         channel.gate = self._gate
         channel.exit_signal = None
         channel.status_event = self._wake
-        channel.in_buffer.set_event(self._wake)
-        channel.in_stderr_buffer.set_event(self._wake)
+        self._arrivals = _Arrivals(channel, self._wake)
+        channel.in_buffer.set_event(self._arrivals)
+        channel.in_stderr_buffer.set_event(self._arrivals)
 
     def exec(self, command: str) -> None:
         """Send the exec request without waiting for its answer."""
@@ -307,13 +336,19 @@ class Session:
             err = self._channel.recv_stderr(limit) if self._channel.recv_stderr_ready() else b""
         return out, err
 
-    def wait(self, seconds: float) -> None:
-        """Wait until something has happened since the last wait, or the time is over."""
+    def wait(self, seconds: float, *, packets: int = 1) -> None:
+        """Wait until something has happened since the last wait, or the time is over.
+
+        That is a new state of the channel, such as its end, or so many packets of output: who needs no single one
+        at once is not woken for it, which costs more than taking the packet does.
+        """
+        self._arrivals.awaited = packets
         self._wake.event.wait(seconds)
         self._wake.event.clear()
 
     def stir(self, event: threading.Event) -> None:
         """Set this event as well whenever something happens."""
+        self._arrivals.awaited = 1
         self._wake.another = event
 
     @property

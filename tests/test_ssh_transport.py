@@ -1,6 +1,7 @@
 """What is borrowed from Paramiko's private parts is where it was."""
 
 import inspect
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from paramiko.packet import Packetizer
 from conftest import Server, nobody_cancels, wait_for
 from ssh_commands import Commands
 from ssh_pool import Pool
-from ssh_transport import _Transport
+from ssh_transport import _Transport, _Wire
 
 
 def test_silent_reads_call_the_keepalive_check() -> None:
@@ -47,10 +48,36 @@ def test_channels_have_what_sessions_use() -> None:
     assert "self.clear_to_send.set()" in inspect.getsource(paramiko.Transport._parse_newkeys)
 
 
-def test_connection_uses_an_authenticated_cipher_and_no_delay(sshd: Server, pool: Pool) -> None:
-    import socket
-    import time
+def test_end_of_a_stream_is_known_before_its_pipes_tell() -> None:
+    eof = inspect.getsource(paramiko.Channel._handle_eof)
+    assert eof.index("self.eof_received = True") < eof.index("self.in_buffer.close()")
+    closed = inspect.getsource(paramiko.Channel._set_closed)
+    assert closed.index("self.closed = True") < closed.index("self.in_buffer.close()")
 
+
+def test_wire_is_read_ahead_to_its_end() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs, _Wire(fileno=ours.detach()) as wire:
+        theirs.send(b"abcdef")
+        assert [wire.recv(2), wire.recv(3)] == [b"ab", b"cde"]
+        theirs.close()
+        assert not wire.hung_up
+        assert [wire.recv(9), wire.recv(9)] == [b"f", b""]
+        assert wire.hung_up
+
+
+def test_wait_for_many_packets_ends_with_the_session(pool: Pool, sshd: Server) -> None:
+    with pool.session(sshd.target, time.monotonic() + 10, nobody_cancels) as session:
+        session.exec("echo a; sleep 0.2; echo b; exit 3")
+        began = time.monotonic()
+        while not (session.ended and session.exited):
+            session.wait(60, packets=1_000_000)
+        assert time.monotonic() - began < 30
+        assert session.read()[0] == b"a\nb\n"
+        assert session.exit_status == 3
+
+
+def test_connection_uses_an_authenticated_cipher_and_no_delay(sshd: Server, pool: Pool) -> None:
     with pool.session(sshd.target, time.monotonic() + 10, nobody_cancels) as session:
         transport = session._channel.transport
         assert transport.local_cipher == transport.remote_cipher == "aes128-gcm@openssh.com"

@@ -19,6 +19,7 @@ from ssh_answers import CommandResult
 from ssh_commands import Commands
 from ssh_files import Files
 from ssh_pool import Pool
+from ssh_shells import Task
 from ssh_warm import Demand, Prepared, best
 
 Run = Callable[..., CommandResult]
@@ -223,7 +224,34 @@ def test_as_many_are_wanted_as_found_none_ready_and_fewer_as_they_go_unused() ->
     assert demand.wanted == 0
     for _ in range(1000):
         demand.note(nobody_cancels, found_ready=False)  # type: ignore[arg-type]
-    assert demand.wanted <= 8
+    assert demand.wanted <= 16
+
+
+def test_replacement_waits_for_quiet_unless_half_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(monotonic=lambda: 100.0)
+    monkeypatch.setattr("ssh_warm.time", clock)
+    demand = Demand()
+    assert demand.waits_seconds(0) is None
+    for _ in range(4):
+        demand.note(nobody_cancels, found_ready=False)  # type: ignore[arg-type]
+    assert demand.waits_seconds(4) is None
+    assert (demand.waits_seconds(3) or 0) > 0
+    assert (demand.waits_seconds(2) or 0) > 0
+    assert demand.waits_seconds(1) == 0
+    clock.monotonic = lambda: 101.0
+    assert demand.waits_seconds(3) == 0
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["true", "echo 'a' \"b\" $HOME \\\\ `id` #", "-x", "echo a\necho b", "echo ä", "echo a\tb", "\x1b\r"],
+)
+@pytest.mark.parametrize("more", [{}, {"cwd": "/tmp/ä"}, {"env": {"A": "1\n2"}}])
+def test_waiting_shell_reads_one_line_of_printable_ascii(command: str, more: dict[str, Any]) -> None:
+    line, rest = Task.of(command, stdin="in\nput", **more).line_ahead("posix").decode().split("\n", 1)
+    assert line.isascii()
+    assert line.isprintable()
+    assert rest == "in\nput"
 
 
 def test_old_ended_and_unasked_for_ones_are_over() -> None:
