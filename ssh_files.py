@@ -179,13 +179,8 @@ class Files:
                 edited = apply_edits(before, edits, place.shown)
                 atomic = None
                 if not dry_run:
-                    if self._whole(sftp, target, place) != before:
-                        raise FileError(
-                            f"{place.shown} on {target} was changed by somebody else in the meantime; nothing was "
-                            "written. Read it again and repeat the edit"
-                        )
                     writer = Writer(sftp, self._temporaries)
-                    atomic, _ = writer.replace(place, edited.content, None, overwrite=True)
+                    atomic, _ = writer.replace(place, edited.content, None, before=before)
         return EditedFile(
             path=place.shown,
             diff=edited.diff,

@@ -52,6 +52,7 @@ _EXTENDED, _EXTENDED_REPLY = 200, 201
 OK, EOF, NO_SUCH_FILE, PERMISSION_DENIED, FAILURE, OP_UNSUPPORTED = 0, 1, 2, 3, 4, 8
 _CONNECTION_LOST = 7
 
+Body = bytes | memoryview
 
 _ESCAPE = re.compile(r"\\x[0-9a-fA-F]{2}")
 
@@ -134,19 +135,19 @@ class Reply:
         self._sftp = sftp
         self._arrived = threading.Event()
         self._kind = 0
-        self._body = b""
+        self._body: Body = b""
 
     @property
     def arrived(self) -> bool:
         """Whether the answer is there."""
         return self._arrived.is_set()
 
-    def arrive(self, kind: int, body: bytes) -> None:
+    def arrive(self, kind: int, body: Body) -> None:
         """Take the answer; called once, by the reading thread."""
         self._kind, self._body = kind, body
         self._arrived.set()
 
-    def wait(self, *expected: int) -> bytes:
+    def wait(self, *expected: int) -> Body:
         """Return the body of an answer of an expected kind.
 
         Raises StatusError for a status other than OK, ConnectionLostError when none comes within
@@ -210,7 +211,7 @@ class Opening(Reply):
         self._handles = handles
         self.guess = handles.expect()
 
-    def arrive(self, kind: int, body: bytes) -> None:
+    def arrive(self, kind: int, body: Body) -> None:
         """See Reply."""
         self._handles.settle(self.guess, _Reader(body).string() if kind == _HANDLE else None)
         super().arrive(kind, body)
@@ -306,7 +307,7 @@ class _Reads:
 class _Reader:
     """Takes SSH data types (RFC 4251, 5) off a packet."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: Body) -> None:
         self._data = data
         self._at = 0
 
@@ -314,7 +315,7 @@ class _Reader:
     def left(self) -> int:
         return len(self._data) - self._at
 
-    def take(self, count: int) -> bytes:
+    def take(self, count: int) -> Body:
         if count > self.left:
             raise ConnectionLostError("the file server sent a packet that is cut short")
         self._at += count
@@ -327,7 +328,7 @@ class _Reader:
         return int.from_bytes(self.take(8), "big")
 
     def string(self) -> bytes:
-        return self.take(self.uint32())
+        return bytes(self.take(self.uint32()))
 
     def attributes(self) -> Attributes:
         flags = self.uint32()
@@ -558,7 +559,8 @@ class SFTP:
                 if not 1 <= size <= _MOST_PACKET_BYTES:
                     return None
                 if len(self._buffer) >= 4 + size:
-                    packet = bytes(self._buffer[4 : 4 + size])
+                    with memoryview(self._buffer) as view:
+                        packet = bytes(view[4 : 4 + size])
                     del self._buffer[: 4 + size]
                     return packet
             data, _ = self._session.read()
@@ -577,7 +579,7 @@ class SFTP:
                 with self._state:
                     reply = self._pending.pop(number, None)
                 if reply is not None:
-                    reply.arrive(packet[0], packet[5:])
+                    reply.arrive(packet[0], memoryview(packet)[5:])
         finally:
             self.close()
 

@@ -14,7 +14,7 @@ import itertools
 import posixpath
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -94,34 +94,52 @@ class Writer:
         self._can_replace = "posix-rename@openssh.com" in sftp.extensions
 
     def replace(
-        self, place: Place, content: bytes, mode: int | None, *, overwrite: bool
+        self,
+        place: Place,
+        content: bytes,
+        mode: int | None,
+        *,
+        overwrite: bool = True,
+        before: bytes | None = None,
     ) -> tuple[bool, Attributes]:
-        """Put the content in the file's place; return whether that was atomic, and the new attributes."""
+        """Put the content in the file's place; return whether that was atomic, and the new attributes.
+
+        `before` is what the file must hold right before that, if it matters. Raises FileError if it does not.
+        """
         with self._temporaries.name() as name:
             if place.existing is not None and not self._can_replace:
-                return False, self._write_in_place(place, content, mode, name)
-            return self._rename_over(place, content, mode, name, overwrite=overwrite)
+                return False, self._write_in_place(place, content, mode, name, before)
+            return self._rename_over(place, content, mode, name, overwrite=overwrite, before=before)
 
     def _rename_over(
-        self, place: Place, content: bytes, mode: int | None, name: bytes, *, overwrite: bool
+        self,
+        place: Place,
+        content: bytes,
+        mode: int | None,
+        name: bytes,
+        *,
+        overwrite: bool,
+        before: bytes | None,
     ) -> tuple[bool, Attributes]:
         temporary = posixpath.join(place.folder, name)
         with Directory(self._sftp, place.folder) as folder:
             handle = self._new_file(temporary, place, mode)
             if handle is None:
-                return False, self._write_in_place(place, content, mode, None)
+                return False, self._write_in_place(place, content, mode, None, before)
             with suppress(StatusError):
                 folder.ask()
             try:
-                attributes = self._fill(handle, content, place.existing, mode)
+                filled = self._fill(handle, content, place.existing, mode)
+                self._must_hold(place, before)
+                attributes = filled()
                 if attributes is not None and self._look_around(folder, place, attributes) == 1:
                     self._rename(temporary, place.real, overwrite=overwrite)
                     return True, attributes
-            except (StatusError, ConnectionLostError):
+            except (StatusError, FileError):
                 self._remove(temporary)
                 raise
             self._remove(temporary)
-            return False, self._write_in_place(place, content, mode, name)
+            return False, self._write_in_place(place, content, mode, name, before)
 
     def _new_file(self, path: bytes, place: Place, mode: int | None) -> bytes | None:
         """Make the temporary file and return its handle, or None where only the old file itself may be written."""
@@ -142,10 +160,10 @@ class Writer:
 
     def _fill(
         self, handle: bytes, content: bytes, existing: Attributes | None, mode: int | None
-    ) -> Attributes | None:
-        """Fill a temporary file and give it the owner and the mode it must have, all in one round trip.
+    ) -> Callable[[], Attributes | None]:
+        """Send all that fills a temporary file and gives it the owner and the mode it must have.
 
-        Returns its attributes, or None when the old file's owner cannot be given to it.
+        What is returned waits for it, and returns the attributes, or None if the old file's owner cannot be given.
         """
         sftp = self._sftp
         writing = sftp.write_all(handle, content)
@@ -155,14 +173,27 @@ class Writer:
         wanted = mode if mode is not None else existing.mode if existing is not None else None
         allowing = None if wanted is None else sftp.fsetstat(handle, Attributes(mode=wanted & 0o7777))
         flushing, asking, closing = self._flush(handle), sftp.fstat(handle), sftp.close_handle(handle)
-        _all_done([*writing, allowing, flushing, closing])
-        attributes = asking.attributes()
-        try:
-            _all_done([owning])
-        except StatusError:
-            if existing is None or (attributes.uid, attributes.gid) != (existing.uid, existing.gid):
-                return None
-        return attributes
+
+        def filled() -> Attributes | None:
+            _all_done([*writing, allowing, flushing, closing])
+            attributes = asking.attributes()
+            try:
+                _all_done([owning])
+            except StatusError:
+                if existing is None or (attributes.uid, attributes.gid) != (existing.uid, existing.gid):
+                    return None
+            return attributes
+
+        return filled
+
+    def _must_hold(self, place: Place, before: bytes | None) -> None:
+        if before is None:
+            return
+        if bytes_of(self._sftp, place.real, len(before) + 1, len(before)) != before:
+            raise FileError(
+                f"{place.shown} was changed by somebody else in the meantime; nothing was written. Read it again "
+                "and repeat the edit"
+            )
 
     def _look_around(self, folder: Directory, place: Place, made: Attributes | None) -> int:
         """Return the file's number of hard links; remove stale temporaries that stand beside it."""
@@ -183,7 +214,7 @@ class Writer:
         return links
 
     def _write_in_place(
-        self, place: Place, content: bytes, mode: int | None, name: bytes | None
+        self, place: Place, content: bytes, mode: int | None, name: bytes | None, before: bytes | None
     ) -> Attributes:
         """Overwrite a file where it stands; put the old bytes back when that fails."""
         sftp = self._sftp
@@ -196,6 +227,7 @@ class Writer:
                     "folder you may not write to), and is too big for a copy to fall back on; use a command"
                 )
             with self._copy_beside(place, old, name):
+                self._must_hold(place, before)
                 try:
                     return self._overwrite(handle, content, mode)
                 except StatusError:
@@ -230,7 +262,7 @@ class Writer:
             raise ConnectionLostError(
                 f"{error} (what it held before is in {ssh_sftp.shown_name(copy)})"
             ) from None
-        except StatusError:
+        except (StatusError, FileError):
             self._remove(copy)
             raise
         self._remove(copy)

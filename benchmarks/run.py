@@ -8,6 +8,7 @@ machine. Everything is on loopback: an sshd of its own, reached directly and thr
 
 import asyncio
 import inspect
+import itertools
 import os
 import random
 import socket
@@ -18,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from conftest import Server, make_server, nobody_cancels
 from relay import Relay
 from settings import Settings, Target
 from ssh_commands import Commands
+from ssh_edits import Edit
 from ssh_files import Files
 from ssh_pool import Pool
 
@@ -374,13 +376,69 @@ def output(server: Server) -> Iterator[Row]:
         yield Row(what, by, in_new_process(server, by, _FLOOD)[1], must, "MB")
 
 
-def files(server: Server, settings: Settings, port: int, times: int) -> Iterator[Row]:
-    """Yield how long a small read, a big read and a write take."""
-    (server.home / "small").write_bytes(b"x" * 2048)
+def small_files(server: Server, settings: Settings, port: int, times: int) -> Iterator[Row]:
+    """Yield what the file tools cost on small files, in round trips, beside the same steps by Paramiko's SFTP."""
+    folder = server.home / "folder"
+    folder.mkdir(exist_ok=True)
+    for number in range(50):
+        (folder / f"file{number}").write_bytes(b"x" * 2048)
+    edited, name = folder / "edited", "folder/file1"
+    edited.write_text("a\nb\n")
+    target, turn = Target("tester", "127.0.0.1", port), itertools.count()
+    there_and_back = [Edit(old_text="a\n", new_text="c\n")], [Edit(old_text="c\n", new_text="a\n")]
+    with ExitStack() as open_now:
+        sftp = open_now.enter_context(plain_paramiko(server, port, nodelay=True)).open_sftp()
+        ours = Files(open_now.enter_context(closing(Pool(settings))), settings)
+
+        def paramiko_write(path: str, data: bytes) -> None:
+            with sftp.open(f"{path}.new", "wb") as file:
+                file.write(data)
+            sftp.posix_rename(f"{path}.new", path)
+
+        def edit() -> None:
+            ours.edit(target, "folder/edited", there_and_back[next(turn) % 2], cancelled=nobody_cancels)
+
+        works: list[tuple[str, float, Callable[[], object], Callable[[], object]]] = [
+            (
+                "read 2 KB",
+                2.2,
+                lambda: paramiko_read(sftp, name),
+                lambda: ours.read(target, name, cancelled=nobody_cancels),
+            ),
+            (
+                "list 51 names",
+                3.3,
+                lambda: sftp.listdir_attr("folder"),
+                lambda: ours.list(target, "folder", cancelled=nobody_cancels),
+            ),
+            (
+                "replace 2 KB",
+                4.2,
+                lambda: paramiko_write(name, b"y" * 2048),
+                lambda: ours.write(target, name, b"y" * 2048, cancelled=nobody_cancels),
+            ),
+            (
+                "edit a line",
+                6.2,
+                lambda: paramiko_write("folder/edited", paramiko_read(sftp, "folder/edited")),
+                edit,
+            ),
+        ]
+        far = port != server.port
+        for what, most, by_paramiko, by_us in works:
+            if far:
+                yield Row(what, "(one round trip)", _ROUND_TRIP_MS)
+            yield Row(what, "Paramiko SFTP", median(by_paramiko, times))
+            yield Row(what, _US, median(by_us, times), Must(most) if far else None)
+
+
+def big_files(server: Server, settings: Settings, port: int) -> Iterator[Row]:
+    """Yield how long big files take: read by windows, as a tool may, and written, beside `sftp` and Paramiko."""
     (server.home / "big").write_bytes(os.urandom(1 << 20) * (_BIG_BYTES >> 20))
     written = os.urandom(1 << 20) * (_WRITTEN_BYTES >> 20)
     (server.home / "source").write_bytes(written)
     source, got = f"{server.home}/source", f"{server.folder}/got"
+    most = 1.3 if port == server.port else 1.0
     pool = Pool(settings)
     ours, target = Files(pool, settings), Target("tester", "127.0.0.1", port)
 
@@ -395,24 +453,22 @@ def files(server: Server, settings: Settings, port: int, times: int) -> Iterator
         def by_sftp(line: str) -> None:
             subprocess.run(batch, input=line, text=True, check=True, stdout=subprocess.DEVNULL)
 
-        small, big, write = "read 2 KB", f"read {_BIG_BYTES >> 20} MiB", f"write {_WRITTEN_BYTES >> 20} MiB"
-        works: list[tuple[str, str, Callable[[], object], int]] = [
-            (small, "Paramiko SFTP", lambda: paramiko_read(sftp, "small"), times),
-            (small, _US, lambda: ours.read(target, "small", cancelled=nobody_cancels), times),
-            (big, "sftp get, ControlMaster", lambda: by_sftp(f"get big {got}\n"), 1),
-            (big, "Paramiko SFTP get", lambda: sftp.get("big", got), 1),
-            (big, f"{_US} (8 MiB windows)", read_by_us, 1),
-            (write, "sftp put, ControlMaster", lambda: by_sftp(f"put {source} put\n"), 1),
-            (write, "Paramiko SFTP put", lambda: sftp.put(source, "put"), 1),
+        big, write = f"read {_BIG_BYTES >> 20} MiB", f"write {_WRITTEN_BYTES >> 20} MiB"
+        works: list[tuple[str, str, Callable[[], object], Must | None]] = [
+            (big, "sftp get, ControlMaster", lambda: by_sftp(f"get big {got}\n"), None),
+            (big, "Paramiko SFTP get", lambda: sftp.get("big", got), None),
+            (big, f"{_US} (8 MiB windows)", read_by_us, Must(most)),
+            (write, "sftp put, ControlMaster", lambda: by_sftp(f"put {source} put\n"), None),
+            (write, "Paramiko SFTP put", lambda: sftp.put(source, "put"), None),
             (
                 write,
                 f"{_US} (atomic)",
                 lambda: ours.write(target, "put", written, cancelled=nobody_cancels),
-                1,
+                Must(most),
             ),
         ]
-        for what, by, work, rounds in works:
-            yield Row(what, by, median(work, rounds))
+        for what, by, work, must in works:
+            yield Row(what, by, median(work, 3), must)
     pool.close()
 
 
@@ -465,8 +521,10 @@ def main() -> None:
             print_table("200 at once, loopback", at_once(server, 200, 3.0))
             print_table("Burst, 50 ms round trip", burst(server, far, relay.port))
             print_table("Output, loopback", output(server))
-            print_table("Files, loopback", files(server, near, server.port, 100))
-            print_table("Files, 50 ms round trip", files(server, far, relay.port, 10))
+            print_table("Small files, loopback", small_files(server, near, server.port, 100))
+            print_table("Small files, 50 ms round trip", small_files(server, far, relay.port, 10))
+            print_table("Big files, loopback", big_files(server, near, server.port))
+            print_table("Big files, 50 ms round trip", big_files(server, far, relay.port))
         finally:
             relay.close()
             server.stop()
