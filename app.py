@@ -480,8 +480,12 @@ def ssh_read_file(
     """
     target = _ssh().reach.target(host, user, port)
     if encoding == "base64":
-        return _ssh().files.read_bytes(target, path, offset=offset, max_bytes=max_bytes, cancelled=_cancelled)
-    return _ssh().files.read(target, path, start_line=start_line, max_lines=max_lines, cancelled=_cancelled)
+        return _ssh().files.read_bytes(
+            target, path, offset=offset, max_bytes=max_bytes, cancelled=_cancelled, progress=_Telling()
+        )
+    return _ssh().files.read(
+        target, path, start_line=start_line, max_lines=max_lines, cancelled=_cancelled, progress=_Telling()
+    )
 
 
 @mcp.tool(
@@ -524,6 +528,7 @@ def ssh_write_file(
         create_parents=create_parents,
         expected_sha256=expected_sha256,
         cancelled=_cancelled,
+        progress=_Telling(),
     )
 
 
@@ -559,6 +564,7 @@ def ssh_edit_file(
         dry_run=dry_run,
         expected_sha256=expected_sha256,
         cancelled=_cancelled,
+        progress=_Telling(),
     )
 
 

@@ -26,6 +26,7 @@ from settings import Settings, Target
 from ssh_answers import EditedFile, FileContent, Listing, WrittenFile, iso_time, octal
 from ssh_edits import Edit, apply_edits
 from ssh_errors import ArgumentError, BusyError, ConnectionLostError, FileError
+from ssh_exchange import Progress, untold
 from ssh_lines import Lines, Window, tail_start
 from ssh_listing import Found, Walk, entry
 from ssh_pool import Cancelled, Pool
@@ -37,6 +38,7 @@ _COUNTED_BYTES = 64 * 1024 * 1024
 _TAIL_BLOCK_BYTES = 256 * 1024
 _QUEUE_SECONDS = 30.0
 _READ_SECONDS = 120.0
+_TELL_SECONDS = 1.0
 _MOST_LINKS = 20
 
 _KINDS = {
@@ -46,6 +48,34 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+
+class _Transfer:
+    """What a call moves: looks whether its caller is still there, and tells it about once a second how far it is."""
+
+    def __init__(self, cancelled: Cancelled, progress: Progress) -> None:
+        self._cancelled = cancelled
+        self._progress = progress
+        self._began_at = self._told_at = time.monotonic()
+
+    def __call__(self, size: int) -> None:
+        self._cancelled()
+        now = time.monotonic()
+        if now - self._told_at >= _TELL_SECONDS:
+            self._told_at = now
+            self._progress(now - self._began_at, size, "")
+
+    def passing(self, chunks: Iterator[bytes], path: str) -> Iterator[bytes]:
+        """Pass chunks on until the reader is gone or has waited too long."""
+        size = 0
+        for chunk in chunks:
+            size += len(chunk)
+            self(size)
+            if time.monotonic() - self._began_at > _READ_SECONDS:
+                raise FileError(
+                    f"reading {path} so far takes over {_READ_SECONDS:.0f} s; ask for its end, or for bytes by offset"
+                )
+            yield chunk
 
 
 class Files:
@@ -65,6 +95,7 @@ class Files:
         path: str,
         *,
         cancelled: Cancelled,
+        progress: Progress = untold,
         start_line: int = 1,
         max_lines: int = 2000,
     ) -> FileContent:
@@ -77,7 +108,7 @@ class Files:
             size = place.found.size or 0
             far = start_line < 1 and size > _COUNTED_BYTES
             with sftp.reading(place.real, 0, 0 if far else None, size) as (handle, bare):
-                chunks = _checked(bare, cancelled, path)
+                chunks = _Transfer(cancelled, progress).passing(bare, path)
                 if start_line >= 1:
                     window, seen = _forward(chunks, Lines(start_line, max_lines, self._most_read))
                 elif far:
@@ -87,14 +118,21 @@ class Files:
         return self._content(target, place, window, seen)
 
     def read_bytes(
-        self, target: Target, path: str, *, cancelled: Cancelled, offset: int = 0, max_bytes: int = 49_152
+        self,
+        target: Target,
+        path: str,
+        *,
+        cancelled: Cancelled,
+        progress: Progress = untold,
+        offset: int = 0,
+        max_bytes: int = 49_152,
     ) -> FileContent:
         """Read a part of any regular file as base64. Raises FileError."""
         with self._sftp(target, path, "read", cancelled) as sftp:
             place = self._regular(sftp, target, path)
             size, last = place.found.size or 0, offset + max_bytes
             with sftp.reading(place.real, offset, last + 1, min(size, last)) as (_, chunks):
-                asked = b"".join(_checked(chunks, cancelled, path))
+                asked = b"".join(_Transfer(cancelled, progress).passing(chunks, path))
         data, rest = asked[:max_bytes], asked[max_bytes:]
         end = offset + len(data)
         whole = offset == 0 and not rest
@@ -122,6 +160,7 @@ class Files:
         content: bytes,
         *,
         cancelled: Cancelled,
+        progress: Progress = untold,
         append: bool = False,
         overwrite: bool = True,
         mode: int | None = None,
@@ -139,7 +178,7 @@ class Files:
                 self._check_before(sftp, target, place, expected_sha256, overwrite=overwrite or append)
                 if place.existing is None and create_parents:
                     make_folders(sftp, place.folder)
-                writer = Writer(sftp, self._temporaries)
+                writer = Writer(sftp, self._temporaries, _Transfer(cancelled, progress))
                 if append:
                     atomic, attributes = False, writer.append(place, content, mode)
                 else:
@@ -165,6 +204,7 @@ class Files:
         edits: Sequence[Edit],
         *,
         cancelled: Cancelled,
+        progress: Progress = untold,
         dry_run: bool = False,
         expected_sha256: str | None = None,
     ) -> EditedFile:
@@ -179,7 +219,7 @@ class Files:
                 edited = apply_edits(before, edits, place.shown)
                 atomic = None
                 if not dry_run:
-                    writer = Writer(sftp, self._temporaries)
+                    writer = Writer(sftp, self._temporaries, _Transfer(cancelled, progress))
                     atomic, _ = writer.replace(place, edited.content, None, before=before)
         return EditedFile(
             path=place.shown,
@@ -417,18 +457,6 @@ def _forward(chunks: Iterator[bytes], lines: Lines) -> tuple[Window, bytes]:
         if b"\0" in chunk or not lines.take(chunk):
             return lines.window(at_end=False), chunk
     return lines.window(at_end=True), b""
-
-
-def _checked(chunks: Iterator[bytes], cancelled: Cancelled, path: str) -> Iterator[bytes]:
-    """Pass chunks on until the reader is gone or has waited too long."""
-    deadline = time.monotonic() + _READ_SECONDS
-    for chunk in chunks:
-        cancelled()
-        if time.monotonic() > deadline:
-            raise FileError(
-                f"reading {path} so far takes over {_READ_SECONDS:.0f} s; ask for its end, or for bytes by offset"
-            )
-        yield chunk
 
 
 def _sorted(found: Sequence[Found], by: Literal["name", "size", "mtime"]) -> Sequence[Found]:

@@ -19,7 +19,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -493,8 +493,13 @@ class SFTP:
         finally:
             self.close_handle(handle)
 
-    def write_all(self, handle: bytes, data: bytes, offset: int = 0) -> list[Reply]:
-        """Write all of `data` at `offset`, or up to a failure; return the answers that are still to be waited for."""
+    def write_all(
+        self, handle: bytes, data: bytes, offset: int = 0, written: Callable[[int], None] = lambda _: None
+    ) -> list[Reply]:
+        """Write all of `data` at `offset`, or up to a failure; return the answers that are still to be waited for.
+
+        `written` is told how much has arrived, now and then, and may raise to stop.
+        """
         view, chunk = memoryview(data), self.chunk_bytes
         ahead: deque[Reply] = deque()
         for start in range(0, len(view), chunk):
@@ -505,6 +510,7 @@ class SFTP:
                 except StatusError:
                     break
                 ahead.popleft()
+                written(start + chunk - len(ahead) * chunk)
         return list(ahead)
 
     def _extended(self, name: str, body: bytes) -> Reply:

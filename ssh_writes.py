@@ -86,10 +86,15 @@ class Temporaries:
 
 
 class Writer:
-    """Writes files over one SFTP channel."""
+    """Writes files over one SFTP channel.
 
-    def __init__(self, sftp: SFTP, temporaries: Temporaries) -> None:
+    `written` is told how much of a new content has arrived; it may raise, and the file is then what it was. What is
+    overwritten where it stands is never left half way.
+    """
+
+    def __init__(self, sftp: SFTP, temporaries: Temporaries, written: Callable[[int], None]) -> None:
         self._sftp = sftp
+        self._written = written
         self._temporaries = temporaries
         self._can_replace = "posix-rename@openssh.com" in sftp.extensions
 
@@ -129,13 +134,13 @@ class Writer:
             with suppress(StatusError):
                 folder.ask()
             try:
-                filled = self._fill(handle, content, place.existing, mode)
+                filled = self._filling(handle, content, place.existing, mode)
                 self._must_hold(place, before)
                 attributes = filled()
                 if attributes is not None and self._look_around(folder, place, attributes) == 1:
                     self._rename(temporary, place.real, overwrite=overwrite)
                     return True, attributes
-            except (StatusError, FileError):
+            except BaseException:
                 self._remove(temporary)
                 raise
             self._remove(temporary)
@@ -158,7 +163,7 @@ class Writer:
         else:
             self._sftp.rename(temporary, real).done()
 
-    def _fill(
+    def _filling(
         self, handle: bytes, content: bytes, existing: Attributes | None, mode: int | None
     ) -> Callable[[], Attributes | None]:
         """Send all that fills a temporary file and gives it the owner and the mode it must have.
@@ -166,7 +171,11 @@ class Writer:
         What is returned waits for it, and returns the attributes, or None if the old file's owner cannot be given.
         """
         sftp = self._sftp
-        writing = sftp.write_all(handle, content)
+        try:
+            writing = sftp.write_all(handle, content, written=self._written)
+        except BaseException:
+            sftp.close_handle(handle)
+            raise
         owning = None
         if existing is not None and existing.uid is not None:
             owning = sftp.fsetstat(handle, Attributes(uid=existing.uid, gid=existing.gid))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import ssh_files
 from conftest import ORDINARY_UID, Server, nobody_cancels, wait_for
 from relay import Relay
 from ssh_answers import EditedFile, FileContent, Listing, WrittenFile
@@ -29,11 +30,11 @@ class Tools:
         self._files = files
         self._target = server.account(account)
 
-    def read(self, path: object, **arguments: int) -> FileContent:
-        return self._files.read(self._target, str(path), cancelled=nobody_cancels, **arguments)
+    def read(self, path: object, **arguments: object) -> FileContent:
+        return self._files.read(self._target, str(path), cancelled=nobody_cancels, **arguments)  # type: ignore[arg-type]
 
-    def read_bytes(self, path: object, **arguments: int) -> FileContent:
-        return self._files.read_bytes(self._target, str(path), cancelled=nobody_cancels, **arguments)
+    def read_bytes(self, path: object, **arguments: object) -> FileContent:
+        return self._files.read_bytes(self._target, str(path), cancelled=nobody_cancels, **arguments)  # type: ignore[arg-type]
 
     def write(self, path: object, content: bytes | str, **arguments: object) -> WrittenFile:
         data = content.encode() if isinstance(content, str) else content
@@ -665,3 +666,55 @@ def test_killed_file_server_is_replaced(own_sshd: Callable[..., Server]) -> None
             continue
     assert tools.read("file").content == "x"
     pool.close()
+
+
+# Long transfers
+
+
+class _GoneError(Exception):
+    """The caller is no longer there."""
+
+
+def test_caller_who_goes_away_in_mid_write_leaves_the_old_file_and_no_temporary(
+    sshd: Server, pool: Pool, tmp_path: Path
+) -> None:
+    files, target, path = Files(pool, sshd.settings()), sshd.account("tester"), tmp_path / "file"
+    path.write_bytes(b"old")
+    asked = 0
+
+    def leaves() -> None:
+        nonlocal asked
+        asked += 1
+        if asked > 3:
+            raise _GoneError
+
+    for _ in range(3):
+        asked = 0
+        with pytest.raises(_GoneError):
+            files.write(target, str(path), b"n" * 20_000_000, cancelled=leaves)
+        assert path.read_bytes() == b"old"
+        assert strays(tmp_path) == []
+    files.write(target, str(path), b"new", cancelled=nobody_cancels)
+    assert path.read_bytes() == b"new"
+
+
+def test_caller_is_told_how_far_a_transfer_is(
+    tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssh_files, "_TELL_SECONDS", 0.0)
+    content, told = b"x\n" * 10_000_000, []
+
+    def progress(seconds: float, size: int, line: str) -> None:
+        assert seconds >= 0
+        assert line == ""
+        told.append(size)
+
+    tools.write(tmp_path / "file", content, progress=progress)
+    assert told == sorted(told)
+    assert len(told) > 10
+    assert 0 < told[-1] <= len(content)
+    told.clear()
+    tools.read(tmp_path / "file", max_lines=100_000, start_line=9_999_999, progress=progress)
+    assert told == sorted(told)
+    assert told[-1] == len(content)
+    assert (tmp_path / "file").read_bytes() == content
