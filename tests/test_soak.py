@@ -1,0 +1,71 @@
+"""Calls of every kind through a bad wire, for as long as SOAK_SECONDS says: nothing grows, and every answer is true."""
+
+import os
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from conftest import Server, wait_for
+from relay import Relay
+from test_faults import Caller, disturb, processes_of, way_to
+
+SECONDS = float(os.environ.get("SOAK_SECONDS", "120"))
+CALLERS = 8
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What this process holds at one moment."""
+
+    kilobytes: int
+    files: int
+    threads: int
+
+    @classmethod
+    def now(cls, relay: Relay) -> "Sample":
+        """The relay, in this process too, keeps two sockets of each connection to its end: they are not counted."""
+        status = Path("/proc/self/status").read_text()
+        resident = next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))
+        files = len(list(Path("/proc/self/fd").iterdir())) - 2 * relay.accepted
+        return cls(int(resident), files, threading.active_count())
+
+
+def test_nothing_grows_in_a_long_time_of_faults(own_sshd: Callable[..., Server]) -> None:
+    server, over, numbers = own_sshd("MaxStartups 200"), threading.Event(), count()
+    kinds: Counter[str] = Counter()
+    samples: list[Sample] = []
+
+    def call_on(caller: Caller) -> None:
+        while not over.is_set():
+            kinds[caller.call(next(numbers))] += 1
+
+    with way_to(server) as way:
+        caller = Caller(way)
+        disturbing = threading.Thread(target=disturb, args=(way.relay, over, int(time.time())))
+        disturbing.start()
+        with ThreadPoolExecutor(CALLERS) as threads:
+            calling = [threads.submit(call_on, caller) for _ in range(CALLERS)]
+            ends = time.monotonic() + SECONDS
+            while time.monotonic() < ends and not any(future.done() for future in calling):
+                time.sleep(SECONDS / 60)
+                samples.append(Sample.now(way.relay))
+            over.set()
+            for future in calling:
+                future.result()
+        disturbing.join()
+        caller.close()
+    third = len(samples) // 3
+    middle, last = samples[third : 2 * third], samples[2 * third :]
+    for name in ("files", "threads"):
+        assert max(getattr(s, name) for s in last) <= max(getattr(s, name) for s in middle) + 40, samples
+    grown = statistics.median(s.kilobytes for s in last) / statistics.median(s.kilobytes for s in middle)
+    assert grown < 1.15, (grown, samples)
+    assert sum(n for kind, n in kinds.items() if not kind.endswith(("lost", "error"))) > SECONDS, kinds
+    wait_for(lambda: not server.session_pids(), 30)
+    wait_for(lambda: not processes_of(server), 30)
