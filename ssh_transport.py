@@ -612,12 +612,11 @@ def _authenticate(target: Target, transport: _Transport, keys: Keys, deadline: f
                 raise LoginError(
                     f"{target} takes no key logins; set PubkeyAuthentication yes in its sshd_config"
                 ) from None
-            except paramiko.AuthenticationException:
-                tried.append(name)
             except _SOCKET_ERRORS:
-                if not (tried or transport.is_active()):  # else it may have had enough of keys (MaxAuthTries)
+                gone = transport.sock.hung_up or not transport.is_active()
+                if gone and not tried:  # else it may have had enough of keys (MaxAuthTries)
                     raise UnreachableError(
-                        f"{target}: the connection went away during the login; try again"
+                        f"{target}: the connection went away during the login; try again, or see its sshd log"
                     ) from None
                 tried.append(name)
             if not transport.is_active():

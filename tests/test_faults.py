@@ -26,7 +26,7 @@ from relay import Relay
 from settings import Settings, Target
 from ssh_answers import CommandResult
 from ssh_commands import Commands
-from ssh_errors import ArgumentError, SSHError
+from ssh_errors import ArgumentError, LoginError, SSHError
 from ssh_files import Files
 from ssh_jobs import Jobs
 from ssh_pool import Pool
@@ -152,6 +152,32 @@ def test_command_whose_wire_is_cut_anywhere_runs_at_most_once_and_answers_truly(
     assert kinds["exited"]
     assert kinds["lost"]
     assert set(kinds) <= {"exited", "lost", "error"}
+
+
+def test_login_whose_wire_is_cut_is_not_taken_for_a_refused_key(own_sshd: Serve) -> None:
+    server = own_sshd("MaxStartups 200")
+
+    def log_in(point: tuple[str, int] | None) -> tuple[str, dict[str, int]]:
+        with way_to(server) as way:
+            if point is not None:
+                way.relay.cut_after(*point)
+            pool = Pool(way.settings)
+            try:
+                Commands(pool, way.settings).run(way.target, "true", cancelled=nobody_cancels)
+                kind = "done"
+            except SSHError as error:
+                kind = type(error).__name__ if not isinstance(error, LoginError) else f"LoginError {error}"
+            finally:
+                pool.close()
+            return kind, dict(way.relay.passed)
+
+    _, sizes = log_in(None)
+    step = int(os.environ.get("CUT_STEP", 97))
+    points = [(name, at) for name, size in sizes.items() for at in range(1, size, step)]
+    with ThreadPoolExecutor(6) as threads:
+        kinds = Counter(kind for kind, _ in threads.map(log_in, points))
+    assert kinds["UnreachableError"]
+    assert not [kind for kind in kinds if kind.startswith("LoginError")], kinds
 
 
 @dataclass
