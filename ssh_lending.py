@@ -9,6 +9,8 @@ Invariants:
 - A prepared session is never in the way: none is opened while somebody waits, none takes the last free session of
   a connection or the one that SFTP needs, and one that nobody came for is closed after a minute.
 - Waiting callers are served in the order in which they came; each has a deadline and is woken by `close`.
+- A target that timed out again and again (`ssh_breaker`) fails its callers at once; while it is tried again, they
+  wait for `_PROBE_SECONDS` at most. What is connected goes on being lent.
 - State changes under the target's lock; everything that takes time (opening, closing) happens outside of it, and
   one target's lock is never held while another's is wanted.
 - A session is lent before its caller sent anything on it: whoever gets an exception instead knows that nothing was.
@@ -28,7 +30,15 @@ from math import ceil
 from typing import Protocol
 
 from settings import Target
-from ssh_errors import BusyError, ConnectionLostError, PoolClosedError, SSHError, UnreachableError
+from ssh_breaker import Breaker
+from ssh_errors import (
+    BusyError,
+    ConnectionLostError,
+    NoAnswerError,
+    PoolClosedError,
+    SSHError,
+    UnreachableError,
+)
 from ssh_transport import Connection, Session, SessionRefusedError, jittered
 from ssh_warm import Demand, Prepare, Prepared, best
 
@@ -38,6 +48,7 @@ _SESSIONS = 10
 _OPENING_AT_ONCE = 3
 _ANSWER_SECONDS = 4.0
 _RELEARN_SECONDS = 60.0
+_PROBE_SECONDS = 2.0
 _POLL_SECONDS = 0.25
 
 Cancelled = Callable[[], None]
@@ -109,6 +120,7 @@ class _Waiter:
 
     control: bool
     prepare: Prepare | None = None
+    since: float = field(default_factory=time.monotonic)
     served: threading.Event = field(default_factory=threading.Event)
     member: _Member | None = None
     prepared: Prepared | None = None
@@ -126,6 +138,7 @@ class TargetPool:
         self._waiters: deque[_Waiter] = deque()
         self._opening = 0
         self._open_again_at = 0.0
+        self._breaker = Breaker(time.monotonic, jittered)
         self._granted = _SESSIONS
         self._learned_at = 0.0
         self._closed = False
@@ -316,17 +329,18 @@ class TargetPool:
                 served.append(self._waiters.popleft())
             unwanted = self._unused_in_the_way()
             self._keep_stock()
-            missing = self._missing()
-            self._opening += missing
-        for waiter in served:
+            attempts = [self._breaker.begin() for _ in range(self._missing())]
+            self._opening += len(attempts)
+            failed = self._fail_fast()
+        for waiter in served + failed:
             waiter.served.set()
         for member in gone:
             self._discard(member)
         if unwanted is not None:
             unwanted.close()
             self._serve()
-        for _ in range(missing):
-            self._start_opening()
+        for attempt in attempts:
+            self._start_opening(attempt)
 
     def _grant(self, waiter: _Waiter) -> bool:
         """Give a waiter a prepared session or a free one; return whether there was one."""
@@ -371,7 +385,26 @@ class TargetPool:
         wanted = ceil(len(self._waiters) / self._limit(control=False)) - self._opening
         staying = sum(not member.retiring for member in self._members)
         room = self._opener.max_connections - staying - self._opening
-        return max(0, min(wanted, room, _OPENING_AT_ONCE - self._opening))
+        return max(0, min(wanted, room, _OPENING_AT_ONCE - self._opening, self._breaker.most_attempts))
+
+    def _fail_fast(self) -> list[_Waiter]:
+        """Take those out of the queue who would wait in vain for a target that does not answer."""
+        if self._breaker.state == "closed" or any(member.lends for member in self._members):
+            return []
+        patience = 0.0 if self._breaker.state == "open" else _PROBE_SECONDS
+        latest = time.monotonic() - patience
+        failed = [waiter for waiter in self._waiters if waiter.since <= latest]
+        for waiter in failed:
+            self._waiters.remove(waiter)
+            waiter.error = self._down()
+        return failed
+
+    def _down(self) -> NoAnswerError:
+        wait = ceil(self._breaker.wait_seconds)
+        when = f"it is tried again in {wait} s" if wait else "it is being tried again at this moment"
+        return NoAnswerError(
+            f"{self._breaker.cause}. It did not answer {self._breaker.row} times in a row: {when}. Nothing was run"
+        )
 
     def _unused_in_the_way(self) -> Standing | Prepared | None:
         """Take an unused session down when somebody waits and nothing else can be had."""
@@ -493,16 +526,15 @@ class TargetPool:
             member.prepared.append(prepared)
         self._serve()
 
-    def _start_opening(self) -> None:
+    def _start_opening(self, attempt: int) -> None:
         name = f"ssh-open-{self.target}"
         try:
-            threading.Thread(target=self._open, name=name, daemon=True).start()
+            threading.Thread(target=self._open, args=(attempt,), name=name, daemon=True).start()
         except RuntimeError:  # the system grants no further thread
-            self._opened(
-                None, UnreachableError(f"{self.target}: this machine has no thread left to connect with")
-            )
+            error = BusyError(f"{self.target}: this machine has no thread left to connect with")
+            self._opened(attempt, None, error)
 
-    def _open(self) -> None:
+    def _open(self, attempt: int) -> None:
         """Open one connection; owns the place in `_opening` that was taken for it."""
         error: SSHError | None = None
         member: _Member | None = None
@@ -516,12 +548,13 @@ class TargetPool:
             error = failure
             _log.warning("%s", failure)
         finally:
-            self._opened(member, error)
+            self._opened(attempt, member, error)
 
-    def _opened(self, member: _Member | None, error: SSHError | None) -> None:
+    def _opened(self, attempt: int, member: _Member | None, error: SSHError | None) -> None:
         failed: list[_Waiter] = []
         with self._books:
             self._opening -= 1
+            self._judge(attempt, member, error)
             if member is not None and not self._closed:
                 self._members.append(member)
                 member = None
@@ -535,6 +568,15 @@ class TargetPool:
             waiter.error = error or UnreachableError(f"{self.target} could not be connected to")
             waiter.served.set()
         self._serve()
+
+    def _judge(self, attempt: int, member: _Member | None, error: SSHError | None) -> None:
+        """Tell the breaker how an attempt ended."""
+        if isinstance(error, NoAnswerError):
+            self._breaker.timed_out(attempt, str(error))
+        elif member is not None or isinstance(error, UnreachableError):
+            self._breaker.close()
+        else:
+            self._breaker.abandoned(attempt)
 
     def _too_late(self) -> SSHError:
         with self._books:
