@@ -402,9 +402,8 @@ class TargetPool:
     def _down(self) -> NoAnswerError:
         wait = ceil(self._breaker.wait_seconds)
         when = f"it is tried again in {wait} s" if wait else "it is being tried again at this moment"
-        return NoAnswerError(
-            f"{self._breaker.cause}. It did not answer {self._breaker.row} times in a row: {when}. Nothing was run"
-        )
+        row = self._breaker.row
+        return NoAnswerError(f"{self._breaker.cause} ({row} times in a row; {when}; nothing was run)")
 
     def _unused_in_the_way(self) -> Standing | Prepared | None:
         """Take an unused session down when somebody waits and nothing else can be had."""

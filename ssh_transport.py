@@ -181,7 +181,10 @@ class _Gate:
             endings, self._endings = self._endings, []
             self._channel.eof_received = True  # so that reading what is left acknowledges nothing
         for ending in endings:
-            ending()
+            with suppress(
+                *_SOCKET_ERRORS
+            ):  # whoever sent last need not know that another's CLOSE did not get out
+                ending()
 
 
 def _close(channel: paramiko.Channel, message: paramiko.Message) -> None:
@@ -391,8 +394,7 @@ class Session:
 
     def close(self) -> None:
         """Close the channel. What runs on the other side is not ended by this."""
-        with suppress(*_SOCKET_ERRORS):
-            self._gate.close(self._channel.close)
+        self._gate.close(self._channel.close)
 
     def _request(self, kind: str, argument: str, *, answered: bool = True) -> None:
         message = paramiko.Message()
