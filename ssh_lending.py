@@ -20,7 +20,7 @@ Invariants:
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -84,7 +84,7 @@ class Opener(Protocol):
 
 @dataclass(eq=False)
 class _Member:
-    """A connection and the pool's books about it."""
+    """A connection and the pool's books about it; `retiring` says why it lends no more, if it does not."""
 
     connection: Connection
     idle_seconds: float
@@ -92,7 +92,7 @@ class _Member:
     users: int = 0
     idle_since: float = field(default_factory=time.monotonic)
     proven: bool = False
-    retiring: bool = False
+    retiring: str = ""
     standing: "Future[Standing] | None" = None
     prepared: list[Prepared] = field(default_factory=list)
 
@@ -103,6 +103,13 @@ class _Member:
     @property
     def idle(self) -> bool:
         return self.users == 0
+
+    @property
+    def end(self) -> str:
+        """What the log says when it leaves the books."""
+        if self.connection.alive:
+            return f"connection closed: {self.retiring or 'the server is stopping'}"
+        return f"connection lost: {self.retiring or self.connection.end}"
 
     def enter(self) -> None:
         self.users += 1
@@ -132,6 +139,7 @@ class TargetPool:
 
     def __init__(self, target: Target, opener: "Opener") -> None:
         self.target = target
+        self._counts: Counter[str] = Counter()
         self._opener = opener
         self._books = threading.Lock()
         self._members: list[_Member] = []
@@ -160,6 +168,9 @@ class TargetPool:
             else:
                 self._waiters.append(waiter)
         self._serve()
+        if not waiter.served.is_set():
+            with self._books:
+                self._counts["waits"] += 1
         try:
             while not waiter.served.wait(min(_POLL_SECONDS, max(0.0, deadline - time.monotonic()))):
                 cancelled()
@@ -202,14 +213,15 @@ class TargetPool:
         except SessionRefusedError:
             self.refused(member, used=used)
         except ConnectionLostError:
-            _log.info("%s: a connection does not answer; moving to another", self.target)
-            member.retiring = True
+            member.retiring = "it opens no session in time"
             self.release(member, used=used)
         except BaseException:
             self.release(member, used=used)
             raise
         else:
             member.proven = True
+            with self._books:
+                self._counts["sessions_opened"] += 1
             return session
         return None
 
@@ -236,7 +248,9 @@ class TargetPool:
             others = member.sessions - 1
             self._granted = max(1, min(self._granted, others))
             self._learned_at = time.monotonic()
-            member.retiring |= others == 0
+            self._counts["sessions_refused"] += 1
+            if others == 0:
+                member.retiring = "it grants no session"
         _log.info("%s grants %d sessions on a connection", self.target, self._granted)
         self.release(member, used=used)
         if others == 0 and not member.proven:
@@ -261,7 +275,7 @@ class TargetPool:
         """Close what is idle, let the busy ones go when they are done; return whether any is still open."""
         with self._books:
             for member in self._members:
-                member.retiring = True
+                member.retiring = "asked for"
         self._serve()
         with self._books:
             return bool(self._members)
@@ -272,7 +286,7 @@ class TargetPool:
         with self._books:
             for member in self._members:
                 if member.idle and now - member.idle_since > member.idle_seconds:
-                    member.retiring = True
+                    member.retiring = "idle"
         self._serve()
 
     def evict_idle(self) -> bool:
@@ -280,7 +294,7 @@ class TargetPool:
         with self._books:
             idle = [member for member in self._members if member.idle and not member.retiring]
             if idle:
-                min(idle, key=lambda member: member.idle_since).retiring = True
+                min(idle, key=lambda member: member.idle_since).retiring = "it makes way for another target's"
         self._serve()
         return bool(idle)
 
@@ -302,6 +316,16 @@ class TargetPool:
         for member in members:
             self._discard(member)
 
+    def count_call(self) -> None:
+        """Count a caller."""
+        with self._books:
+            self._counts["calls"] += 1
+
+    def counters(self) -> Counter[str]:
+        """Return a copy of what was counted."""
+        with self._books:
+            return self._counts.copy()
+
     @property
     def in_use(self) -> bool:
         """Whether anything is lent."""
@@ -322,6 +346,8 @@ class TargetPool:
         with self._books:
             gone = [m for m in self._members if not m.connection.alive or (m.retiring and m.idle)]
             self._members = [m for m in self._members if m not in gone]
+            for member in gone:
+                self._counts["closed" if member.connection.alive else "lost"] += 1
             for _ in (one for member in gone for one in member.prepared):
                 self._demand.unused()
             self._drop_broken_standings()
@@ -352,6 +378,7 @@ class TargetPool:
         else:
             return False
         if waiter.prepare is not None:
+            self._counts["prepared_used"] += waiter.prepared is not None
             ready = waiter.prepared is not None and waiter.prepared.ready
             self._demand.note(waiter.prepare, found_ready=ready)
         member.enter()
@@ -397,6 +424,7 @@ class TargetPool:
         for waiter in failed:
             self._waiters.remove(waiter)
             waiter.error = self._down()
+        self._counts["failed_fast"] += len(failed)
         return failed
 
     def _down(self) -> NoAnswerError:
@@ -553,7 +581,7 @@ class TargetPool:
         failed: list[_Waiter] = []
         with self._books:
             self._opening -= 1
-            self._judge(attempt, member, error)
+            turn = self._judge(attempt, member, error)
             if member is not None and not self._closed:
                 self._members.append(member)
                 member = None
@@ -561,6 +589,8 @@ class TargetPool:
                 failed, self._waiters = list(self._waiters), deque()
             else:
                 self._open_again_at = time.monotonic() + jittered(0.5)
+        if turn:
+            _log.info("%s: %s", self.target, turn)
         if member is not None:
             self._discard(member)
         for waiter in failed:
@@ -568,14 +598,20 @@ class TargetPool:
             waiter.served.set()
         self._serve()
 
-    def _judge(self, attempt: int, member: _Member | None, error: SSHError | None) -> None:
-        """Tell the breaker how an attempt ended."""
+    def _judge(self, attempt: int, member: _Member | None, error: SSHError | None) -> str:
+        """Count how an attempt ended, and tell the breaker; return what the log is to say of that."""
+        was_closed = self._breaker.state == "closed"
+        self._counts["connects" if member is not None else "connects_failed"] += 1
         if isinstance(error, NoAnswerError):
             self._breaker.timed_out(attempt, str(error))
         elif member is not None or isinstance(error, UnreachableError):
             self._breaker.close()
         else:
             self._breaker.abandoned(attempt)
+        if self._breaker.state != "closed" and isinstance(error, NoAnswerError):
+            self._counts["breaker_opened"] += was_closed
+            return f"not tried again for {ceil(self._breaker.wait_seconds)} s"
+        return "" if was_closed or self._breaker.state != "closed" else "tried as usual again"
 
     def _too_late(self) -> SSHError:
         with self._books:
@@ -594,8 +630,8 @@ class TargetPool:
             self.release(waiter.member)
 
     def _discard(self, member: _Member) -> None:
+        _log.info("%s: %s", self.target, member.end)
         member.connection.close()
-        _log.info("%s: connection closed", self.target)
         self._opener.changed()
 
 

@@ -417,12 +417,20 @@ class Connection:
         self._transport = transport
         self._wire = wire
         self._asked_at: float | None = None
+        self._silent = False
         transport.packetizer.on_silence = self._watch
 
     @property
     def alive(self) -> bool:
         """Whether the connection may be used; a dead wire is found out within seconds of use."""
         return bool(self._transport.is_active())
+
+    @property
+    def end(self) -> str:
+        """How the connection ended by itself, for the log."""
+        if self._silent:
+            return "nothing answers any more"
+        return "the other side hung up" if self._wire.hung_up else "what was sent or received made no sense"
 
     def open_session(self, timeout: float) -> Session:
         """Open a session channel within `timeout` seconds: one round trip.
@@ -456,6 +464,7 @@ class Connection:
                 self._asked_at = now
                 self._ask()
         elif now - self._asked_at > _PATIENCE_SECONDS:
+            self._silent = True
             raise EOFError
 
     def _ask(self) -> None:

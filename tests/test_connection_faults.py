@@ -1,6 +1,7 @@
 """Connections that servers, boxes in between and clocks do something to, while they idle and while they are used."""
 
 import base64
+import logging
 import re
 import threading
 import time
@@ -307,18 +308,23 @@ def test_one_probe_at_a_time_asks_a_silent_target_again(down: User, way: Way) ->
     assert way.relay.accepted == 4
 
 
-@pytest.mark.usefixtures("short_pause")
-def test_target_that_answers_its_probe_is_as_good_as_new(down: User, way: Way) -> None:
+def come_back(user: User, way: Way) -> None:
+    """Let a silent target answer, and wait until a call got through."""
     way.relay.forget(new=False)
-    down.pool._settings = down.pool._settings.model_copy(update={"ssh_connect_timeout": 20})
+    user.pool._settings = user.pool._settings.model_copy(update={"ssh_connect_timeout": 20})
 
     def answers() -> bool:
         try:
-            return down.echo() == "x"
+            return user.echo() == "x"
         except UnreachableError:
             return False
 
     wait_for(answers)
+
+
+@pytest.mark.usefixtures("short_pause")
+def test_target_that_answers_its_probe_is_as_good_as_new(down: User, way: Way) -> None:
+    come_back(down, way)
     with ThreadPoolExecutor(20) as threads:
         assert list(threads.map(down.echo, map(str, range(20)))) == [str(n) for n in range(20)]
 
@@ -413,3 +419,63 @@ def test_thirty_calls_of_mixed_kinds_all_succeed_on_a_server_that_grants_little(
     with ThreadPoolExecutor(30) as threads:
         kinds = Counter(threads.map(user.mixed, range(30)))
     assert kinds == {"executed": 8, "written": 8, "read": 7, "listed": 7}
+
+
+# What is told of it.
+
+
+def test_state_changes_are_logged_and_counted(
+    own_sshd: Serve, users: Users, nothing_ahead: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ssh_mcp_server")
+    server = own_sshd()
+    user = users(server)
+    assert user.echo() == "x"
+    server.crash()
+    members = user.pool._targets[user.target]._members
+    wait_for(lambda: not any(member.connection.alive for member in members))
+    with pytest.raises(UnreachableError):
+        user.echo()
+    server.start()
+    assert user.echo() == "x"
+    user.pool.close_idle()
+    records = [record for record in caplog.records if record.name.startswith("ssh_mcp_server")]
+    told = [record.getMessage().removeprefix(f"{user.target}: ") for record in records]
+    assert [re.sub(r"in [\d.]+ s|( cannot be reached).*", r"\1", line) for line in told] == [
+        "connected ",
+        "connection lost: the other side hung up",
+        f"{user.target} cannot be reached",
+        "connected ",
+        "connection closed: asked for",
+    ]
+    counted = user.pool.counters()
+    assert {name: count for name, count in counted.items() if count} == {
+        "connects": 2,
+        "connects_failed": 1,
+        "lost": 1,
+        "closed": 1,
+        "calls": 3,
+        "sessions_opened": 2,
+        "waits": 3,
+    }
+
+
+def test_sessions_that_a_server_grants_are_logged_and_refusals_counted(
+    own_sshd: Serve, users: Users, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ssh_mcp_server")
+    user = users(own_sshd("MaxSessions 2"))
+    with ThreadPoolExecutor(10) as threads:
+        assert list(threads.map(user.echo, map(str, range(10)))) == [str(n) for n in range(10)]
+    assert f"{user.target} grants 2 sessions on a connection" in caplog.messages
+    assert user.pool.counters()["sessions_refused"]
+
+
+@pytest.mark.usefixtures("short_pause")
+def test_giving_a_target_up_and_trying_it_as_usual_again_are_logged(
+    down: User, way: Way, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ssh_mcp_server")
+    assert down.pool.counters()["breaker_opened"] == 1
+    come_back(down, way)
+    assert f"{down.target}: tried as usual again" in caplog.messages
