@@ -309,14 +309,20 @@ def _allow_many_connections() -> None:
 
 
 def _default_target_report() -> dict[str, Any]:
-    """Tell whether the default target can be reached: for monitoring."""
+    """Tell whether the default target can be reached, and what the pool has counted: for monitoring."""
+    pool = _ssh().pool
     try:
         target = _ssh().reach.target(None, None, None)
         _ssh().commands.script(target, ":", cancelled=_cancelled)
     except SSHError as error:
-        return {"reachable": False, "error": visible(str(error))}
-    connections = _ssh().pool.open_targets().get(target, 0)
-    return {"reachable": True, "target": str(target), "connections": connections}
+        return {"reachable": False, "error": visible(str(error)), "counters": pool.counters()}
+    connections = pool.open_targets().get(target, 0)
+    return {
+        "reachable": True,
+        "target": str(target),
+        "connections": connections,
+        "counters": pool.counters(),
+    }
 
 
 def _forget_env_file() -> None:

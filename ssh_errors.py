@@ -21,6 +21,10 @@ class UnreachableError(SSHError):
     """No connection could be made: name look-up, TCP, key exchange or a time-out. Nothing was run."""
 
 
+class NoAnswerError(UnreachableError):
+    """No connection could be made in time, and nobody refused one. Nothing was run."""
+
+
 class HostKeyError(UnreachableError):
     """The server's host key is unknown, changed or revoked. Nothing but the key exchange was sent."""
 

@@ -9,6 +9,8 @@ Invariants:
 - A prepared session is never in the way: none is opened while somebody waits, none takes the last free session of
   a connection or the one that SFTP needs, and one that nobody came for is closed after a minute.
 - Waiting callers are served in the order in which they came; each has a deadline and is woken by `close`.
+- A target that timed out again and again (`ssh_breaker`) fails its callers at once; while it is tried again, they
+  wait for `_PROBE_SECONDS` at most. What is connected goes on being lent.
 - State changes under the target's lock; everything that takes time (opening, closing) happens outside of it, and
   one target's lock is never held while another's is wanted.
 - A session is lent before its caller sent anything on it: whoever gets an exception instead knows that nothing was.
@@ -18,7 +20,7 @@ Invariants:
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -28,7 +30,15 @@ from math import ceil
 from typing import Protocol
 
 from settings import Target
-from ssh_errors import BusyError, ConnectionLostError, PoolClosedError, SSHError, UnreachableError
+from ssh_breaker import Breaker
+from ssh_errors import (
+    BusyError,
+    ConnectionLostError,
+    NoAnswerError,
+    PoolClosedError,
+    SSHError,
+    UnreachableError,
+)
 from ssh_transport import Connection, Session, SessionRefusedError, jittered
 from ssh_warm import Demand, Prepare, Prepared, best
 
@@ -38,6 +48,7 @@ _SESSIONS = 10
 _OPENING_AT_ONCE = 3
 _ANSWER_SECONDS = 4.0
 _RELEARN_SECONDS = 60.0
+_PROBE_SECONDS = 2.0
 _POLL_SECONDS = 0.25
 
 Cancelled = Callable[[], None]
@@ -73,7 +84,7 @@ class Opener(Protocol):
 
 @dataclass(eq=False)
 class _Member:
-    """A connection and the pool's books about it."""
+    """A connection and the pool's books about it; `retiring` says why it lends no more, if it does not."""
 
     connection: Connection
     idle_seconds: float
@@ -81,7 +92,7 @@ class _Member:
     users: int = 0
     idle_since: float = field(default_factory=time.monotonic)
     proven: bool = False
-    retiring: bool = False
+    retiring: str = ""
     standing: "Future[Standing] | None" = None
     prepared: list[Prepared] = field(default_factory=list)
 
@@ -92,6 +103,13 @@ class _Member:
     @property
     def idle(self) -> bool:
         return self.users == 0
+
+    @property
+    def end(self) -> str:
+        """What the log says when it leaves the books."""
+        if self.connection.alive:
+            return f"connection closed: {self.retiring or 'the server is stopping'}"
+        return f"connection lost: {self.retiring or self.connection.end}"
 
     def enter(self) -> None:
         self.users += 1
@@ -109,6 +127,7 @@ class _Waiter:
 
     control: bool
     prepare: Prepare | None = None
+    since: float = field(default_factory=time.monotonic)
     served: threading.Event = field(default_factory=threading.Event)
     member: _Member | None = None
     prepared: Prepared | None = None
@@ -120,12 +139,14 @@ class TargetPool:
 
     def __init__(self, target: Target, opener: "Opener") -> None:
         self.target = target
+        self._counts: Counter[str] = Counter()
         self._opener = opener
         self._books = threading.Lock()
         self._members: list[_Member] = []
         self._waiters: deque[_Waiter] = deque()
         self._opening = 0
         self._open_again_at = 0.0
+        self._breaker = Breaker(time.monotonic, jittered)
         self._granted = _SESSIONS
         self._learned_at = 0.0
         self._closed = False
@@ -147,6 +168,9 @@ class TargetPool:
             else:
                 self._waiters.append(waiter)
         self._serve()
+        if not waiter.served.is_set():
+            with self._books:
+                self._counts["waits"] += 1
         try:
             while not waiter.served.wait(min(_POLL_SECONDS, max(0.0, deadline - time.monotonic()))):
                 cancelled()
@@ -189,14 +213,15 @@ class TargetPool:
         except SessionRefusedError:
             self.refused(member, used=used)
         except ConnectionLostError:
-            _log.info("%s: a connection does not answer; moving to another", self.target)
-            member.retiring = True
+            member.retiring = "it opens no session in time"
             self.release(member, used=used)
         except BaseException:
             self.release(member, used=used)
             raise
         else:
             member.proven = True
+            with self._books:
+                self._counts["sessions_opened"] += 1
             return session
         return None
 
@@ -223,7 +248,9 @@ class TargetPool:
             others = member.sessions - 1
             self._granted = max(1, min(self._granted, others))
             self._learned_at = time.monotonic()
-            member.retiring |= others == 0
+            self._counts["sessions_refused"] += 1
+            if others == 0:
+                member.retiring = "it grants no session"
         _log.info("%s grants %d sessions on a connection", self.target, self._granted)
         self.release(member, used=used)
         if others == 0 and not member.proven:
@@ -248,7 +275,7 @@ class TargetPool:
         """Close what is idle, let the busy ones go when they are done; return whether any is still open."""
         with self._books:
             for member in self._members:
-                member.retiring = True
+                member.retiring = "asked for"
         self._serve()
         with self._books:
             return bool(self._members)
@@ -259,7 +286,7 @@ class TargetPool:
         with self._books:
             for member in self._members:
                 if member.idle and now - member.idle_since > member.idle_seconds:
-                    member.retiring = True
+                    member.retiring = "idle"
         self._serve()
 
     def evict_idle(self) -> bool:
@@ -267,7 +294,7 @@ class TargetPool:
         with self._books:
             idle = [member for member in self._members if member.idle and not member.retiring]
             if idle:
-                min(idle, key=lambda member: member.idle_since).retiring = True
+                min(idle, key=lambda member: member.idle_since).retiring = "it makes way for another target's"
         self._serve()
         return bool(idle)
 
@@ -289,6 +316,16 @@ class TargetPool:
         for member in members:
             self._discard(member)
 
+    def count_call(self) -> None:
+        """Count a caller."""
+        with self._books:
+            self._counts["calls"] += 1
+
+    def counters(self) -> Counter[str]:
+        """Return a copy of what was counted."""
+        with self._books:
+            return self._counts.copy()
+
     @property
     def in_use(self) -> bool:
         """Whether anything is lent."""
@@ -309,6 +346,8 @@ class TargetPool:
         with self._books:
             gone = [m for m in self._members if not m.connection.alive or (m.retiring and m.idle)]
             self._members = [m for m in self._members if m not in gone]
+            for member in gone:
+                self._counts["closed" if member.connection.alive else "lost"] += 1
             for _ in (one for member in gone for one in member.prepared):
                 self._demand.unused()
             self._drop_broken_standings()
@@ -316,17 +355,18 @@ class TargetPool:
                 served.append(self._waiters.popleft())
             unwanted = self._unused_in_the_way()
             self._keep_stock()
-            missing = self._missing()
-            self._opening += missing
-        for waiter in served:
+            attempts = [self._breaker.begin() for _ in range(self._missing())]
+            self._opening += len(attempts)
+            failed = self._fail_fast()
+        for waiter in served + failed:
             waiter.served.set()
         for member in gone:
             self._discard(member)
         if unwanted is not None:
             unwanted.close()
             self._serve()
-        for _ in range(missing):
-            self._start_opening()
+        for attempt in attempts:
+            self._start_opening(attempt)
 
     def _grant(self, waiter: _Waiter) -> bool:
         """Give a waiter a prepared session or a free one; return whether there was one."""
@@ -338,6 +378,7 @@ class TargetPool:
         else:
             return False
         if waiter.prepare is not None:
+            self._counts["prepared_used"] += waiter.prepared is not None
             ready = waiter.prepared is not None and waiter.prepared.ready
             self._demand.note(waiter.prepare, found_ready=ready)
         member.enter()
@@ -371,7 +412,26 @@ class TargetPool:
         wanted = ceil(len(self._waiters) / self._limit(control=False)) - self._opening
         staying = sum(not member.retiring for member in self._members)
         room = self._opener.max_connections - staying - self._opening
-        return max(0, min(wanted, room, _OPENING_AT_ONCE - self._opening))
+        return max(0, min(wanted, room, _OPENING_AT_ONCE - self._opening, self._breaker.most_attempts))
+
+    def _fail_fast(self) -> list[_Waiter]:
+        """Take those out of the queue who would wait in vain for a target that does not answer."""
+        if self._breaker.state == "closed" or any(member.lends for member in self._members):
+            return []
+        patience = 0.0 if self._breaker.state == "open" else _PROBE_SECONDS
+        latest = time.monotonic() - patience
+        failed = [waiter for waiter in self._waiters if waiter.since <= latest]
+        for waiter in failed:
+            self._waiters.remove(waiter)
+            waiter.error = self._down()
+        self._counts["failed_fast"] += len(failed)
+        return failed
+
+    def _down(self) -> NoAnswerError:
+        wait = ceil(self._breaker.wait_seconds)
+        when = f"it is tried again in {wait} s" if wait else "it is being tried again at this moment"
+        row = self._breaker.row
+        return NoAnswerError(f"{self._breaker.cause} ({row} times in a row; {when}; nothing was run)")
 
     def _unused_in_the_way(self) -> Standing | Prepared | None:
         """Take an unused session down when somebody waits and nothing else can be had."""
@@ -493,16 +553,15 @@ class TargetPool:
             member.prepared.append(prepared)
         self._serve()
 
-    def _start_opening(self) -> None:
+    def _start_opening(self, attempt: int) -> None:
         name = f"ssh-open-{self.target}"
         try:
-            threading.Thread(target=self._open, name=name, daemon=True).start()
+            threading.Thread(target=self._open, args=(attempt,), name=name, daemon=True).start()
         except RuntimeError:  # the system grants no further thread
-            self._opened(
-                None, UnreachableError(f"{self.target}: this machine has no thread left to connect with")
-            )
+            error = BusyError(f"{self.target}: this machine has no thread left to connect with")
+            self._opened(attempt, None, error)
 
-    def _open(self) -> None:
+    def _open(self, attempt: int) -> None:
         """Open one connection; owns the place in `_opening` that was taken for it."""
         error: SSHError | None = None
         member: _Member | None = None
@@ -516,12 +575,13 @@ class TargetPool:
             error = failure
             _log.warning("%s", failure)
         finally:
-            self._opened(member, error)
+            self._opened(attempt, member, error)
 
-    def _opened(self, member: _Member | None, error: SSHError | None) -> None:
+    def _opened(self, attempt: int, member: _Member | None, error: SSHError | None) -> None:
         failed: list[_Waiter] = []
         with self._books:
             self._opening -= 1
+            turn = self._judge(attempt, member, error)
             if member is not None and not self._closed:
                 self._members.append(member)
                 member = None
@@ -529,12 +589,29 @@ class TargetPool:
                 failed, self._waiters = list(self._waiters), deque()
             else:
                 self._open_again_at = time.monotonic() + jittered(0.5)
+        if turn:
+            _log.info("%s: %s", self.target, turn)
         if member is not None:
             self._discard(member)
         for waiter in failed:
             waiter.error = error or UnreachableError(f"{self.target} could not be connected to")
             waiter.served.set()
         self._serve()
+
+    def _judge(self, attempt: int, member: _Member | None, error: SSHError | None) -> str:
+        """Count how an attempt ended, and tell the breaker; return what the log is to say of that."""
+        was_closed = self._breaker.state == "closed"
+        self._counts["connects" if member is not None else "connects_failed"] += 1
+        if isinstance(error, NoAnswerError):
+            self._breaker.timed_out(attempt, str(error))
+        elif member is not None or isinstance(error, UnreachableError):
+            self._breaker.close()
+        else:
+            self._breaker.abandoned(attempt)
+        if self._breaker.state != "closed" and isinstance(error, NoAnswerError):
+            self._counts["breaker_opened"] += was_closed
+            return f"not tried again for {ceil(self._breaker.wait_seconds)} s"
+        return "" if was_closed or self._breaker.state != "closed" else "tried as usual again"
 
     def _too_late(self) -> SSHError:
         with self._books:
@@ -553,8 +630,8 @@ class TargetPool:
             self.release(waiter.member)
 
     def _discard(self, member: _Member) -> None:
+        _log.info("%s: %s", self.target, member.end)
         member.connection.close()
-        _log.info("%s: connection closed", self.target)
         self._opener.changed()
 
 

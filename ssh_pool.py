@@ -6,6 +6,7 @@ the connections of one target stands in `ssh_lending`. Knows Paramiko's connecti
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -19,6 +20,19 @@ from ssh_warm import Prepare
 __all__ = ["Cancelled", "Pool", "Standing"]
 
 _POLL_SECONDS = 0.25
+_COUNTED = (
+    "connects",
+    "connects_failed",
+    "lost",
+    "closed",
+    "calls",
+    "sessions_opened",
+    "prepared_used",
+    "sessions_refused",
+    "waits",
+    "failed_fast",
+    "breaker_opened",
+)
 
 
 class Pool:
@@ -108,6 +122,21 @@ class Pool:
             pools = list(self._targets.values())
         return {pool.target: size for pool in pools if (size := pool.size)}
 
+    def counters(self) -> dict[str, int]:
+        """Return what has happened since the start, all targets together.
+
+        `connects`, `connects_failed`; connections `lost`, and `closed` on purpose; `calls` for a session or the
+        standing one; `sessions_opened`, for a call or ahead of need, and how many of the latter were `prepared_used`;
+        `sessions_refused` by servers; calls that had to wait (`waits`), or `failed_fast` because the target does not
+        answer; `breaker_opened`: how often a target was given up for a while.
+        """
+        with self._changed:
+            pools = list(self._targets.values())
+        total = Counter(dict.fromkeys(_COUNTED, 0))
+        for pool in pools:
+            total.update(pool.counters())
+        return dict(total)
+
     def close(self, grace_seconds: float = 0) -> None:
         """Close everything; whoever waits gets PoolClosedError, and so does whoever comes later.
 
@@ -164,7 +193,8 @@ class Pool:
             if self._janitor is None:
                 self._janitor = threading.Thread(target=self._sweep, name="ssh-pool-janitor", daemon=True)
                 self._janitor.start()
-            return pool
+        pool.count_call()
+        return pool
 
     def _sweep(self) -> None:
         """Retire idle and dead connections until the pool is closed."""

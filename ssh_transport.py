@@ -36,7 +36,8 @@ from paramiko.packet import Packetizer
 
 from settings import Settings, Target
 from ssh_config import HostKey, KnownHosts, UnknownHostKeyError
-from ssh_errors import ConnectionLostError, LoginError, UnreachableError
+from ssh_dial import dial
+from ssh_errors import ConnectionLostError, LoginError, NoAnswerError, UnreachableError
 from ssh_keys import Keys
 
 logging.getLogger("paramiko").propagate = False  # it prints tracebacks for what our errors say in a sentence
@@ -180,7 +181,10 @@ class _Gate:
             endings, self._endings = self._endings, []
             self._channel.eof_received = True  # so that reading what is left acknowledges nothing
         for ending in endings:
-            ending()
+            with suppress(
+                *_SOCKET_ERRORS
+            ):  # whoever sent last need not know that another's CLOSE did not get out
+                ending()
 
 
 def _close(channel: paramiko.Channel, message: paramiko.Message) -> None:
@@ -390,8 +394,7 @@ class Session:
 
     def close(self) -> None:
         """Close the channel. What runs on the other side is not ended by this."""
-        with suppress(*_SOCKET_ERRORS):
-            self._gate.close(self._channel.close)
+        self._gate.close(self._channel.close)
 
     def _request(self, kind: str, argument: str, *, answered: bool = True) -> None:
         message = paramiko.Message()
@@ -414,12 +417,20 @@ class Connection:
         self._transport = transport
         self._wire = wire
         self._asked_at: float | None = None
+        self._silent = False
         transport.packetizer.on_silence = self._watch
 
     @property
     def alive(self) -> bool:
         """Whether the connection may be used; a dead wire is found out within seconds of use."""
         return bool(self._transport.is_active())
+
+    @property
+    def end(self) -> str:
+        """How the connection ended by itself, for the log."""
+        if self._silent:
+            return "nothing answers any more"
+        return "the other side hung up" if self._wire.hung_up else "what was sent or received made no sense"
 
     def open_session(self, timeout: float) -> Session:
         """Open a session channel within `timeout` seconds: one round trip.
@@ -453,6 +464,7 @@ class Connection:
                 self._asked_at = now
                 self._ask()
         elif now - self._asked_at > _PATIENCE_SECONDS:
+            self._silent = True
             raise EOFError
 
     def _ask(self) -> None:
@@ -466,16 +478,17 @@ class Connection:
 
 
 def connect(target: Target, settings: Settings, keys: Keys) -> Connection:
-    """Open a connection: name look-up, TCP, key exchange, host key, login.
+    """Open a connection: name look-up, TCP (`ssh_dial`), key exchange, host key, login.
 
     Takes at most `SSH_CONNECT_TIMEOUT` seconds, a slow name look-up excepted. A server that hangs up before the
-    key exchange (MaxStartups drops log-ins at random) is tried again within that time. Raises UnreachableError,
-    HostKeyError or LoginError.
+    key exchange (MaxStartups drops log-ins at random) is tried again within that time. Raises UnreachableError
+    and its kinds: HostKeyError, LoginError, NoAnswerError.
     """
     deadline = time.monotonic() + settings.ssh_connect_timeout
     pause = 0.05
     while True:
-        wire = _dial(target, deadline)
+        wire = _Wire(fileno=dial(target, deadline).detach())
+        _tune(wire)
         try:
             return _log_in(target, wire, settings, keys, deadline)
         except _HungUpError:
@@ -497,43 +510,13 @@ class _HungUpError(Exception):
     """The server closed the connection before it said who it is."""
 
 
-def _dial(target: Target, deadline: float) -> _Wire:
-    try:
-        addresses = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
-    except (socket.gaierror, UnicodeError):
-        raise UnreachableError(
-            f"{target}: there is no host of that name; check its spelling and the DNS"
-        ) from None
-    failure: OSError = TimeoutError()
-    for left, (family, kind, protocol, _, address) in zip(
-        range(len(addresses), 0, -1), addresses, strict=True
-    ):
-        wire = _Wire(family, kind, protocol)
-        try:
-            wire.settimeout(max(0.05, (deadline - time.monotonic()) / left))
-            wire.connect(address)
-            _tune(wire)
-        except OSError as error:
-            wire.close()
-            failure = error
-        else:
-            return wire
-    raise UnreachableError(f"{target} cannot be reached: {_cause(failure, target)}")
-
-
-def _cause(failure: OSError, target: Target) -> str:
-    if isinstance(failure, TimeoutError):
-        return "no answer; check the address, the port and the firewall"
-    if isinstance(failure, ConnectionRefusedError):
-        return f"nothing listens on port {target.port}; is sshd running there?"
-    return f"{(failure.strerror or 'network error').lower()}; check the address and the network"
-
-
 def _tune(wire: _Wire) -> None:
-    wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    wire.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(_STALL_SECONDS * 1000))
+    """Set what the socket needs; where it is gone already, the key exchange says so."""
+    with suppress(OSError):
+        wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(_STALL_SECONDS * 1000))
 
 
 def _log_in(target: Target, wire: _Wire, settings: Settings, keys: Keys, deadline: float) -> Connection:
@@ -591,10 +574,8 @@ def _no_banner(target: Target, wire: _Wire) -> Exception:
     return _silent(target)
 
 
-def _silent(target: Target) -> UnreachableError:
-    return UnreachableError(
-        f"{target} accepts connections but does not answer; is its SSH server overloaded?"
-    )
+def _silent(target: Target) -> NoAnswerError:
+    return NoAnswerError(f"{target} accepts connections but does not answer; is its SSH server overloaded?")
 
 
 def _authenticate(target: Target, transport: _Transport, keys: Keys, deadline: float) -> None:
@@ -622,5 +603,5 @@ def _authenticate(target: Target, transport: _Transport, keys: Keys, deadline: f
             if not transport.is_active():
                 break
     if time.monotonic() >= deadline:
-        raise UnreachableError(f"{target} does not answer the login; is its SSH server overloaded?")
+        raise NoAnswerError(f"{target} does not answer the login; is its SSH server overloaded?")
     raise LoginError(keys.advice(target, tried))

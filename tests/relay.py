@@ -4,6 +4,12 @@ import socket
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from conftest import Server
+from settings import Settings, Target
 
 
 class Relay:
@@ -16,6 +22,7 @@ class Relay:
         self._flowing = threading.Event()
         self._flowing.set()
         self._sockets: list[socket.socket] = []
+        self._forgetting = False
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._pumps: list[_Pump] = []
@@ -26,12 +33,21 @@ class Relay:
         self._accepting = threading.Thread(target=self._accept, daemon=True)
         self._accepting.start()
 
+    def has_accepted(self, connections: int) -> bool:
+        return self.accepted == connections
+
     def freeze(self) -> None:
         """Pass nothing on, and acknowledge everything, as a NAT box that lost its table would."""
         self._flowing.clear()
 
     def thaw(self) -> None:
         self._flowing.set()
+
+    def forget(self, *, new: bool = False) -> None:
+        """Let everything vanish, for good, that is sent on what is open now; on `new` connections too if so asked."""
+        self._forgetting = new
+        for pump in list(self._pumps):
+            pump.forgotten = True
 
     def cut(self) -> None:
         """End every connection."""
@@ -57,6 +73,8 @@ class Relay:
         return data
 
     def close(self) -> None:
+        if self._closing:
+            return
         self._closing = True
         socket.create_connection(("127.0.0.1", self.port)).close()  # wakes the accepting thread
         self._accepting.join()
@@ -80,7 +98,7 @@ class Relay:
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._sockets += [client, server]
             for way, source, sink in (("up", client, server), ("down", server, client)):
-                self._pumps.append(_Pump(self, way, source, sink))
+                self._pumps.append(_Pump(self, way, source, sink, forgotten=self._forgetting))
 
     def wait_for_flow(self) -> None:
         self._flowing.wait()
@@ -89,7 +107,10 @@ class Relay:
 class _Pump:
     """One direction of one connection: a thread that reads, and one that passes on after the delay."""
 
-    def __init__(self, relay: Relay, way: str, source: socket.socket, sink: socket.socket) -> None:
+    def __init__(
+        self, relay: Relay, way: str, source: socket.socket, sink: socket.socket, *, forgotten: bool
+    ) -> None:
+        self.forgotten = forgotten
         self._relay = relay
         self._way = way
         self._source = source
@@ -123,6 +144,10 @@ class _Pump:
                 due, data = self._queue.popleft()
             time.sleep(max(0.0, due - time.monotonic()))
             self._relay.wait_for_flow()
+            if self.forgotten:
+                if not data:
+                    return
+                continue
             try:
                 if not data:
                     self._sink.shutdown(socket.SHUT_RDWR)
@@ -133,3 +158,29 @@ class _Pump:
                     self._relay.cut()
             except OSError:
                 return
+
+
+@dataclass
+class Way:
+    """What reaches a server through a relay."""
+
+    server: Server
+    relay: Relay
+
+    @property
+    def target(self) -> Target:
+        return Target("tester", "127.0.0.1", self.relay.port)
+
+    @property
+    def settings(self) -> Settings:
+        return self.server.settings(ssh_default_port=self.relay.port)
+
+
+@contextmanager
+def way_to(server: Server) -> Iterator[Way]:
+    relay = Relay(server.port)
+    with server.known_hosts.open("a") as known:
+        public = (server.folder / "host_key.pub").read_text().split()
+        known.write(f"[127.0.0.1]:{relay.port} {public[0]} {public[1]}\n")
+    yield Way(server, relay)
+    relay.close()

@@ -12,9 +12,8 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +21,7 @@ import paramiko
 import pytest
 
 from conftest import Server, nobody_cancels, wait_for
-from relay import Relay
-from settings import Settings, Target
+from relay import Relay, Way, way_to
 from ssh_answers import CommandResult
 from ssh_commands import Commands
 from ssh_errors import ArgumentError, LoginError, SSHError
@@ -35,32 +33,6 @@ from ssh_shells import Task
 Serve = Callable[..., Server]
 KEY = "k" * 64
 CALLS = 1000
-
-
-@dataclass
-class Way:
-    """What reaches a server through a relay."""
-
-    server: Server
-    relay: Relay
-
-    @property
-    def target(self) -> Target:
-        return Target("tester", "127.0.0.1", self.relay.port)
-
-    @property
-    def settings(self) -> Settings:
-        return self.server.settings(ssh_default_port=self.relay.port)
-
-
-@contextmanager
-def way_to(server: Server) -> Iterator[Way]:
-    relay = Relay(server.port)
-    with server.known_hosts.open("a") as known:
-        public = (server.folder / "host_key.pub").read_text().split()
-        known.write(f"[127.0.0.1]:{relay.port} {public[0]} {public[1]}\n")
-    yield Way(server, relay)
-    relay.close()
 
 
 def ran(server: Server, name: str) -> int:

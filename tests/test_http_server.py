@@ -86,6 +86,7 @@ def test_health_of_the_target_is_for_those_with_a_token(
     assert told["reachable"] is True
     assert told["target"].startswith("tester@127.0.0.1:")
     assert told["connections"] >= 1
+    assert told["counters"]["connects"] >= 1
 
 
 def test_health_tells_that_the_target_cannot_be_reached(
@@ -96,6 +97,7 @@ def test_health_tells_that_the_target_cannot_be_reached(
     answer = http.get(f"{remote.url}/health?ssh=1", headers={"Authorization": f"Bearer {token}"}).json()
     assert (answer["status"], answer["ssh"]["reachable"]) == ("ok", False)
     assert "127.0.0.1" in answer["ssh"]["error"]
+    assert answer["ssh"]["counters"]["connects_failed"] >= 1
 
 
 def test_landing_page_names_the_servers_own_urls(remote: Remote, http: httpx.Client) -> None:

@@ -14,7 +14,7 @@ from paramiko.packet import Packetizer
 from conftest import Server, nobody_cancels, wait_for
 from ssh_commands import Commands
 from ssh_pool import Pool
-from ssh_transport import _Transport, _Wire
+from ssh_transport import _Gate, _Transport, _Wire
 
 
 def test_silent_reads_call_the_keepalive_check() -> None:
@@ -128,3 +128,18 @@ def test_channel_is_closed_behind_what_is_still_being_sent(
         commands = Commands(pool, sshd.settings())
         assert commands.run(sshd.target, "echo on", cancelled=nobody_cancels).stdout == "on\n"
         assert session.connected
+
+
+def test_sender_is_spared_the_failure_of_a_close_that_was_left_to_it() -> None:
+    gate = _Gate(paramiko.Channel(1))
+    ended = threading.Event()
+
+    def fail() -> None:
+        ended.set()
+        raise EOFError
+
+    with gate as is_open:
+        assert is_open
+        gate.close(fail)
+        assert not ended.is_set()
+    assert ended.is_set()

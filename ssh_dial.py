@@ -1,0 +1,174 @@
+"""From a host name to one TCP connection: its addresses are raced (Happy Eyeballs, RFC 8305).
+
+The addresses take turns by family (section 4), and the next one is tried after a quarter of a second or when one has
+failed (section 5): a dead one costs that quarter, not its time-out. The first connection that stands wins. Addresses
+come from one look-up, in the system's order of preference (RFC 6724), so nothing is done here about late answers of
+the DNS (section 3).
+"""
+
+import errno
+import os
+import selectors
+import socket
+import time
+from collections import deque
+from collections.abc import Iterable
+from contextlib import suppress
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+from settings import Target
+from ssh_errors import NoAnswerError, UnreachableError
+
+_NEXT_SECONDS = 0.25
+_UNDER_WAY = (errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EINTR)
+
+
+class Address(NamedTuple):
+    """One address of a host, as `socket` takes it."""
+
+    family: int
+    place: tuple[Any, ...]
+
+    @property
+    def host(self) -> str:
+        """The address in figures."""
+        return str(self.place[0])
+
+
+def interleaved(addresses: Iterable[Address]) -> list[Address]:
+    """Return each address once, the families taking turns, each family in its order; the first stays the first."""
+    families: dict[int, list[Address]] = {}
+    for address in dict.fromkeys(addresses):
+        families.setdefault(address.family, []).append(address)
+    turns = zip_longest(*families.values())
+    return [address for turn in turns for address in turn if address is not None]
+
+
+def dial(target: Target, deadline: float) -> socket.socket:
+    """Return a TCP connection to `target`, made by `deadline` (monotonic seconds), a slow look-up excepted.
+
+    Raises UnreachableError with what happened at each address; NoAnswerError when none of them answered and one at
+    least kept silent. The caller owns the socket. Thread-safe: it keeps no state.
+    """
+    try:
+        found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError):
+        raise UnreachableError(
+            f"{target}: there is no host of that name; check its spelling and the DNS"
+        ) from None
+    race = _Race(interleaved(Address(family, place) for family, _, _, _, place in found), deadline)
+    try:
+        winner = race.run()
+    finally:
+        race.close()
+    if winner is None:
+        raise _unreachable(target, race.failures)
+    winner.setblocking(True)
+    return winner
+
+
+class _Race:
+    """Attempts to connect, under way together. Used by one thread; owns its sockets until `close`, but the winner."""
+
+    def __init__(self, addresses: list[Address], deadline: float) -> None:
+        self.failures: dict[Address, OSError] = {}
+        self._waiting = deque(addresses)
+        self._deadline = deadline
+        self._next_seconds = min(_NEXT_SECONDS, max(0.0, deadline - time.monotonic()) / len(addresses))
+        self._next_at = 0.0
+        self._running = selectors.DefaultSelector()
+
+    def run(self) -> socket.socket | None:
+        """Return the first socket that is connected, or None when every address has failed."""
+        while self._waiting or self._running.get_map():
+            now = time.monotonic()
+            if self._waiting and (now >= self._next_at or not self._running.get_map()):
+                self._start(self._waiting.popleft())
+            elif now >= self._deadline:
+                self._give_up()
+            elif winner := self._connected((self._next_at if self._waiting else self._deadline) - now):
+                return winner
+        return None
+
+    def close(self) -> None:
+        """Close every attempt that is still under way."""
+        for key in list(self._running.get_map().values()):
+            self._end(key)
+        self._running.close()
+
+    def _start(self, address: Address) -> None:
+        self._next_at = time.monotonic() + self._next_seconds
+        try:
+            attempt = socket.socket(address.family, socket.SOCK_STREAM)
+        except OSError as error:  # such as a system without IPv6
+            self.failures[address] = error
+            return
+        attempt.setblocking(False)
+        code = attempt.connect_ex(address.place)
+        if code and code not in _UNDER_WAY:
+            attempt.close()
+            self._failed(address, code)
+        else:
+            self._running.register(attempt, selectors.EVENT_WRITE, address)
+
+    def _connected(self, seconds: float) -> socket.socket | None:
+        for key, _ in self._running.select(seconds):
+            attempt = key.fileobj
+            assert isinstance(attempt, socket.socket)  # noqa: S101 - nothing else is registered
+            code = attempt.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if not code:
+                self._running.unregister(attempt)
+                return attempt
+            self._end(key)
+            self._failed(key.data, code)
+        return None
+
+    def _failed(self, address: Address, code: int) -> None:
+        """Note a failure; the next address need not wait then."""
+        self.failures[address] = OSError(code, os.strerror(code))
+        self._next_at = 0.0
+
+    def _give_up(self) -> None:
+        for key in list(self._running.get_map().values()):
+            self.failures[key.data] = TimeoutError()
+            self._end(key)
+
+    def _end(self, key: selectors.SelectorKey) -> None:
+        self._running.unregister(key.fileobj)
+        with suppress(OSError):
+            assert isinstance(key.fileobj, socket.socket)  # noqa: S101 - nothing else is registered
+            key.fileobj.close()
+
+
+def _unreachable(target: Target, failures: dict[Address, OSError]) -> UnreachableError:
+    kind = NoAnswerError if _nobody_answered(failures.values()) else UnreachableError
+    if len(failures) == 1:
+        (failure,) = failures.values()
+        return kind(f"{target} cannot be reached: {_what(failure, target)}; {_advice(failure)}")
+    each = ", ".join(f"{address.host}: {_what(failure, target)}" for address, failure in failures.items())
+    return kind(
+        f"{target} cannot be reached at any of its addresses ({each}); check the host and the network"
+    )
+
+
+def _nobody_answered(failures: Iterable[OSError]) -> bool:
+    """Whether time ran out; a refusal is an answer."""
+    kinds = {type(failure) for failure in failures}
+    return TimeoutError in kinds and ConnectionRefusedError not in kinds
+
+
+def _what(failure: OSError, target: Target) -> str:
+    if isinstance(failure, TimeoutError):
+        return "no answer"
+    if isinstance(failure, ConnectionRefusedError):
+        return f"nothing listens on port {target.port}"
+    return (failure.strerror or "network error").lower()
+
+
+def _advice(failure: OSError) -> str:
+    if isinstance(failure, TimeoutError):
+        return "check the address, the port and the firewall"
+    if isinstance(failure, ConnectionRefusedError):
+        return "is sshd running there?"
+    return "check the address and the network"
