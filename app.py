@@ -75,6 +75,7 @@ class Services:
     def __init__(self, current: Settings, job_key: Callable[[], str | Sequence[bytes]]) -> None:
         self.reach = Reach(current)
         self.pool = Pool(current)
+        telemetry.observe(self.pool.counters, lambda: sum(self.pool.open_targets().values()))
         self.commands = Commands(self.pool, current)
         self.jobs = Jobs(self.commands, job_key)
         self.files = Files(self.pool, current)

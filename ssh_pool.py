@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import telemetry
 from settings import Settings, Target
 from ssh_errors import BusyError, PoolClosedError
 from ssh_keys import Keys
@@ -156,7 +157,8 @@ class Pool:
 
     def connect(self, target: Target) -> Connection:
         """Open a connection; for the target's pool."""
-        return connect(target, self._settings, self._keys)
+        with telemetry.connecting(target):
+            return connect(target, self._settings, self._keys)
 
     def changed(self) -> None:
         """Note that a connection was closed; for the targets' pools."""

@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from opentelemetry import metrics, trace
 from opentelemetry.metrics import CallbackOptions, Observation
 
-from settings import SettingsError, __version__
+from settings import SettingsError, Target, __version__
 
 _NAME = "ssh-mcp-server"
 _ENDPOINTS = tuple(
     f"OTEL_EXPORTER_OTLP_{kind}ENDPOINT" for kind in ("", "TRACES_", "METRICS_")
 )  # opentelemetry.io/docs/specs/otel/protocol/exporter
 
-tracer = trace.get_tracer(_NAME, __version__)
+_tracer = trace.get_tracer(_NAME, __version__)
 _meter = metrics.get_meter(_NAME, __version__)
 _calls = _meter.create_histogram(
     "mcp.server.operation.duration", "s", "How long calls of tools take, from their arrival to their answer"
@@ -75,6 +75,14 @@ def call(tool: str) -> Iterator[None]:
         raise
     finally:
         _calls.record(time.perf_counter() - started, attributes)
+
+
+@contextmanager
+def connecting(target: Target) -> Iterator[None]:
+    """Span the making of a connection; an exception that passes is its failure."""
+    attributes: dict[str, str | int] = {"server.address": target.host, "server.port": target.port}
+    with _tracer.start_as_current_span("ssh.connect", kind=trace.SpanKind.CLIENT, attributes=attributes):
+        yield
 
 
 def observe(counters: Callable[[], Mapping[str, int]], connections: Callable[[], int]) -> None:

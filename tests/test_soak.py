@@ -12,8 +12,8 @@ from itertools import count
 from pathlib import Path
 
 from conftest import Server, wait_for
-from relay import Relay
-from test_faults import Caller, disturb, processes_of, way_to
+from relay import Relay, way_to
+from test_faults import Caller, disturb, processes_of
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "120"))
 CALLERS = 8

@@ -110,9 +110,9 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_what_is_measured_reaches_a_collector(collector: tuple[str, list[str]]) -> None:
     url, paths = collector
     work = """
-import telemetry
+import settings, telemetry
 telemetry.start()
-with telemetry.call("tool"), telemetry.tracer.start_as_current_span("span"):
+with telemetry.call("tool"), telemetry.connecting(settings.Target("me", "host", 22)):
     pass
 telemetry.stop()
 """
