@@ -205,6 +205,7 @@ def test_call_that_was_not_sent_yet_leaves_a_forgotten_connection_within_fifteen
     assert user.echo() == "x"
     assert time.monotonic() - began < 15
     assert way.relay.accepted == 2
+    assert user.pool.counters()["lost"] == 1
     user.close()
 
 
