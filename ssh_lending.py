@@ -50,6 +50,7 @@ _ANSWER_SECONDS = 4.0
 _RELEARN_SECONDS = 60.0
 _PROBE_SECONDS = 2.0
 _POLL_SECONDS = 0.25
+_NO_ANSWER = "it opens no session in time"
 
 Cancelled = Callable[[], None]
 """Called now and then by whoever waits; raises when nobody wants the answer any more."""
@@ -105,11 +106,15 @@ class _Member:
         return self.users == 0
 
     @property
+    def lost(self) -> bool:
+        return self.retiring == _NO_ANSWER or not self.connection.alive
+
+    @property
     def end(self) -> str:
         """What the log says when it leaves the books."""
-        if self.connection.alive:
-            return f"connection closed: {self.retiring or 'the server is stopping'}"
-        return f"connection lost: {self.retiring or self.connection.end}"
+        if not self.connection.alive:
+            return f"connection lost: {self.connection.end}"
+        return f"connection {'lost' if self.lost else 'closed'}: {self.retiring or 'the server is stopping'}"
 
     def enter(self) -> None:
         self.users += 1
@@ -213,7 +218,7 @@ class TargetPool:
         except SessionRefusedError:
             self.refused(member, used=used)
         except ConnectionLostError:
-            member.retiring = "it opens no session in time"
+            member.retiring = _NO_ANSWER
             self.release(member, used=used)
         except BaseException:
             self.release(member, used=used)
@@ -347,7 +352,7 @@ class TargetPool:
             gone = [m for m in self._members if not m.connection.alive or (m.retiring and m.idle)]
             self._members = [m for m in self._members if m not in gone]
             for member in gone:
-                self._counts["closed" if member.connection.alive else "lost"] += 1
+                self._counts["lost" if member.lost else "closed"] += 1
             for _ in (one for member in gone for one in member.prepared):
                 self._demand.unused()
             self._drop_broken_standings()

@@ -160,7 +160,7 @@ class Server:
         doomed = {self.process.pid}
         while more := {pid for pid, parent in parents.items() if parent in doomed} - doomed:
             doomed |= more
-        for pid in doomed - {self.process.pid}:
+        for pid in sorted(doomed - {self.process.pid}):  # parents first: they then tell of no death
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 

@@ -181,15 +181,15 @@ def test_connection_that_the_server_gave_up_while_the_wire_was_frozen_is_replace
         user.close()
 
 
-@pytest.mark.parametrize("line", ["UnusedConnectionTimeout 1", "ChannelTimeout session:*=1"])
+@pytest.mark.parametrize("line", ["UnusedConnectionTimeout 3", "ChannelTimeout session:*=3"])
 def test_what_the_server_ends_for_being_idle_costs_no_call(own_sshd: Serve, users: Users, line: str) -> None:
     server = own_sshd(line)
     (server.home / "known").write_text("known\n")
     user = users(server)
-    for _ in range(2):
-        assert {user.mixed(number) for number in range(4)} == {"executed", "written", "read", "listed"}
-        time.sleep(2.5)
-    assert {user.mixed(number) for number in range(4)} == {"executed", "written", "read", "listed"}
+    all_kinds = {"executed", "written", "read", "listed"}
+    assert {user.mixed(number) for number in range(4)} == all_kinds
+    time.sleep(6)
+    assert {user.mixed(number) for number in range(4)} == all_kinds
 
 
 # A box in between that forgets.
@@ -205,6 +205,7 @@ def test_call_that_was_not_sent_yet_leaves_a_forgotten_connection_within_fifteen
     assert user.echo() == "x"
     assert time.monotonic() - began < 15
     assert way.relay.accepted == 2
+    assert user.pool.counters()["lost"] == 1
     user.close()
 
 
@@ -449,6 +450,7 @@ def test_state_changes_are_logged_and_counted(
         "connection closed: asked for",
     ]
     counted = user.pool.counters()
+    assert counted.pop("waits") >= 2  # the refusal may be faster than its caller
     assert {name: count for name, count in counted.items() if count} == {
         "connects": 2,
         "connects_failed": 1,
@@ -456,7 +458,6 @@ def test_state_changes_are_logged_and_counted(
         "closed": 1,
         "calls": 3,
         "sessions_opened": 2,
-        "waits": 3,
     }
 
 
