@@ -138,11 +138,17 @@ class Directory:
             self._ask(handle, _READS_AHEAD)
 
     def names(self) -> Iterator[Name]:
-        """Yield its names. Raises StatusError."""
+        """Yield each of its names once. Raises StatusError.
+
+        A directory that changes may show a name twice, and one that is read past its end was seen to begin anew
+        (OpenSSH 9.2 on ext4, under load).
+        """
         self.ask()
         handle, window = self._opening.handle(), _READS_AHEAD
-        while names := self._ahead.popleft().names():
+        seen: set[bytes] = set()
+        while names := [name for name in self._ahead.popleft().names() if name.name not in seen]:
             yield from names
+            seen.update(name.name for name in names)
             window = min(_MOST_READS_AHEAD, window * 2)
             self._ask(handle, window - len(self._ahead))
 
