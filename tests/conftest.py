@@ -223,8 +223,9 @@ UsePAM no
 StrictModes no
 PermitRootLogin yes
 PasswordAuthentication no
-Subsystem sftp internal-sftp
 """
+    if not any(line.startswith("Subsystem ") for line in lines):
+        common += "Subsystem sftp internal-sftp\n"
     config.write_text("\n".join(lines) + common)
     server = Server(folder, port, None, config)  # type: ignore[arg-type]
     server.trust()
