@@ -4,24 +4,34 @@ What happens at random is drawn from a seed, which a failure shows; `SSH_MCP_TES
 `SSH_MCP_TORN_WRITES` how many writes are disturbed.
 """
 
+import base64
 import os
 import random
 import signal
+import struct
+import subprocess
+import sys
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from hypothesis import settings as how
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from conftest import Server, wait_for
 from settings import Settings
 from ssh_edits import Edit
-from ssh_errors import ConnectionLostError, SSHError
+from ssh_errors import ConnectionLostError, FileError, SSHError
 from ssh_files import Files
 from ssh_pool import Pool
+from ssh_sftp import SFTP, _Handles
+from ssh_transport import Session
 from test_faults import Way, processes_of, way_to
 from test_ssh_files import Tools, strays
 
@@ -205,3 +215,178 @@ def test_small_write_that_is_cut_at_every_step_is_old_or_new(own_sshd: Serve, di
             assert not strays(path.parent), f"cut at {size}"
     assert outcomes[0] == "failed, old"
     print(direction, Counter(outcomes))
+
+
+# Foretold handles
+
+
+class ForetoldHandles(RuleBasedStateMachine):
+    """What is foretold, held against servers that answer in order: OpenSSH's way to give handles, and others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.handles = _Handles()
+        self.way = "openssh"
+        self.unused: list[int] = []
+        self.count = 0
+        self.open: set[bytes] = set()
+        self.answers: list[tuple[bytes | None, bytes | None]] = []
+        self.known: list[bytes] = []
+
+    @initialize(way=st.sampled_from(["openssh", "openssh", "counted", "few"]))
+    def serve(self, way: str) -> None:
+        self.way = way
+
+    def _new(self, data: st.DataObject) -> bytes:
+        if self.way == "few":
+            return data.draw(
+                st.sampled_from([h for n in range(40) if (h := bytes([0, 0, 0, n])) not in self.open])
+            )
+        if self.way == "openssh" and self.unused:
+            return struct.pack(">I", self.unused.pop())
+        self.count += 1
+        return struct.pack(">I", self.count - 1)
+
+    @precondition(lambda self: len(self.open) < 30)
+    @rule(data=st.data(), there=st.booleans())
+    def ask(self, data: st.DataObject, there: bool) -> None:
+        guess = self.handles.expect()
+        assert guess not in self.open
+        handle = self._new(data) if there else None
+        if self.way == "openssh":
+            assert (guess is None) == bool(self.answers)
+            assert guess is None or handle in (guess, None)
+        if handle is not None:
+            self.open.add(handle)
+        self.answers.append((guess, handle))
+
+    @precondition(lambda self: self.answers)
+    @rule()
+    def answer(self) -> None:
+        guess, handle = self.answers.pop(0)
+        self.handles.settle(guess, handle)
+        if handle is not None:
+            self.known.append(handle)
+
+    @precondition(lambda self: self.known)
+    @rule(data=st.data())
+    def close(self, data: st.DataObject) -> None:
+        handle = data.draw(st.sampled_from(self.known))
+        self.known.remove(handle)
+        self.handles.give_back(handle)
+        self.open.discard(handle)
+        self.unused.append(struct.unpack(">I", handle)[0])
+
+
+TestForetoldHandles = ForetoldHandles.TestCase
+TestForetoldHandles.settings = how(max_examples=300, stateful_step_count=60, deadline=None)
+
+
+class InTurn:
+    """A lock that threads get in the order in which they asked, so that they get in between wherever they can."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: deque[int] = deque()
+        self._depth = 0
+
+    def __enter__(self) -> None:
+        me = threading.get_ident()
+        with self._changed:
+            if self._depth and self._waiting[0] == me:
+                self._depth += 1
+                return
+            self._waiting.append(me)
+            self._changed.wait_for(lambda: self._waiting[0] == me and not self._depth)
+            self._depth = 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._depth -= 1
+            if not self._depth:
+                self._waiting.popleft()
+                self._changed.notify_all()
+
+
+@contextmanager
+def serve_oddly(folder: Path, *manners: str) -> Iterator[Settings]:
+    """Run asyncssh's server with SFTP, and give the settings that reach it."""
+    folder.mkdir()
+    script = Path(__file__).with_name("asyncssh_server.py")
+    command = [sys.executable, str(script), str(folder), *manners]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        yield Settings(
+            ssh_default_host="127.0.0.1",
+            ssh_default_port=int(server.stdout.readline()),
+            ssh_default_user="tester",
+            ssh_key_path=folder / "key",
+            ssh_known_hosts=folder / "known_hosts",
+        )
+        server.terminate()
+
+
+@pytest.fixture(params=["openssh", "counted", "random"])
+def any_settings(request: pytest.FixtureRequest, sshd: Server, tmp_path: Path) -> Iterator[Settings]:
+    """Settings that reach servers which give handles in different ways."""
+    if request.param == "openssh":
+        yield sshd.settings()
+    else:
+        with serve_oddly(tmp_path / "server", request.param) as settings:
+            yield settings
+
+
+def test_callers_on_one_channel_get_each_their_own(
+    any_settings: Settings, sshd: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    names = {}
+    for number in range(8):
+        (folder / f"file{number}").write_bytes(content(number, 3000 * number**2 + 1))
+        (folder / f"folder{number}").mkdir()
+        names[number] = [f"{number}-{name:03}" for name in range(30 * number)]
+        for name in names[number]:
+            (folder / f"folder{number}" / name).touch()
+    made: list[SFTP] = []
+    make = SFTP.__init__
+
+    def made_in_turn(sftp: SFTP, session: Session) -> None:
+        make(sftp, session)
+        made.append(sftp)
+        sftp._sending = InTurn()  # type: ignore[assignment]
+
+    monkeypatch.setattr(SFTP, "__init__", made_in_turn)
+    sown = seed()
+    with tools_on(sshd, any_settings) as tools:
+
+        def call(number: int) -> str | None:
+            draw = random.Random(sown + number)
+            which = draw.randrange(8)
+            kind = draw.choice(["read", "list", "list", "missing folder", "missing file", "edit"])
+            try:
+                if kind == "read":
+                    got = base64.b64decode(
+                        tools.read_bytes(folder / f"file{which}", max_bytes=1 << 20).content
+                    )
+                    assert got == (folder / f"file{which}").read_bytes()
+                elif kind == "list":
+                    assert [e.name for e in tools.list(folder / f"folder{which}").entries] == names[which]
+                elif kind == "edit":
+                    path = folder / f"own{number}"
+                    tools.write(path, f"{number}\n")
+                    tools.edit(path, Edit(old_text=f"{number}", new_text="edited"))
+                    assert path.read_text() == "edited\n"
+                else:
+                    with pytest.raises(FileError, match="does not exist"):
+                        (tools.list if kind == "missing folder" else tools.read)(folder / "none")
+            except (AssertionError, SSHError) as error:
+                return f"{kind} {which}: {error}"[:300]
+            return None
+
+        tools.list(folder)
+        with ThreadPoolExecutor(20) as threads:
+            wrong = [said for said in threads.map(call, range(400)) if said]
+        assert not wrong, f"seed {sown}: {len(wrong)} got something else: {wrong[:3]}"
+        assert len(made) == 1
+    assert not strays(folder)
