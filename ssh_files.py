@@ -136,14 +136,18 @@ class Files:
             with self._alone(target, place.real, cancelled) as waited:
                 if waited:
                     place = _same(self._place(sftp, target, path), place, target)
-                self._check_before(sftp, target, place, expected_sha256, overwrite=overwrite or append)
+                before = self._check_before(
+                    sftp, target, place, expected_sha256, overwrite=overwrite or append
+                )
                 if place.existing is None and create_parents:
                     make_folders(sftp, place.folder)
                 writer = Writer(sftp, self._temporaries)
                 if append:
                     atomic, attributes = False, writer.append(place, content, mode)
                 else:
-                    atomic, attributes = writer.replace(place, content, mode, overwrite=overwrite)
+                    atomic, attributes = writer.replace(
+                        place, content, mode, overwrite=overwrite, before=before
+                    )
                 size = attributes.size or 0
                 whole = content
                 if append and size <= MOST_WRITTEN_BYTES:
@@ -377,14 +381,17 @@ class Files:
 
     def _check_before(
         self, sftp: SFTP, target: Target, place: Place, expected_sha256: str | None, *, overwrite: bool
-    ) -> None:
+    ) -> bytes | None:
+        """Return what the file holds, if it must have a certain hash. Raises FileError if it may not be written."""
         if place.existing is not None and not overwrite:
             raise FileError(f"{place.shown} is there already on {target}; pass overwrite=true to replace it")
         if expected_sha256 is None:
-            return
+            return None
         if place.existing is None:
             raise FileError(f"{place.shown} is not there on {target}, so it has not the expected_sha256")
-        _check_hash(target, place, self._whole(sftp, target, place), expected_sha256)
+        before = self._whole(sftp, target, place)
+        _check_hash(target, place, before, expected_sha256)
+        return before
 
 
 def _same(now: Place, before: Place, target: Target) -> Place:

@@ -192,7 +192,7 @@ class Writer:
         if bytes_of(self._sftp, place.real, len(before) + 1, len(before)) != before:
             raise FileError(
                 f"{place.shown} was changed by somebody else in the meantime; nothing was written. Read it again "
-                "and repeat the edit"
+                "and repeat the change"
             )
 
     def _look_around(self, folder: Directory, place: Place, made: Attributes | None) -> int:

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from conftest import Server, wait_for
+from relay import Relay
 from settings import Settings
 from ssh_edits import Edit
 from ssh_errors import ConnectionLostError, FileError, SSHError
@@ -33,7 +34,7 @@ from ssh_pool import Pool
 from ssh_sftp import SFTP, _Handles
 from ssh_transport import Session
 from test_faults import Way, processes_of, way_to
-from test_ssh_files import Tools, strays
+from test_ssh_files import Tools, sha256, strays
 
 TORN_WRITES = int(os.environ.get("SSH_MCP_TORN_WRITES", "150"))
 STEP_BYTES = 40
@@ -390,3 +391,78 @@ def test_callers_on_one_channel_get_each_their_own(
         assert not wrong, f"seed {sown}: {len(wrong)} got something else: {wrong[:3]}"
         assert len(made) == 1
     assert not strays(folder)
+
+
+# Several writers
+
+
+@pytest.fixture
+def slowly(sshd: Server) -> Iterator[tuple[Relay, Tools]]:
+    """The tools as a process far away has them: over a wire with a round trip of a fifth of a second."""
+    with way_to(sshd) as way, tools_on(sshd, way.settings) as tools:
+        way.relay.delay_seconds = 0.1
+        yield way.relay, tools
+
+
+@pytest.mark.parametrize("kind", ["write", "edit"])
+def test_change_by_another_process_before_the_rename_is_noticed(
+    slowly: tuple[Relay, Tools], tmp_path: Path, kind: str
+) -> None:
+    _, far = slowly
+    path = tmp_path / "file"
+    path.write_text("old\n")
+    far.read(path)
+    with ThreadPoolExecutor() as threads:
+        if kind == "write":
+            changing = threads.submit(far.write, path, "far\n", expected_sha256=sha256(b"old\n"))
+        else:
+            changing = threads.submit(far.edit, path, Edit(old_text="old", new_text="far"))  # type: ignore[arg-type]
+        wait_for(lambda: strays(tmp_path))
+        near = tmp_path / "near"
+        near.write_text("near\n")
+        near.replace(path)
+        with pytest.raises(FileError, match="changed by somebody else"):
+            changing.result(20)
+    assert path.read_text() == "near\n"
+    assert not strays(tmp_path)
+
+
+def test_writers_of_two_processes_never_mix_and_say_who_lost(sshd: Server, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    became: Counter[str] = Counter()
+    with tools_on(sshd) as one, tools_on(sshd) as other, ThreadPoolExecutor(2) as threads:
+        for number in range(40):
+            old = content(number, 20_000)
+            path.write_bytes(old)
+            start = threading.Barrier(2)
+
+            def change(tools: Tools, mine: bytes, old: bytes = old, start: threading.Barrier = start) -> str:
+                tools.read(path)
+                start.wait(20)
+                try:
+                    if len(mine) % 2:
+                        tools.write(path, mine, expected_sha256=sha256(old))
+                    else:
+                        tools.edit(
+                            path,
+                            Edit(
+                                operation="replace",
+                                start_line=1,
+                                end_line=old.count(b"\n"),
+                                new_text=mine.decode(),
+                            ),
+                        )
+                except SSHError as error:
+                    return str(error)
+                return ""
+
+            mine = [content(1000 + number, 40_000), content(2000 + number, 300_000 + number % 2)]
+            said = list(threads.map(change, (one, other), mine))
+            won = [text for text, error in zip(mine, said, strict=True) if not error]
+            assert won, said
+            assert path.read_bytes() in won
+            assert all("change" in error for error in said if error), said
+            became[f"{len(won)} won"] += 1
+            assert not strays(tmp_path)
+    print(became)
+    assert became["1 won"], became
