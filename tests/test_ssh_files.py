@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -426,17 +426,6 @@ def test_big_file_is_written_whole_and_a_bigger_one_refused(tools: Tools, tmp_pa
     with pytest.raises(ArgumentError, match="32 MiB"):
         tools.write(tmp_path / "file", data + b"x")
     assert tools.write(tmp_path / "file", b"x", append=True).sha256 is None
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
-    assert os.getuid() == 0, "this test mounts a tmpfs: run it as root"
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], check=True)
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_full_disk_leaves_the_old_file_and_no_temporary(tools: Tools, small_disk: Path) -> None:
