@@ -6,13 +6,15 @@ Invariants:
   the directory, the owner and the number of hard links allow it; where not, the answer says `atomic: false`.
 - Mode and owner of a file stay, and a symbolic link stays a link: what it points to is written.
 - A call that fails leaves no temporary file, as long as the server still answers.
-- Only regular files are opened: a FIFO or a device would hold up everybody on the channel.
+- Only regular files are opened: a FIFO or a device would hold up everybody on the channel. So would those of the
+  kernel's files that pass for regular ones, and whose end does not come until something happens.
 - Calls of this process that change the same file go one after the other.
 """
 
 import base64
 import hashlib
 import posixpath
+import re
 import stat
 import threading
 import time
@@ -46,6 +48,7 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+_ENDLESS = re.compile(rb"/proc/kmsg|/sys/kernel/(debug/)?tracing/(.*/)?trace_pipe(_raw)?")
 
 
 class Files:
@@ -297,6 +300,7 @@ class Files:
             else:
                 _demand_regular(existing, target, path)
                 real = resolving.path()
+                _demand_an_end(real, target, path)
                 return Place(shown_name(real), real, existing)
             try:
                 dangling = stat.S_ISLNK(looking.attributes().mode or 0)
@@ -315,6 +319,7 @@ class Files:
         existing = asking.attributes()
         _demand_regular(existing, target, path)
         real = resolving.path()
+        _demand_an_end(real, target, path)
         return Place(shown_name(real), real, existing)
 
     def _from_end(self, data: bytes, lines: int, max_lines: int) -> tuple[Window, bytes]:
@@ -416,6 +421,13 @@ def _demand_regular(attributes: Attributes, target: Target, path: str) -> None:
         raise FileError(f"{path} on {target} is a directory; list it with ssh_list_directory")
     if kind is not None:
         raise FileError(f"{path} on {target} is {kind}; only regular files are read and written here")
+
+
+def _demand_an_end(real: bytes, target: Target, path: str) -> None:
+    if _ENDLESS.fullmatch(real):
+        raise FileError(
+            f"{path} on {target} never ends: it waits for what the kernel says next; use ssh_execute (dmesg)"
+        )
 
 
 def _forward(chunks: Iterator[bytes], lines: Lines) -> tuple[Window, bytes]:
