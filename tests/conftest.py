@@ -296,7 +296,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], check=True)
     yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    wait_for(lambda: subprocess.run(["umount", str(disk)], capture_output=True).returncode == 0)
 
 
 @pytest.fixture

@@ -443,28 +443,27 @@ def test_writers_of_two_processes_never_mix_and_say_who_lost(sshd: Server, tmp_p
             path.write_bytes(old)
             start = threading.Barrier(2)
 
-            def change(tools: Tools, mine: bytes, old: bytes = old, start: threading.Barrier = start) -> str:
+            def change(
+                tools: Tools,
+                mine: bytes,
+                editing: int,
+                old: bytes = old,
+                start: threading.Barrier = start,
+            ) -> str:
                 tools.read(path)
                 start.wait(20)
+                edit = Edit(start_line=1, end_line=old.count(b"\n"), new_text=mine.decode())
                 try:
-                    if len(mine) % 2:
-                        tools.write(path, mine, expected_sha256=sha256(old))
+                    if editing:
+                        tools.edit(path, edit, expected_sha256=sha256(old))
                     else:
-                        tools.edit(
-                            path,
-                            Edit(
-                                operation="replace",
-                                start_line=1,
-                                end_line=old.count(b"\n"),
-                                new_text=mine.decode(),
-                            ),
-                        )
+                        tools.write(path, mine, expected_sha256=sha256(old))
                 except SSHError as lost:
                     return str(lost)
                 return ""
 
-            mine = [content(1000 + number, 40_000), content(2000 + number, 300_000 + number % 2)]
-            said = list(threads.map(change, (one, other), mine))
+            mine = [content(1000 + number, 40_000), content(2000 + number, 300_000)]
+            said = list(threads.map(change, (one, other), mine, (number & 1, number & 2)))
             won = [text for text, error in zip(mine, said, strict=True) if not error]
             assert won, said
             assert path.read_bytes() in won
