@@ -6,13 +6,15 @@ Invariants:
   the directory, the owner and the number of hard links allow it; where not, the answer says `atomic: false`.
 - Mode and owner of a file stay, and a symbolic link stays a link: what it points to is written.
 - A call that fails leaves no temporary file, as long as the server still answers.
-- Only regular files are opened: a FIFO or a device would hold up everybody on the channel.
+- Only regular files are opened: a FIFO or a device would hold up everybody on the channel. So would those of the
+  kernel's files that pass for regular ones, and whose end does not come until something happens.
 - Calls of this process that change the same file go one after the other.
 """
 
 import base64
 import hashlib
 import posixpath
+import re
 import stat
 import threading
 import time
@@ -48,6 +50,7 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+_ENDLESS = re.compile(rb"/proc/kmsg|/sys/kernel/(debug/)?tracing/(.*/)?trace_pipe(_raw)?")
 
 
 class _Transfer:
@@ -175,14 +178,18 @@ class Files:
             with self._alone(target, place.real, cancelled) as waited:
                 if waited:
                     place = _same(self._place(sftp, target, path), place, target)
-                self._check_before(sftp, target, place, expected_sha256, overwrite=overwrite or append)
+                before = self._check_before(
+                    sftp, target, place, expected_sha256, overwrite=overwrite or append
+                )
                 if place.existing is None and create_parents:
                     make_folders(sftp, place.folder)
                 writer = Writer(sftp, self._temporaries, _Transfer(cancelled, progress))
                 if append:
                     atomic, attributes = False, writer.append(place, content, mode)
                 else:
-                    atomic, attributes = writer.replace(place, content, mode, overwrite=overwrite)
+                    atomic, attributes = writer.replace(
+                        place, content, mode, overwrite=overwrite, before=before
+                    )
                 size = attributes.size or 0
                 whole = content
                 if append and size <= MOST_WRITTEN_BYTES:
@@ -333,6 +340,7 @@ class Files:
             else:
                 _demand_regular(existing, target, path)
                 real = resolving.path()
+                _demand_an_end(real, target, path)
                 return Place(shown_name(real), real, existing)
             try:
                 dangling = stat.S_ISLNK(looking.attributes().mode or 0)
@@ -351,6 +359,7 @@ class Files:
         existing = asking.attributes()
         _demand_regular(existing, target, path)
         real = resolving.path()
+        _demand_an_end(real, target, path)
         return Place(shown_name(real), real, existing)
 
     def _from_end(self, data: bytes, lines: int, max_lines: int) -> tuple[Window, bytes]:
@@ -417,14 +426,17 @@ class Files:
 
     def _check_before(
         self, sftp: SFTP, target: Target, place: Place, expected_sha256: str | None, *, overwrite: bool
-    ) -> None:
+    ) -> bytes | None:
+        """Return what the file holds, if it must have a certain hash. Raises FileError if it may not be written."""
         if place.existing is not None and not overwrite:
             raise FileError(f"{place.shown} is there already on {target}; pass overwrite=true to replace it")
         if expected_sha256 is None:
-            return
+            return None
         if place.existing is None:
             raise FileError(f"{place.shown} is not there on {target}, so it has not the expected_sha256")
-        _check_hash(target, place, self._whole(sftp, target, place), expected_sha256)
+        before = self._whole(sftp, target, place)
+        _check_hash(target, place, before, expected_sha256)
+        return before
 
 
 def _same(now: Place, before: Place, target: Target) -> Place:
@@ -449,6 +461,13 @@ def _demand_regular(attributes: Attributes, target: Target, path: str) -> None:
         raise FileError(f"{path} on {target} is a directory; list it with ssh_list_directory")
     if kind is not None:
         raise FileError(f"{path} on {target} is {kind}; only regular files are read and written here")
+
+
+def _demand_an_end(real: bytes, target: Target, path: str) -> None:
+    if _ENDLESS.fullmatch(real):
+        raise FileError(
+            f"{path} on {target} never ends: it waits for what the kernel says next; use ssh_execute (dmesg)"
+        )
 
 
 def _forward(chunks: Iterator[bytes], lines: Lines) -> tuple[Window, bytes]:

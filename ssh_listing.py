@@ -117,10 +117,11 @@ class Directory:
 
     def __init__(self, sftp: SFTP, path: bytes) -> None:
         self._sftp = sftp
-        self._opening = sftp.open_directory(path)
         self._ahead: deque[Reply] = deque()
-        if self._opening.guess is not None:
-            self._ask(self._opening.guess, _READS_AHEAD)
+        with sftp.together():
+            self._opening = sftp.open_directory(path)
+            if self._opening.guess is not None:
+                self._ask(self._opening.guess, _READS_AHEAD)
 
     def __enter__(self) -> Self:
         return self

@@ -8,7 +8,8 @@ Invariants:
 - Every wait has a deadline; a server that leaves one unanswered loses the channel, since what state it is in is
   unknown then.
 - A handle is foretold where that can be done (`Opening.guess`), so that reading goes out along with OPEN. Only
-  requests that do no harm on a wrong handle are sent with a guess, never a WRITE or a CLOSE.
+  requests that do no harm on a wrong handle are sent with a guess, never a WRITE or a CLOSE. A READDIR moves what it
+  reads, so it goes out `together` with its OPENDIR: if that fails, the next one opened may have the guessed handle.
 - When the channel ends, every pending reply fails, and so does every later request.
 - Names are bytes: a server's file names need not be text. `shown_name` writes what is no UTF-8 as `\\xHH`, and
   `path_bytes` reads it back, so that every name that was shown can be used again.
@@ -359,7 +360,7 @@ class SFTP:
         self._pending: dict[int, Reply] = {}
         self._next_id = 0
         self._ended = False
-        self._sending = threading.Lock()
+        self._sending = threading.RLock()
         self._handles = _Handles()
         self._limits: Reply | None = None
         self._buffer = bytearray()
@@ -397,6 +398,12 @@ class SFTP:
         """End the channel; every pending reply fails."""
         self._end()
         self._session.close()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Send this thread's requests with none of another's in between."""
+        with self._sending:
+            yield
 
     def open(self, path: bytes, flags: int, attributes: Attributes = Attributes()) -> Opening:
         """OPEN: a handle."""

@@ -201,7 +201,7 @@ class Writer:
         if bytes_of(self._sftp, place.real, len(before) + 1, len(before)) != before:
             raise FileError(
                 f"{place.shown} was changed by somebody else in the meantime; nothing was written. Read it again "
-                "and repeat the edit"
+                "and repeat the change"
             )
 
     def _look_around(self, folder: Directory, place: Place, made: Attributes | None) -> int:
@@ -243,7 +243,7 @@ class Writer:
                     self._overwrite(handle, old, None)
                     raise
         finally:
-            sftp.close_handle(handle)
+            self._let_go(handle)
 
     def _overwrite(self, handle: bytes, content: bytes, mode: int | None) -> Attributes:
         sftp = self._sftp
@@ -312,7 +312,12 @@ class Writer:
                 raise
             return asking.attributes()
         finally:
-            sftp.close_handle(handle)
+            self._let_go(handle)
+
+    def _let_go(self, handle: bytes) -> None:
+        """Close a handle; that the connection is gone says whoever needed it, and knows more."""
+        with suppress(ConnectionLostError):
+            self._sftp.close_handle(handle)
 
     def _flush(self, handle: bytes) -> Reply | None:
         return self._sftp.fsync(handle) if "fsync@openssh.com" in self._sftp.extensions else None

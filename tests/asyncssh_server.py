@@ -23,7 +23,7 @@ def speak_as(manners: list[str]) -> None:
         return random.choice([n for n in range(256) if n.to_bytes(4, "big") not in taken]).to_bytes(4, "big")
 
     if "random" in manners:
-        SFTPServerHandler._get_next_handle = any_handle  # type: ignore[method-assign,assignment]
+        SFTPServerHandler._get_next_handle = any_handle  # type: ignore[assignment]
     if "no-rename" in manners:
         left = [(name, data) for name, data in SFTPServerHandler._extensions if b"rename" not in name]
         SFTPServerHandler._extensions = left

@@ -296,6 +296,17 @@ def make_dropbear(folder: Path) -> Server:
 
 
 @pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    assert os.getuid() == 0, "this test mounts a tmpfs: run it as root"
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], check=True)
+    yield disk
+    wait_for(lambda: subprocess.run(["umount", str(disk)], capture_output=True).returncode == 0)
+
+
+@pytest.fixture
 def pool(sshd: Server) -> Iterator[Pool]:
     pool = Pool(sshd.settings())
     yield pool

@@ -4,27 +4,43 @@ What happens at random is drawn from a seed, which a failure shows; `SSH_MCP_TES
 `SSH_MCP_TORN_WRITES` how many writes are disturbed.
 """
 
+import base64
 import os
 import random
+import re
 import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
 import threading
-from collections import Counter
+import time
+import tracemalloc
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from hypothesis import settings as how
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from conftest import Server, wait_for
-from relay import Way, way_to
+from conftest import Server, nobody_cancels, wait_for
+from relay import Relay, Way, way_to
 from settings import Settings
+from ssh_commands import Commands
 from ssh_edits import Edit
-from ssh_errors import ConnectionLostError, SSHError
+from ssh_errors import ConnectionLostError, FileError, SSHError
 from ssh_files import Files
 from ssh_pool import Pool
+from ssh_sftp import SFTP, _Handles
+from ssh_transport import Session
 from test_faults import processes_of
-from test_ssh_files import Tools, strays
+from test_ssh_files import Tools, numbered, sha256, strays
 
 TORN_WRITES = int(os.environ.get("SSH_MCP_TORN_WRITES", "150"))
 STEP_BYTES = 40
@@ -206,3 +222,520 @@ def test_small_write_that_is_cut_at_every_step_is_old_or_new(own_sshd: Serve, di
             assert not strays(path.parent), f"cut at {size}"
     assert outcomes[0] == "failed, old"
     print(direction, Counter(outcomes))
+
+
+# Foretold handles
+
+
+class ForetoldHandles(RuleBasedStateMachine):
+    """What is foretold, held against servers that answer in order: OpenSSH's way to give handles, and others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.handles = _Handles()
+        self.way = "openssh"
+        self.unused: list[int] = []
+        self.count = 0
+        self.open: set[bytes] = set()
+        self.answers: list[tuple[bytes | None, bytes | None]] = []
+        self.known: list[bytes] = []
+
+    @initialize(way=st.sampled_from(["openssh", "openssh", "counted", "few"]))
+    def serve(self, way: str) -> None:
+        self.way = way
+
+    def _new(self, data: st.DataObject) -> bytes:
+        if self.way == "few":
+            return data.draw(
+                st.sampled_from([h for n in range(40) if (h := bytes([0, 0, 0, n])) not in self.open])
+            )
+        if self.way == "openssh" and self.unused:
+            return struct.pack(">I", self.unused.pop())
+        self.count += 1
+        return struct.pack(">I", self.count - 1)
+
+    @precondition(lambda self: len(self.open) < 30)
+    @rule(data=st.data(), there=st.booleans())
+    def ask(self, data: st.DataObject, there: bool) -> None:
+        guess = self.handles.expect()
+        assert guess not in self.open
+        handle = self._new(data) if there else None
+        if self.way == "openssh":
+            assert (guess is None) == bool(self.answers)
+            assert guess is None or handle in (guess, None)
+        if handle is not None:
+            self.open.add(handle)
+        self.answers.append((guess, handle))
+
+    @precondition(lambda self: self.answers)
+    @rule()
+    def answer(self) -> None:
+        guess, handle = self.answers.pop(0)
+        self.handles.settle(guess, handle)
+        if handle is not None:
+            self.known.append(handle)
+
+    @precondition(lambda self: self.known)
+    @rule(data=st.data())
+    def close(self, data: st.DataObject) -> None:
+        handle = data.draw(st.sampled_from(self.known))
+        self.known.remove(handle)
+        self.handles.give_back(handle)
+        self.open.discard(handle)
+        self.unused.append(struct.unpack(">I", handle)[0])
+
+
+TestForetoldHandles = ForetoldHandles.TestCase
+TestForetoldHandles.settings = how(max_examples=300, stateful_step_count=60, deadline=None)
+
+
+class InTurn:
+    """A lock that threads get in the order in which they asked, so that they get in between wherever they can."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: deque[int] = deque()
+        self._depth = 0
+
+    def __enter__(self) -> None:
+        me = threading.get_ident()
+        with self._changed:
+            if self._depth and self._waiting[0] == me:
+                self._depth += 1
+                return
+            self._waiting.append(me)
+            self._changed.wait_for(lambda: self._waiting[0] == me and not self._depth)
+            self._depth = 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._depth -= 1
+            if not self._depth:
+                self._waiting.popleft()
+                self._changed.notify_all()
+
+
+@contextmanager
+def serve_oddly(folder: Path, *manners: str) -> Iterator[Settings]:
+    """Run asyncssh's server with SFTP, and give the settings that reach it."""
+    folder.mkdir()
+    script = Path(__file__).with_name("asyncssh_server.py")
+    command = [sys.executable, str(script), str(folder), *manners]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        yield Settings(
+            ssh_default_host="127.0.0.1",
+            ssh_default_port=int(server.stdout.readline()),
+            ssh_default_user="tester",
+            ssh_key_path=folder / "key",
+            ssh_known_hosts=folder / "known_hosts",
+        )
+        server.terminate()
+
+
+@pytest.fixture(params=["openssh", "counted", "random"])
+def any_settings(request: pytest.FixtureRequest, sshd: Server, tmp_path: Path) -> Iterator[Settings]:
+    """Settings that reach servers which give handles in different ways."""
+    if request.param == "openssh":
+        yield sshd.settings()
+    else:
+        with serve_oddly(tmp_path / "server", request.param) as settings:
+            yield settings
+
+
+def test_callers_on_one_channel_get_each_their_own(
+    any_settings: Settings, sshd: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    names = {}
+    for number in range(8):
+        (folder / f"file{number}").write_bytes(content(number, 3000 * number**2 + 1))
+        (folder / f"folder{number}").mkdir()
+        names[number] = [f"{number}-{name:03}" for name in range(30 * number)]
+        for name in names[number]:
+            (folder / f"folder{number}" / name).touch()
+    made: list[SFTP] = []
+    make = SFTP.__init__
+
+    def made_in_turn(sftp: SFTP, session: Session) -> None:
+        make(sftp, session)
+        made.append(sftp)
+        sftp._sending = InTurn()  # type: ignore[assignment]
+
+    monkeypatch.setattr(SFTP, "__init__", made_in_turn)
+    sown = seed()
+    with tools_on(sshd, any_settings) as tools:
+
+        def call(number: int) -> str | None:
+            draw = random.Random(sown + number)
+            which = draw.randrange(8)
+            kind = draw.choice(["read", "list", "list", "missing folder", "missing file", "edit"])
+            try:
+                if kind == "read":
+                    got = base64.b64decode(
+                        tools.read_bytes(folder / f"file{which}", max_bytes=1 << 20).content
+                    )
+                    assert got == (folder / f"file{which}").read_bytes()
+                elif kind == "list":
+                    assert [e.name for e in tools.list(folder / f"folder{which}").entries] == names[which]
+                elif kind == "edit":
+                    path = folder / f"own{number}"
+                    tools.write(path, f"{number}\n")
+                    tools.edit(path, Edit(old_text=f"{number}", new_text="edited"))
+                    assert path.read_text() == "edited\n"
+                else:
+                    with pytest.raises(FileError, match="does not exist"):
+                        (tools.list if kind == "missing folder" else tools.read)(folder / "none")
+            except (AssertionError, SSHError) as error:
+                return f"{kind} {which}: {error}"[:300]
+            return None
+
+        tools.list(folder)
+        with ThreadPoolExecutor(20) as threads:
+            wrong = [said for said in threads.map(call, range(400)) if said]
+        assert not wrong, f"seed {sown}: {len(wrong)} got something else: {wrong[:3]}"
+        assert len(made) == 1
+    assert not strays(folder)
+
+
+# Several writers
+
+
+@pytest.fixture
+def slowly(sshd: Server) -> Iterator[tuple[Relay, Tools]]:
+    """The tools as a process far away has them: over a wire with a round trip of a fifth of a second."""
+    with way_to(sshd) as way, tools_on(sshd, way.settings) as tools:
+        way.relay.delay_seconds = 0.1
+        yield way.relay, tools
+
+
+@pytest.mark.parametrize("kind", ["write", "edit"])
+def test_change_by_another_process_before_the_rename_is_noticed(
+    slowly: tuple[Relay, Tools], tmp_path: Path, kind: str
+) -> None:
+    _, far = slowly
+    path = tmp_path / "file"
+    path.write_text("old\n")
+    far.read(path)
+    with ThreadPoolExecutor() as threads:
+        if kind == "write":
+            changing = threads.submit(far.write, path, "far\n", expected_sha256=sha256(b"old\n"))
+        else:
+            changing = threads.submit(far.edit, path, Edit(old_text="old", new_text="far"))  # type: ignore[arg-type]
+        wait_for(lambda: strays(tmp_path))
+        near = tmp_path / "near"
+        near.write_text("near\n")
+        near.replace(path)
+        with pytest.raises(FileError, match="changed by somebody else"):
+            changing.result(20)
+    assert path.read_text() == "near\n"
+    assert not strays(tmp_path)
+
+
+def test_writers_of_two_processes_never_mix_and_say_who_lost(sshd: Server, tmp_path: Path) -> None:
+    """Both may win when neither sees the other within the last round trip: SFTP cannot compare and rename at once."""
+    path = tmp_path / "file"
+    became: Counter[str] = Counter()
+    with tools_on(sshd) as one, tools_on(sshd) as other, ThreadPoolExecutor(2) as threads:
+        for number in range(40):
+            old = content(number, 20_000)
+            path.write_bytes(old)
+            start = threading.Barrier(2)
+
+            def change(
+                tools: Tools,
+                mine: bytes,
+                editing: int,
+                old: bytes = old,
+                start: threading.Barrier = start,
+            ) -> str:
+                tools.read(path)
+                start.wait(20)
+                edit = Edit(start_line=1, end_line=old.count(b"\n"), new_text=mine.decode())
+                try:
+                    if editing:
+                        tools.edit(path, edit, expected_sha256=sha256(old))
+                    else:
+                        tools.write(path, mine, expected_sha256=sha256(old))
+                except SSHError as lost:
+                    return str(lost)
+                return ""
+
+            mine = [content(1000 + number, 40_000), content(2000 + number, 300_000)]
+            said = list(threads.map(change, (one, other), mine, (number & 1, number & 2)))
+            won = [text for text, error in zip(mine, said, strict=True) if not error]
+            assert won, said
+            assert path.read_bytes() in won
+            assert all("change" in error for error in said if error), said
+            became[f"{len(won)} won"] += 1
+            assert not strays(tmp_path)
+    print(became)
+
+
+# Overwritten in place
+
+
+@pytest.fixture(params=["openssh", "asyncssh"])
+def no_rename(request: pytest.FixtureRequest, own_sshd: Serve, tmp_path: Path) -> Iterator[tuple[int, Tools]]:
+    """A server without posix-rename: its port, and the tools on it."""
+    if request.param == "openssh":
+        server = own_sshd("Subsystem sftp internal-sftp -P posix-rename")
+        with tools_on(server) as tools:
+            yield server.port, tools
+    else:
+        with serve_oddly(tmp_path / "server", "no-rename") as settings:
+            assert settings.ssh_default_port
+            nowhere = Server(tmp_path, 0, None, tmp_path)  # type: ignore[arg-type]
+            with tools_on(nowhere, settings) as tools:
+                yield settings.ssh_default_port, tools
+
+
+def test_without_rename_files_are_overwritten_in_place(no_rename: tuple[int, Tools], tmp_path: Path) -> None:
+    _, tools = no_rename
+    folder = tmp_path / "files"
+    folder.mkdir()
+    path = folder / "file"
+    assert tools.write(path, "new and rather long\n").created
+    path.chmod(0o604)
+    inode = path.stat().st_ino
+    assert tools.write(path, "short\n").atomic is False
+    assert path.read_text() == "short\n"
+    assert tools.edit(path, Edit(old_text="short", new_text="edited")).atomic is False
+    assert path.read_text() == "edited\n"
+    assert (path.stat().st_ino, path.stat().st_mode & 0o777) == (inode, 0o604)
+    with pytest.raises(FileError, match="has changed"):
+        tools.write(path, "x", expected_sha256=sha256(b"other"))
+    assert [item.name for item in folder.iterdir()] == ["file"]
+
+
+def test_failed_overwriting_puts_the_old_content_back(no_rename: tuple[int, Tools], small_disk: Path) -> None:
+    _, tools = no_rename
+    path = small_disk / "file"
+    old = content(1, 50_000)
+    path.write_bytes(old)
+    path.chmod(0o640)
+    with pytest.raises(FileError, match="disk full"):
+        tools.write(path, content(2, 1_000_000))
+    assert path.read_bytes() == old
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert [item.name for item in small_disk.iterdir()] == ["file"]
+
+
+def test_cut_while_a_file_is_overwritten_leaves_a_copy_that_the_error_names(own_sshd: Serve) -> None:
+    server = own_sshd("Subsystem sftp internal-sftp -P posix-rename")
+    old, new = content(1, 60_000), content(2, 500_000)
+    became: Counter[str] = Counter()
+    for step in range(24):
+        path = server.home / str(step) / "file"
+        path.parent.mkdir()
+        path.write_bytes(old)
+        with way_to(server) as way, tools_on(server, way.settings) as tools:
+            tools.read(path)
+            way.relay.cut_after("up", step * 25_000)
+            try:
+                tools.write(path, new)
+                became["told"] += 1
+                assert path.read_bytes() == new
+                assert not strays(path.parent)
+                continue
+            except ConnectionLostError as error:
+                said = str(error)
+            wait_for(lambda: not server.session_pids())
+        named = re.search(r"what it held before is in (\S+\.old)\)", said)
+        if named:
+            assert Path(named[1]).read_bytes() == old
+            assert strays(path.parent) == [Path(named[1]).name]
+        else:
+            assert path.read_bytes() == old, said
+        became["copy named" if named else "untouched"] += 1
+    assert became["copy named"], became
+    assert became["told"], became
+
+
+# Accounts and servers
+
+
+@pytest.fixture
+def root_folder() -> Iterator[Path]:
+    """A folder that root alone may write to, and all above it."""
+    if os.getuid() != 0:
+        pytest.skip("only root can change the root directory")
+    with tempfile.TemporaryDirectory(prefix="ssh-mcp-test-", dir="/run") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def test_account_in_a_chroot_has_the_file_tools_and_hears_why_no_commands(
+    own_sshd: Serve, root_folder: Path
+) -> None:
+    (root_folder / "sub").mkdir()
+    (root_folder / "sub" / "file").write_text("old\n")
+    server = own_sshd(f"ChrootDirectory {root_folder}", "ForceCommand internal-sftp")
+    with tools_on(server) as tools:
+        assert tools.write("/sub/file", "new\n").atomic
+        assert tools.read("sub/file").content == "new\n"
+        tools.edit("/sub/file", Edit(old_text="new", new_text="edited"))
+        assert [entry.name for entry in tools.list("/sub").entries] == ["file"]
+    assert (root_folder / "sub" / "file").read_text() == "edited\n"
+    pool = Pool(server.settings())
+    commands = Commands(pool, server.settings())
+    with pytest.raises(SSHError, match="SFTP"):
+        commands.run(server.target, "true", cancelled=nobody_cancels)
+    commands.stop()
+    pool.close()
+
+
+def test_dropbear_has_the_file_tools(dropbear: Server) -> None:
+    with tools_on(dropbear) as tools:
+        path = dropbear.home / "files" / "file"
+        assert tools.write(path, "new\n", create_parents=True).created
+        assert tools.write(path, content(1, 500_000)).atomic
+        tools.edit(path, Edit(start_line=1, new_text="edited\n"))
+        assert tools.read(path, max_lines=1).content == "edited\n"
+        assert [entry.name for entry in tools.list(path.parent).entries] == ["file"]
+
+
+# Special files
+
+
+def test_special_files_hold_nobody_up(tmp_path: Path, sshd: Server) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("fifo")
+    (tmp_path / "file").write_bytes(content(1, 200_000))
+    stopped = threading.Event()
+
+    with (
+        socket.socket(socket.AF_UNIX) as listener,
+        tools_on(sshd) as tools,
+        ThreadPoolExecutor() as threads,
+    ):
+
+        def read_on() -> int:
+            count = 0
+            while not stopped.is_set():
+                got = base64.b64decode(tools.read_bytes(tmp_path / "file", max_bytes=1 << 20).content)
+                assert got == content(1, 200_000)
+                count += 1
+            return count
+
+        listener.bind(str(tmp_path / "socket"))
+        beside = threads.submit(read_on)
+        refused = {
+            "fifo": "FIFO",
+            "link": "FIFO",
+            "socket": "socket",
+            "": "directory",
+            "/dev/null": "device",
+            "/dev/zero": "device",
+            "/proc/self/fd/0": "FIFO|socket|device|no permission|does not exist",
+            "/proc/kmsg": "never ends",
+        }
+        calls: list[Callable[[Path], object]] = [
+            tools.read,
+            tools.read_bytes,
+            lambda path: tools.write(path, "x"),
+            lambda path: tools.write(path, "x", append=True),
+            lambda path: tools.edit(path, Edit(start_line=1, new_text="x")),
+        ]
+        try:
+            for name, kind in refused.items():
+                for call in calls:
+                    started = time.monotonic()
+                    with pytest.raises(FileError, match=kind):
+                        call(tmp_path / name)
+                    assert time.monotonic() - started < 5
+            for name in ("cpuinfo", "self/status", "mounts", "self/cmdline"):
+                assert tools.read_bytes(f"/proc/{name}").content
+            assert {entry.name for entry in tools.list("/proc/self").entries} >= {"fd", "status", "exe"}
+        finally:
+            stopped.set()
+        assert beside.result(20) > 3
+
+
+# Large
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 20,000 files."""
+    folder = tmp_path_factory.mktemp("crowded")
+    for number in range(20_000):
+        (folder / f"{number:05}").touch()
+    return folder
+
+
+def test_crowded_folder_is_listed_whole_and_written_to(
+    crowded: Path, slowly: tuple[Relay, Tools], sshd: Server
+) -> None:
+    relay, far = slowly
+    with tools_on(sshd) as tools:
+        listing = tools.list(crowded, limit=20_000)
+        assert [entry.name for entry in listing.entries] == [f"{number:05}" for number in range(20_000)]
+        assert (listing.total, listing.truncated) == (20_000, False)
+    far.read(crowded / "00001")
+    started = time.monotonic()
+    assert far.write(crowded / "00001", "x").atomic
+    trips = (time.monotonic() - started) / (2 * relay.delay_seconds)
+    print(f"replacing a file among 20,000 takes {trips:.1f} round trips")
+    assert trips < 60
+    assert (crowded / "00001").read_text() == "x"
+
+
+def test_names_that_are_no_utf8_are_used_again(sshd: Server, tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"fold\xff\xfe")
+    odd.mkdir()
+    (odd / os.fsdecode(b"caf\xe9")).write_text("old\n")
+    with tools_on(sshd) as tools:
+        folder = f"{tmp_path}/{tools.list(tmp_path).entries[0].name}"
+        path = f"{folder}/{tools.list(folder).entries[0].name}"
+        assert tools.read(path).content == "old\n"
+        written = tools.write(path, "new\n")
+        assert written.atomic
+        assert tools.edit(written.path, Edit(old_text="new", new_text="edited")).path == written.path
+        assert tools.write(f"{folder}/\\xc3\\x28", "made\n").created
+    assert {os.fsencode(item.name): item.read_text() for item in odd.iterdir()} == {
+        b"caf\xe9": "edited\n",
+        b"\xc3(": "made\n",
+    }
+
+
+def test_large_files_are_read_within_bounded_memory(sshd: Server, tmp_path: Path) -> None:
+    lines, line, sparse = tmp_path / "lines", tmp_path / "line", tmp_path / "sparse"
+    lines.write_bytes(numbered(400_000))
+    line.write_bytes(b"first\n" + b"x" * 6_000_000 + b"\nlast\n")
+    with sparse.open("wb") as file:
+        file.write(b"start\n")
+        file.truncate(10 * 1024**3)
+        file.seek(0, os.SEEK_END)
+        file.write(b"\nend\n")
+    with tools_on(sshd) as tools:
+        tools.read(tmp_path / "line", max_lines=1)
+
+        def peak(call: Callable[[], object], expected: object) -> int:
+            tracemalloc.start()
+            try:
+                assert call() == expected
+                return tracemalloc.get_traced_memory()[1] >> 20
+            finally:
+                tracemalloc.stop()
+
+        def at(offset: int, size: int) -> bytes:
+            return base64.b64decode(tools.read_bytes(sparse, offset=offset, max_bytes=size).content)
+
+        peaks = {
+            "lines, start": peak(lambda: tools.read(lines, max_lines=1).content, "line 1\n"),
+            "lines, far": peak(
+                lambda: tools.read(lines, start_line=399_999, max_lines=1).content, "line 399999\n"
+            ),
+            "lines, end": peak(lambda: tools.read(lines, start_line=-1).content, "line 400000\n"),
+            "line, cut": peak(lambda: set(tools.read(line, start_line=2).content), {"x"}),
+            "line, after": peak(lambda: tools.read(line, start_line=3).content, "last\n"),
+            "line, end": peak(lambda: tools.read(line, start_line=-1).content, "last\n"),
+            "sparse, start": peak(lambda: at(0, 6), b"start\n"),
+            "sparse, end": peak(lambda: tools.read(sparse, start_line=-1).content, "end\n"),
+            "sparse, middle": peak(lambda: at(5 * 1024**3, 100_000), bytes(100_000)),
+            "sparse, last": peak(lambda: at(10 * 1024**3, 100), b"\nend\n"),
+        }
+    print({what: f"{size} MiB" for what, size in peaks.items()})
+    assert max(peaks.values()) < 64, peaks

@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,9 @@ from ssh_answers import EditedFile, FileContent, Listing, WrittenFile
 from ssh_edits import Edit
 from ssh_errors import ArgumentError, ConnectionLostError, EditError, FileError, SSHError
 from ssh_files import Files
+from ssh_listing import Directory
 from ssh_pool import Pool
+from ssh_sftp import Attributes, Name
 
 
 class Tools:
@@ -429,17 +431,6 @@ def test_big_file_is_written_whole_and_a_bigger_one_refused(tools: Tools, tmp_pa
     assert tools.write(tmp_path / "file", b"x", append=True).sha256 is None
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
-    assert os.getuid() == 0, "this test mounts a tmpfs: run it as root"
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], check=True)
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
 def test_full_disk_leaves_the_old_file_and_no_temporary(tools: Tools, small_disk: Path) -> None:
     path = small_disk / "file"
     path.write_text("old")
@@ -718,3 +709,36 @@ def test_caller_is_told_how_far_a_transfer_is(
     assert told == sorted(told)
     assert told[-1] == len(content)
     assert (tmp_path / "file").read_bytes() == content
+
+
+class _Repeating:
+    """A server whose directory begins anew once it was read past its end."""
+
+    def __init__(self) -> None:
+        self._batches = [[b"a", b"b"], [b"c"], [b"a", b"b"], [b"c"], []]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        yield
+
+    def open_directory(self, _: bytes) -> "_Repeating":
+        return self
+
+    guess = None
+
+    def handle(self) -> bytes:
+        return b"h"
+
+    def read_directory(self, _: bytes) -> "_Repeating":
+        return self
+
+    def names(self) -> list[Name]:
+        return [Name(name, b"", Attributes()) for name in self._batches.pop(0)]
+
+    def close_handle(self, _: bytes) -> None:
+        """Take it back."""
+
+
+def test_name_that_a_server_repeats_is_listed_once() -> None:
+    with Directory(_Repeating(), b".") as directory:  # type: ignore[arg-type]
+        assert [name.name for name in directory.names()] == [b"a", b"b", b"c"]
