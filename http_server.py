@@ -224,13 +224,19 @@ class _HearingOut:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] in (401, 403):
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(_HEARING_SECONDS):
-                        while (await receive()).get("more_body"):
-                            pass
+                await _hear_out(receive)
             await send(message)
 
         await self._app(scope, receive, answer)
+
+
+async def _hear_out(receive: Receive) -> None:
+    """Read what is left of a request, as much and as long as is patient with a stranger."""
+    heard = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_HEARING_SECONDS):
+            while heard < MESSAGE_BYTES and (message := await receive()).get("more_body"):
+                heard += len(message["body"])
 
 
 def _in_context(app: ASGIApp, transport: TransportType) -> ASGIApp:
