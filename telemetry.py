@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+from fastmcp.exceptions import ToolError
 from opentelemetry import metrics, trace
 from opentelemetry.metrics import CallbackOptions, Observation
 
@@ -69,9 +70,7 @@ def call(tool: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        attributes["error.type"] = (
-            "tool_error" if type(error).__name__ == "ToolError" else type(error).__name__
-        )
+        attributes["error.type"] = "tool_error" if isinstance(error, ToolError) else type(error).__name__
         raise
     finally:
         _calls.record(time.perf_counter() - started, attributes)

@@ -559,8 +559,7 @@ def test_cut_while_a_file_is_overwritten_leaves_a_copy_that_the_error_names(own_
 @pytest.fixture
 def root_folder() -> Iterator[Path]:
     """A folder that root alone may write to, and all above it."""
-    if os.getuid() != 0:
-        pytest.skip("only root can change the root directory")
+    assert os.getuid() == 0, "this test changes the root directory: run it as root"
     with tempfile.TemporaryDirectory(prefix="ssh-mcp-test-", dir="/run") as name:
         Path(name).chmod(0o755)
         yield Path(name)

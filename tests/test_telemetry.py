@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastmcp.exceptions import ToolError
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
@@ -41,9 +42,6 @@ def points(reader: InMemoryMetricReader) -> dict[str, list[Any]]:
 
 
 def test_calls_are_measured_by_tool_and_by_how_they_ended(measured: InMemoryMetricReader) -> None:
-    class ToolError(Exception):
-        pass
-
     with telemetry.call("ssh_execute"):
         pass
     for error in (ToolError("secret"), ValueError("secret")):
