@@ -316,14 +316,11 @@ def _default_target_report() -> dict[str, Any]:
         target = _ssh().reach.target(None, None, None)
         _ssh().commands.script(target, ":", cancelled=_cancelled)
     except SSHError as error:
-        return {"reachable": False, "error": visible(str(error)), "counters": pool.counters()}
-    connections = pool.open_targets().get(target, 0)
-    return {
-        "reachable": True,
-        "target": str(target),
-        "connections": connections,
-        "counters": pool.counters(),
-    }
+        answer: dict[str, Any] = {"reachable": False, "error": visible(str(error))}
+    else:
+        connections = pool.open_targets().get(target, 0)
+        answer = {"reachable": True, "target": str(target), "connections": connections}
+    return answer | {"counters": pool.counters()}
 
 
 def _forget_env_file() -> None:
@@ -670,10 +667,8 @@ def _log_to_stderr(level: str) -> None:
     _log.handlers = [handler]
     _log.setLevel(level)
     _log.propagate = False
-    for library in (
-        "fastmcp.server",
-        "mcp",
-    ):  # below that they tell what calls hold, and what strangers call themselves
+    # below that they tell what calls hold, and what strangers call themselves
+    for library in ("fastmcp.server", "mcp"):
         logging.getLogger(library).setLevel(logging.WARNING)
 
 

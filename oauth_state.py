@@ -296,7 +296,6 @@ def _end(store: sqlite3.Connection, family: str) -> None:
     store.execute("DELETE FROM families WHERE family = ?", (family,))
 
 
-_NOW = "local now = tonumber(redis.call('TIME')[1])"  # not the replicas' clocks, nor when a call was sent
 _OPEN = """
 redis.call('HSET', KEYS[1], 'generation', 0)
 redis.call('EXPIRE', KEYS[1], ARGV[1])
@@ -310,8 +309,9 @@ redis.call('HSET', KEYS[1], 'generation', 1)
 redis.call('EXPIRE', KEYS[1], ARGV[1])
 return 1
 """
-_ROTATE = f"""
-{_NOW}
+# by the clock of Redis: those of replicas differ, and a call may have waited there since it was sent
+_ROTATE = """
+local now = tonumber(redis.call('TIME')[1])
 local current = tonumber(redis.call('HGET', KEYS[1], 'generation')) or 0
 local shown = tonumber(ARGV[1])
 if shown > 0 and shown == current then
