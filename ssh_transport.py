@@ -35,10 +35,10 @@ from paramiko.common import (
 from paramiko.packet import Packetizer
 
 from settings import Settings, Target
-from ssh_config import HostKey, KnownHosts, UnknownHostKeyError
 from ssh_dial import dial
 from ssh_errors import ConnectionLostError, LoginError, NoAnswerError, UnreachableError
 from ssh_keys import Keys
+from ssh_known_hosts import HostKey, KnownHosts, UnknownHostKeyError
 
 logging.getLogger("paramiko").propagate = False  # it prints tracebacks for what our errors say in a sentence
 logging.getLogger("paramiko").addHandler(logging.NullHandler())

@@ -21,6 +21,7 @@ from fastmcp.server.http import create_streamable_http_app
 from mcp_types import Tool
 
 import app
+import calls
 from conftest import Server, free_port, running, wait_for
 from settings import SettingsError
 from ssh_errors import SSHError
@@ -296,7 +297,7 @@ def test_call_over_http_without_a_token_has_no_identity(transport: str) -> None:
     async def ask() -> str:
         set_transport(transport)  # type: ignore[arg-type]
         async with Context(app.mcp):
-            return app.identity()
+            return calls.identity()
 
     with pytest.raises(SSHError, match="without a login"):
         asyncio.run(ask())

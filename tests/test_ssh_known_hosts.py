@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import keygen, program
-from ssh_config import HostKey, KnownHosts, UnknownHostKeyError
 from ssh_errors import HostKeyError
+from ssh_known_hosts import HostKey, KnownHosts, UnknownHostKeyError
 
 
 def key(path: Path) -> HostKey:
