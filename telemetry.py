@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-from fastmcp.exceptions import ToolError
+from fastmcp.exceptions import NotFoundError, ToolError
 from opentelemetry import metrics, trace
 from opentelemetry.metrics import CallbackOptions, Observation
 
@@ -71,6 +71,8 @@ def call(tool: str) -> Iterator[None]:
         yield
     except Exception as error:
         attributes["error.type"] = "tool_error" if isinstance(error, ToolError) else type(error).__name__
+        if isinstance(error, NotFoundError):
+            del attributes["gen_ai.tool.name"]  # a caller's invention, of which there is no end
         raise
     finally:
         _calls.record(time.perf_counter() - started, attributes)

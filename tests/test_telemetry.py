@@ -1,5 +1,6 @@
 """What goes out to OpenTelemetry: by its SDK in memory, and by OTLP to a collector on loopback."""
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastmcp import Client, FastMCP
 from fastmcp.exceptions import ToolError
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 import telemetry
+from calls import Measured
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,6 +59,19 @@ def test_calls_are_measured_by_tool_and_by_how_they_ended(measured: InMemoryMetr
         ("ssh_read_file", "tool_error"): 1,
         ("ssh_read_file", "ValueError"): 1,
     }
+
+
+def test_names_that_callers_make_up_are_not_kept(measured: InMemoryMetricReader) -> None:
+    server = FastMCP("test", middleware=[Measured()])
+
+    async def make_up() -> None:
+        async with Client(server) as client:
+            for number in range(5):
+                await client.call_tool(f"tool-{number}", raise_on_error=False)
+
+    asyncio.run(make_up())
+    (point,) = points(measured)["mcp.server.operation.duration"]
+    assert (point.count, point.attributes["error.type"]) == (5, "NotFoundError")
 
 
 def test_a_pools_counters_are_read_when_they_are_wanted(measured: InMemoryMetricReader) -> None:
