@@ -418,6 +418,10 @@ class _Entrance:
     def _of(self, scope: Scope) -> ASGIApp:
         """Return who answers: the resources, what is open to all origins, what browsers see, or a refusal."""
         path, headers = scope["path"], Headers(scope=scope)
+        if (
+            not path.isprintable()
+        ):  # a route for /token serves "/token\n", too, and nobody would count its failures
+            return PlainTextResponse("Not Found", 404)
         if path in _OPEN_TO_ALL or path.startswith("/.well-known/"):
             return self._limited
         is_resource = path in ("/mcp", "/sse") or path.startswith("/messages/")
