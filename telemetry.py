@@ -1,8 +1,8 @@
 """What the server does, for OpenTelemetry: metrics of ours beside the spans of calls that FastMCP makes by itself.
 
 Without the extra `otel`, and OTEL_EXPORTER_OTLP_ENDPOINT to send to, all of it costs next to nothing and goes nowhere.
-Names are those of the semantic conventions for MCP, and for pools of database connections where those fit. No argument
-of a call and no output is ever an attribute. Thread-safe.
+Names are those of the semantic conventions for MCP, and for pools of database connections where those fit. No command,
+no file's content and no output ever goes out. Thread-safe.
 """
 
 import os
@@ -37,19 +37,20 @@ def start() -> None:
         return
     try:
         from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.metrics import MeterProvider
         from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+        from telemetry_spans import DiscreetExporter
     except ImportError:
         raise SettingsError(
             f"{named} is set, but this installation lacks the extra `otel`; install ssh-mcp-server[otel]"
         ) from None
     resource = Resource.create({"service.name": os.environ.get("OTEL_SERVICE_NAME", _NAME)})
     spans, measures = TracerProvider(resource=resource), PeriodicExportingMetricReader(OTLPMetricExporter())
-    spans.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    spans.add_span_processor(BatchSpanProcessor(DiscreetExporter()))
     meters = MeterProvider([measures], resource=resource)
     trace.set_tracer_provider(spans)
     metrics.set_meter_provider(meters)
