@@ -17,7 +17,6 @@ Addresses are not looked up beside names: that is `CheckHostIP`, which OpenSSH h
 """
 
 import base64
-import binascii
 import errno
 import hmac
 import os
@@ -260,7 +259,7 @@ def _glob(pattern: str, name: str) -> bool:
 def _matches_hash(names: str, name: str) -> bool:
     try:
         salt = base64.b64decode(names.split("|")[2], validate=True)
-    except binascii.Error:
+    except ValueError:  # no base64, or not even ASCII
         return False
     return names == _hashed(name, salt)
 

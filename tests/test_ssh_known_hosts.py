@@ -1,15 +1,18 @@
 """known_hosts, compared with what ssh-keygen says of the same file."""
 
 import base64
+import fcntl
 import shlex
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import keygen, program
+import ssh_known_hosts
+from conftest import Server, keygen, program
 from ssh_errors import HostKeyError
 from ssh_host_keys import HostKey
 from ssh_known_hosts import KnownAs, KnownHosts, UnknownHostKeyError
@@ -22,6 +25,10 @@ def key(path: Path) -> HostKey:
 
 def line(names: str, shown: HostKey) -> str:
     return f"{names} {shown.type} {base64.b64encode(shown.blob).decode()} comment\n"
+
+
+def blob(*strings: bytes) -> bytes:
+    return b"".join(len(string).to_bytes(4) + string for string in strings)
 
 
 def fingerprint(path: Path) -> str:
@@ -261,3 +268,109 @@ def test_recording_keeps_what_the_file_holds(tmp_path: Path, keys: list[Path]) -
     assert path.read_text().startswith(before)
     assert path.read_text().count("\n") == before.count("\n") + 1
     assert path.stat().st_mode & 0o777 == 0o644
+
+
+SECURITY_KEYS = [
+    HostKey("sk-ssh-ed25519@openssh.com", blob(b"sk-ssh-ed25519@openssh.com", b"k" * 32, b"ssh:")),
+    HostKey(
+        "sk-ecdsa-sha2-nistp256@openssh.com",
+        blob(b"sk-ecdsa-sha2-nistp256@openssh.com", b"nistp256", b"\4" + b"k" * 64, b"ssh:"),
+    ),
+    HostKey("ssh-dss", blob(b"ssh-dss", b"p", b"q", b"g", b"y")),
+]
+
+
+@pytest.mark.parametrize("unused", SECURITY_KEYS, ids=lambda unused: unused.type)
+def test_key_of_a_type_that_is_not_used_makes_another_a_changed_one(
+    tmp_path: Path, keys: list[Path], unused: HostKey
+) -> None:
+    (tmp_path / "known").write_text(line("web1", unused))
+    known = KnownHosts(tmp_path / "known")
+    assert known.algorithms(KnownAs("web1", 22))[0] == "ssh-ed25519"
+    with pytest.raises(HostKeyError, match=r"changed.*of a type that is not used here") as raised:
+        known.verify(KnownAs("web1", 22), key(keys[0]))
+    assert not isinstance(raised.value, UnknownHostKeyError)
+
+
+def test_authority_of_a_type_that_is_not_used_is_not_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "known").write_text("@cert-authority " + line("*", SECURITY_KEYS[0]))
+    assert len(KnownHosts(tmp_path / "known").algorithms(KnownAs("web1", 22))) == 6
+
+
+def test_all_files_are_read_and_the_first_is_written(tmp_path: Path, keys: list[Path]) -> None:
+    first, second, missing = tmp_path / "first", tmp_path / "second", tmp_path / "missing"
+    second.write_text(line("web1", key(keys[0])) + "@revoked " + line("*", key(keys[2])))
+    known = KnownHosts(first, second, missing)
+    known.verify(KnownAs("web1", 22), key(keys[0]))
+    with pytest.raises(HostKeyError, match=f"{second} marks as @revoked"):
+        known.verify(KnownAs("web2", 22), key(keys[2]))
+    with pytest.raises(UnknownHostKeyError, match=f"not in {first} or {second} or {missing};.*>> {first}"):
+        known.verify(KnownAs("web2", 22), key(keys[1]))
+    before = second.read_bytes()
+    known.add(KnownAs("web2", 22), key(keys[1]))
+    assert first.read_text() == f"web2 {key(keys[1]).text}\n"
+    assert second.read_bytes() == before
+    assert not missing.exists()
+    with pytest.raises(HostKeyError, match=f"changed.*{second} line 1"):
+        known.verify(KnownAs("web1", 22), key(keys[1]))
+
+
+def test_alias_stands_for_host_and_port(tmp_path: Path, keys: list[Path]) -> None:
+    (tmp_path / "known").write_text(line("cluster", key(keys[0])))
+    known = KnownHosts(tmp_path / "known")
+    known.verify(KnownAs("web1", 2222, "Cluster"), key(keys[0]))
+    with pytest.raises(UnknownHostKeyError, match="other is not in") as raised:
+        known.verify(KnownAs("web1", 2222, "other"), key(keys[0]))
+    assert "ssh-keyscan -p 2222 web1 | sed" in str(raised.value)
+
+
+def test_advice_for_an_alias_records_the_alias(tmp_path: Path, keys: list[Path], sshd: Server) -> None:
+    known, host = KnownHosts(tmp_path / "known hosts"), KnownAs("127.0.0.1", sshd.port, "alias")
+    with pytest.raises(UnknownHostKeyError) as raised:
+        known.verify(host, key(keys[0]))
+    command = str(raised.value).partition("add the key: ")[2]
+    subprocess.run(command, shell=True, check=True, capture_output=True)
+    known.verify(host, key(sshd.folder / "host_key"))
+
+
+def test_key_that_another_process_recorded_meanwhile_is_not_contradicted(
+    tmp_path: Path, keys: list[Path]
+) -> None:
+    known, host = KnownHosts(tmp_path / "known"), KnownAs("web1", 22)
+    known.add(host, key(keys[0]))
+    known.add(host, key(keys[0]))
+    with pytest.raises(HostKeyError, match="changed"):
+        known.add(host, key(keys[1]))
+    assert (tmp_path / "known").read_text() == f"web1 {key(keys[0]).text}\n"
+
+
+def test_file_that_stays_locked_is_told(
+    tmp_path: Path, keys: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssh_known_hosts, "_LOCK_SECONDS", 0.1)
+    with (tmp_path / "known").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(HostKeyError, match="locked"):
+            KnownHosts(tmp_path / "known").add(KnownAs("web1", 22), key(keys[0]))
+
+
+def test_full_disk_is_told(keys: list[Path], small_disk: Path) -> None:
+    (small_disk / "filler").write_bytes(b"x" * 240 * 1024)
+    path = small_disk / "known"
+    path.write_bytes(b"#" * 8191)
+    with suppress(OSError), (small_disk / "rest").open("wb", buffering=0) as file:
+        while file.write(b"x" * 4096):
+            pass
+    known = KnownHosts(path)
+    with pytest.raises(HostKeyError, match="No space left"):
+        known.add(KnownAs("web1", 22), key(keys[2]))
+    (small_disk / "filler").unlink()
+    known.add(KnownAs("web1", 22), key(keys[0]))
+    known.verify(KnownAs("web1", 22), key(keys[0]))
+
+
+def test_salt_that_is_no_base64_matches_nothing(tmp_path: Path, keys: list[Path]) -> None:
+    (tmp_path / "known").write_text(
+        "".join(line(names, key(keys[0])) for names in ("|1|", "|1|!|x", "|1|ab", "|1|é|x"))
+    )
+    assert not is_known(KnownHosts(tmp_path / "known"), KnownAs("web1", 22), key(keys[0]))
