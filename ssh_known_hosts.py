@@ -49,7 +49,7 @@ _ALGORITHMS = {
 """The host key algorithms that are used here, the best first, and the type of key of each."""
 
 _LONGEST_PATTERN = 1022  # a line with a longer one matches nothing for OpenSSH
-_LOCK_SECONDS = 5.0
+_LOCK_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class KnownHosts:
         """Append a key, as OpenSSH does under `StrictHostKeyChecking accept-new`.
 
         What another process recorded meanwhile is looked at first. Raises HostKeyError when that differs, or when
-        the file cannot be written: a key that is not kept protects nothing. Waits at most five seconds for others.
+        the file cannot be written: a key that is not kept protects nothing. Waits at most ten seconds for others.
         """
         path = self._paths[0]
         try:
@@ -278,7 +278,7 @@ def _locked(path: Path) -> Iterator[int]:
         while not _lock(descriptor):
             if time.monotonic() > deadline:
                 raise TimeoutError
-            time.sleep(0.02)
+            time.sleep(0.005)
         yield descriptor
     finally:
         os.close(descriptor)  # which ends the lock

@@ -392,7 +392,7 @@ from ssh_host_keys import read_key
 from ssh_known_hosts import KnownAs, KnownHosts
 
 known, process, key = KnownHosts(Path(sys.argv[1])), sys.argv[2], read_key(*sys.argv[3:])
-for number in range(10):
+for number in range(3):
     known.add(KnownAs(f"own{number}-{process}", 22), key)
     known.add(KnownAs(f"common{number}", 22), key)
 """
@@ -401,7 +401,7 @@ for number in range(10):
 def test_lines_of_twenty_processes_and_of_ssh_stay_whole(
     tmp_path: Path, server: Callable[..., Shown]
 ) -> None:
-    """Each process records hosts of its own and ten that all of them meet; ssh records others meanwhile."""
+    """Each process records hosts of its own and three that all of them meet; ssh records others meanwhile."""
     shown, path = server("ed25519"), tmp_path / "known"
     key = public(shown.keys[0])
     path.write_text("# a last line without a newline")
@@ -413,13 +413,13 @@ def test_lines_of_twenty_processes_and_of_ssh_stay_whole(
         )
         for number in range(20)
     ]
-    by_ssh = []
+    by_ssh: list[str] = []
     while any(process.poll() is None for process in processes):
         by_ssh.append(f"ssh{len(by_ssh)}")
         assert shown.accepted_by_ssh([path], KnownAs(by_ssh[-1], 22), new=True)
     assert [process.wait() for process in processes] == [0] * 20
-    wanted = {"first", *by_ssh, *(f"common{number}" for number in range(10))}
-    wanted |= {f"own{number}-{process}" for number in range(10) for process in range(20)}
+    wanted = {"first", *by_ssh, *(f"common{number}" for number in range(3))}
+    wanted |= {f"own{number}-{process}" for number in range(3) for process in range(20)}
     first, *lines = path.read_text().splitlines()
     assert first == "# a last line without a newline"
     assert sorted(lines) == sorted(f"{name} {key.text}" for name in wanted)

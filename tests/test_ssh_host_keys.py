@@ -17,16 +17,8 @@ def certificate(tmp_path: Path) -> Path:
     """A certificate for an Ed25519 key by an RSA authority, beside both."""
     keygen(tmp_path / "authority", "-t", "rsa", "-b", "2048")
     keygen(tmp_path / "key")
-    command = [
-        program("ssh-keygen", "openssh-client"),
-        "-q",
-        "-s",
-        tmp_path / "authority",
-        "-h",
-        "-I",
-        "test",
-    ]
-    subprocess.run([*command, "-n", "web1", tmp_path / "key.pub"], check=True)
+    signing = ["-s", str(tmp_path / "authority"), "-h", "-I", "test", "-n", "web1", str(tmp_path / "key.pub")]
+    subprocess.run([program("ssh-keygen", "openssh-client"), "-q", *signing], check=True)
     return tmp_path / "key-cert.pub"
 
 
