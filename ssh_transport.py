@@ -400,7 +400,7 @@ class Session:
 
 
 class Connection:
-    """One connection to one target, verified and logged in. Thread-safe."""
+    """One connection to one target, verified by its `host_key` and logged in. Thread-safe."""
 
     def __init__(self, target: Target, transport: _Transport, wire: _Wire, host_key: HostKey) -> None:
         self.target = target
