@@ -15,6 +15,7 @@ from re import compile as compile_pattern
 from typing import Final, Literal, Self
 
 from ssh_answers import Entry, iso_time, octal
+from ssh_bounds import Bounds, Opened
 from ssh_errors import ConnectionLostError, FileError
 from ssh_pool import Cancelled
 from ssh_sftp import SFTP, Name, Reply, StatusError, shown_name
@@ -38,7 +39,7 @@ class Found:
     @property
     def is_link(self) -> bool:
         """Whether it is a symbolic link."""
-        return stat.S_ISLNK(self.name.attributes.mode or 0)
+        return self.name.attributes.is_link
 
     @property
     def is_folder(self) -> bool:
@@ -50,7 +51,7 @@ class Found:
 class Walk:
     """A walk of `depth` levels from `root`."""
 
-    sftp: SFTP
+    bounds: Bounds
     root: bytes
     depth: int
     show_hidden: bool
@@ -91,18 +92,22 @@ class Walk:
 
     def _entries(self, folders: list[bytes]) -> Iterator[Found]:
         with ExitStack() as opened:
-            opening = [
-                (folder, opened.enter_context(Directory(self.sftp, _join(self.root, folder))))
-                for folder in folders
-            ]
-            for folder, directory in opening:
+            opening = [(folder, *self._open(folder, opened)) for folder in folders]
+            for folder, directory, found in opening:
                 self.cancelled()
                 try:
+                    directory.ask()
+                    found.confirm(None)
                     yield from self._shown(folder, directory.names())
                 except StatusError:
                     if not folder:
                         raise
                     self.unreadable += 1
+
+    def _open(self, folder: bytes, stack: ExitStack) -> tuple["Directory", Opened]:
+        path = _join(self.root, folder)
+        directory, found = self.bounds.opening(path, lambda: Directory(self.bounds.sftp, path))
+        return stack.enter_context(directory), found
 
     def _shown(self, folder: bytes, names: Iterator[Name]) -> Iterator[Found]:
         for name in names:
@@ -118,6 +123,7 @@ class Directory:
     def __init__(self, sftp: SFTP, path: bytes) -> None:
         self._sftp = sftp
         self._ahead: deque[Reply] = deque()
+        self._asked: bytes | None = None
         with sftp.together():
             self._opening = sftp.open_directory(path)
             if self._opening.guess is not None:
@@ -133,9 +139,8 @@ class Directory:
     def ask(self) -> None:
         """Send requests for its first names, if none are under way, once it is open. Raises StatusError."""
         handle = self._opening.handle()
-        if handle != self._opening.guess:
+        if handle != self._asked:
             self._ahead.clear()
-        if not self._ahead:
             self._ask(handle, _READS_AHEAD)
 
     def names(self) -> Iterator[Name]:
@@ -154,6 +159,7 @@ class Directory:
             self._ask(handle, window - len(self._ahead))
 
     def _ask(self, handle: bytes, count: int) -> None:
+        self._asked = handle
         self._ahead += [self._sftp.read_directory(handle) for _ in range(count)]
 
 
