@@ -29,18 +29,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, TypeVar
+from typing import Final
 
 import ssh_sftp
 from ssh_errors import RefusedError
 from ssh_policy import AllowedPaths, below, is_hidden, is_within
-from ssh_sftp import SFTP, Attributes, Reply, StatusError
+from ssh_sftp import SFTP, Attributes, Opening, Reply, StatusError
 
 _MOST_LINKS: Final = 40
 _MOST_LOOKS: Final = 3
 _SPARE_DESCRIPTORS: Final = 16
-
-T = TypeVar("T")
 
 
 class Bounds:
@@ -108,8 +106,8 @@ class Bounds:
             opened.confirm(handle)
             yield handle, chunks
 
-    def opening(self, path: bytes, send: Callable[[], T]) -> tuple[T, "Opened"]:
-        """Send what opens one file or folder, between two looks at what the server has open."""
+    def opening(self, path: bytes, send: Callable[[], Opening]) -> tuple[Opening, "Opened"]:
+        """Send what opens a file or a folder, between two looks at what the server has open."""
         if not self.limited:
             return send(), Opened(self, path, (), ())
         count = _SPARE_DESCRIPTORS + self.sftp.open_handles

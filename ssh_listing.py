@@ -15,10 +15,10 @@ from re import compile as compile_pattern
 from typing import Final, Literal, Self
 
 from ssh_answers import Entry, iso_time, octal
-from ssh_bounds import Bounds, Opened
+from ssh_bounds import Bounds
 from ssh_errors import ConnectionLostError, FileError
 from ssh_pool import Cancelled
-from ssh_sftp import SFTP, Name, Reply, StatusError, shown_name
+from ssh_sftp import Name, Reply, StatusError, shown_name
 
 MOST_ENTRIES: Final = 200_000
 _WALK_SECONDS: Final = 60.0
@@ -92,22 +92,18 @@ class Walk:
 
     def _entries(self, folders: list[bytes]) -> Iterator[Found]:
         with ExitStack() as opened:
-            opening = [(folder, *self._open(folder, opened)) for folder in folders]
-            for folder, directory, found in opening:
+            opening = [
+                (folder, opened.enter_context(Directory(self.bounds, _join(self.root, folder))))
+                for folder in folders
+            ]
+            for folder, directory in opening:
                 self.cancelled()
                 try:
-                    directory.ask()
-                    found.confirm(None)
                     yield from self._shown(folder, directory.names())
                 except StatusError:
                     if not folder:
                         raise
                     self.unreadable += 1
-
-    def _open(self, folder: bytes, stack: ExitStack) -> tuple["Directory", Opened]:
-        path = _join(self.root, folder)
-        directory, found = self.bounds.opening(path, lambda: Directory(self.bounds.sftp, path))
-        return stack.enter_context(directory), found
 
     def _shown(self, folder: bytes, names: Iterator[Name]) -> Iterator[Found]:
         for name in names:
@@ -120,12 +116,12 @@ class Walk:
 class Directory:
     """A directory that is being read: the requests are under way when it is made. A context manager: it is closed."""
 
-    def __init__(self, sftp: SFTP, path: bytes) -> None:
-        self._sftp = sftp
+    def __init__(self, bounds: Bounds, path: bytes) -> None:
+        self._sftp = sftp = bounds.sftp
         self._ahead: deque[Reply] = deque()
         self._asked: bytes | None = None
         with sftp.together():
-            self._opening = sftp.open_directory(path)
+            self._opening, self._opened = bounds.opening(path, lambda: sftp.open_directory(path))
             if self._opening.guess is not None:
                 self._ask(self._opening.guess, _READS_AHEAD)
 
@@ -143,13 +139,18 @@ class Directory:
             self._ahead.clear()
             self._ask(handle, _READS_AHEAD)
 
+    def confirmed(self) -> bytes:
+        """Return the path to use for it while it is open. Raises RefusedError for one that is not within the bounds."""
+        return self._opened.confirm(None)
+
     def names(self) -> Iterator[Name]:
-        """Yield each of its names once. Raises StatusError.
+        """Yield each of its names once. Raises StatusError, or RefusedError like `confirmed`.
 
         A directory that changes may show a name twice, and one that is read past its end was seen to begin anew
         (OpenSSH 9.2 on ext4, under load).
         """
         self.ask()
+        self.confirmed()
         handle, window = self._opening.handle(), _READS_AHEAD
         seen: set[bytes] = set()
         while names := [name for name in self._ahead.popleft().names() if name.name not in seen]:

@@ -128,7 +128,8 @@ class Writer:
         overwrite: bool,
         before: bytes | None,
     ) -> tuple[bool, Attributes]:
-        with self._folder_of(place) as (folder, path):
+        with Directory(self._bounds, place.folder) as folder:
+            path = folder.confirmed()
             temporary = posixpath.join(path, name)
             handle = self._new_file(temporary, place, mode)
             if handle is None:
@@ -147,13 +148,6 @@ class Writer:
                 raise
             self._remove(temporary)
             return False, self._write_in_place(place, content, mode, name, before)
-
-    @contextmanager
-    def _folder_of(self, place: Place) -> Iterator[tuple[Directory, bytes]]:
-        """Open the folder that a file stands in, and yield it and the path that is to be used for it."""
-        directory, opened = self._bounds.opening(place.folder, lambda: Directory(self._sftp, place.folder))
-        with directory:
-            yield directory, opened.confirm(None)
 
     def _new_file(self, path: bytes, place: Place, mode: int | None) -> bytes | None:
         """Make the temporary file and return its handle, or None where only the old file itself may be written."""
