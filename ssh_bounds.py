@@ -32,6 +32,7 @@ from functools import cached_property
 from typing import Final
 
 import ssh_sftp
+from settings import Target
 from ssh_errors import RefusedError
 from ssh_policy import AllowedPaths, below, is_hidden, is_within
 from ssh_sftp import SFTP, Attributes, Opening, Reply, StatusError
@@ -44,10 +45,11 @@ _SPARE_DESCRIPTORS: Final = 16
 class Bounds:
     """What one call may touch on one channel. Used by one thread. Without `ALLOWED_PATHS` it asks nothing."""
 
-    def __init__(self, sftp: SFTP, allowed: AllowedPaths, what: str) -> None:
-        """Send the questions where the allowed directories are; `what` names the path and target in a refusal."""
+    def __init__(self, sftp: SFTP, allowed: AllowedPaths, target: Target, path: str) -> None:
+        """Send the questions where the allowed directories are; `path` is what the call names."""
         self.sftp = sftp
-        self._what = what
+        self._target = target
+        self._what = f"{path} on {target}"
         self._allowed = allowed
         self._asked_folders = [sftp.real_path(entry) for entry in allowed.entries]
         self._asked_homes = self._ask_homes() if allowed.guards_logins else []
@@ -131,9 +133,11 @@ class Bounds:
         return _paths(self._asked_homes)
 
     def _ask_homes(self) -> list[Reply]:
-        """Ask where a path begins, and where the account's home is if the server can tell: `sftp-server -d`."""
+        """Ask where paths begin, and where the account's home is: `sftp-server -d` makes them two."""
         home = self.sftp.real_path(b".")
-        return [home, self.sftp.expand_path(b"~")] if self.sftp.expands_paths else [home]
+        if not self.sftp.expands_paths:
+            return [home]
+        return [home, self.sftp.expand_path(b"~" + self._target.user.encode())]
 
     def _is_no_login_file(self, real: bytes) -> bool:
         return bool(self._homes) and not any(is_hidden(real, home) for home in self._homes)

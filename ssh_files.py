@@ -296,7 +296,7 @@ class Files:
         deadline = time.monotonic() + self._answer_seconds
         try:
             with self._pool.standing(target, SFTP, deadline, cancelled) as standing:
-                yield Bounds(cast("SFTP", standing), self._allowed, f"{path} on {target}")
+                yield Bounds(cast("SFTP", standing), self._allowed, target, path)
         except NoSFTPError:
             raise FileError(
                 f"{target} offers no file transfer (SFTP); set Subsystem sftp in its sshd_config, or use ssh_execute"

@@ -17,7 +17,7 @@ import pytest
 import ssh_files
 from conftest import ORDINARY_UID, Server, nobody_cancels, wait_for
 from relay import Relay
-from settings import Settings
+from settings import Settings, Target
 from ssh_answers import EditedFile, FileContent, Listing, WrittenFile
 from ssh_bounds import Bounds
 from ssh_edits import Edit
@@ -744,6 +744,6 @@ class _Repeating:
 
 
 def test_name_that_a_server_repeats_is_listed_once() -> None:
-    bounds = Bounds(_Repeating(), AllowedPaths(Settings()), "")  # type: ignore[arg-type]
+    bounds = Bounds(_Repeating(), AllowedPaths(Settings()), Target("u", "h", 22), "")  # type: ignore[arg-type]
     with Directory(bounds, b".") as directory:
         assert [name.name for name in directory.names()] == [b"a", b"b", b"c"]
