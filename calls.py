@@ -99,6 +99,12 @@ class Rate:
                 )
             times.append(now)
 
+    @property
+    def identities(self) -> int:
+        """How many identities are remembered."""
+        with self._lock:
+            return len(self._calls)
+
     def _forget(self, before: float) -> None:
         """Drop identities that have not called since; the caller holds the lock."""
         self._calls = {who: times for who, times in self._calls.items() if times[-1] > before}

@@ -8,6 +8,7 @@ Invariants:
 - A call that fails leaves no temporary file, as long as the server still answers.
 - Only regular files are opened: a FIFO or a device would hold up everybody on the channel. So would those of the
   kernel's files that pass for regular ones, and whose end does not come until something happens.
+- Within `ALLOWED_PATHS`: a path is judged by where it leads, before anything else is said of it (ssh_bounds).
 - Calls of this process that change the same file go one after the other.
 """
 
