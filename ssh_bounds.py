@@ -89,10 +89,10 @@ class Bounds:
         `name` is what a temporary file will be called. Raises StatusError, or RefusedError when it is not within the
         bounds.
         """
-        opening, opened = self.opening(path, lambda: self.sftp.open(path, flags, attributes))
+        (opening,), opened = self.opening([path], lambda path: self.sftp.open(path, flags, attributes))
         handle = opening.handle()
         try:
-            opened.confirm(handle, written=True, name=name)
+            opened.confirm(path, handle, written=True, name=name)
         except BaseException:
             self.sftp.close_handle(handle)
             raise
@@ -103,21 +103,24 @@ class Bounds:
         self, path: bytes, offset: int = 0, end: int | None = None, size: int = 0
     ) -> Iterator[tuple[bytes, Iterator[bytes]]]:
         """Open a file and yield its handle and its bytes, as `SFTP.reading` does. Raises like `open`."""
-        opening, opened = self.opening(path, lambda: self.sftp.open(path, ssh_sftp.READ))
+        (opening,), opened = self.opening([path], lambda path: self.sftp.open(path, ssh_sftp.READ))
         with self.sftp.reading(opening, offset, end, size) as (handle, chunks):
-            opened.confirm(handle)
+            opened.confirm(path, handle)
             yield handle, chunks
 
-    def opening(self, path: bytes, send: Callable[[], Opening]) -> tuple[Opening, "Opened"]:
-        """Send what opens a file or a folder, between two looks at what the server has open."""
+    def opening(
+        self, paths: Sequence[bytes], send: Callable[[bytes], Opening]
+    ) -> tuple[list[Opening], "Opened"]:
+        """Send what opens files or folders, all between two looks at what the server has open."""
         if not self.limited:
-            return send(), Opened(self, path, (), ())
-        count = _SPARE_DESCRIPTORS + self.sftp.open_handles
+            openings = [send(path) for path in paths]
+            return openings, Opened(self, openings, (), ())
         with self.sftp.together():
+            count = _SPARE_DESCRIPTORS + self.sftp.open_handles + len(paths)
             before = self._descriptors(count)
-            sent = send()
+            openings = [send(path) for path in paths]
             after = self._descriptors(count)
-        return sent, Opened(self, path, before, after)
+        return openings, Opened(self, openings, before, after)
 
     def folder_of(self, path: bytes) -> bytes | None:
         """Return the allowed directory that a path lies in."""
@@ -177,33 +180,37 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Opened:
-    """What was opened by a path, and what the server had open right before and right after."""
+    """What was opened together, and what the server had open right before and right after."""
 
     bounds: Bounds
-    path: bytes
+    openings: Sequence[Opening]
     before: Sequence[Reply]
     after: Sequence[Reply]
 
-    def confirm(self, handle: bytes | None, *, written: bool = False, name: bytes | None = None) -> bytes:
-        """Return a path that leads to what was opened as long as that is open: where none is known, the one it had.
+    def confirm(
+        self, path: bytes, handle: bytes | None, *, written: bool = False, name: bytes | None = None
+    ) -> bytes:
+        """Return a path that leads to what was opened by `path` as long as that is open: `path` where none is known.
 
-        `handle` is None for a folder, `name` what a temporary file will be called. Raises RefusedError when it is
-        not within the bounds.
+        `handle` is None for a folder, `name` what a temporary file will be called. Raises RefusedError when it, or
+        anything that was opened together with it, is not within the bounds.
         """
         if not self.bounds.limited:
-            return self.path
-        found = self._found()
-        if not found:
-            self._compare(handle)
-            return self.path
-        for path in found.values():
-            judged = path if name is None else posixpath.join(posixpath.dirname(path), name)
+            return path
+        if not self._found:
+            self._compare(path, handle)
+            return path
+        if len(self._found) < sum(_is_open(opening) for opening in self.openings):
+            raise self.bounds.moved()
+        for opened in self._found.values():
+            judged = opened if name is None else posixpath.join(posixpath.dirname(opened), name)
             try:
                 self.bounds.demand(judged, written=written)
             except RefusedError:
                 raise self.bounds.moved() from None
-        return b"/proc/self/fd/%d" % next(iter(found)) if len(found) == 1 else self.path
+        return b"/proc/self/fd/%d" % next(iter(self._found)) if len(self._found) == 1 else path
 
+    @cached_property
     def _found(self) -> dict[int, bytes]:
         """Return the descriptors that are new, by number; none where the host does not tell."""
         before, after = [_link(reply) for reply in self.before], [_link(reply) for reply in self.after]
@@ -213,23 +220,31 @@ class Opened:
             if now is not None and now != then
         }
 
-    def _compare(self, handle: bytes | None) -> None:
+    def _compare(self, path: bytes, handle: bytes | None) -> None:
         """Compare a file with what stands at its path, and see that no link leads there.
 
         A file that grows meanwhile may differ once, so it is looked at again. Raises RefusedError.
         """
-        sftp, folder = self.bounds.sftp, self.bounds.folder_of(self.path)
+        sftp, folder = self.bounds.sftp, self.bounds.folder_of(path)
         if folder is None:
             raise self.bounds.moved()
         for _ in range(_MOST_LOOKS):
             opened = None if handle is None else sftp.fstat(handle)
-            *on_the_way, last = [sftp.lstat(path) for path in below(self.path, folder)]
+            *on_the_way, last = [sftp.lstat(step) for step in below(path, folder)]
             if any(reply.attributes().is_link for reply in on_the_way):
                 break
             found = last.attributes()
             if not found.is_link and (opened is None or opened.attributes() == found):
                 return
         raise self.bounds.moved()
+
+
+def _is_open(opening: Opening) -> bool:
+    try:
+        opening.handle()
+    except StatusError:
+        return False
+    return True
 
 
 def _link(reply: Reply) -> bytes | None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import ssh_sftp
 from ssh_bounds import Bounds
 from ssh_errors import ConnectionLostError, FileError, RefusedError
-from ssh_listing import MOST_ENTRIES, Directory, hard_links
+from ssh_listing import MOST_ENTRIES, Directory, hard_links, open_folders
 from ssh_sftp import SFTP, Attributes, Name, Reply, StatusError
 
 _MOST_KEPT_BYTES = 256 * 1024 * 1024
@@ -128,7 +128,8 @@ class Writer:
         overwrite: bool,
         before: bytes | None,
     ) -> tuple[bool, Attributes]:
-        with Directory(self._bounds, place.folder) as folder:
+        (opening,) = open_folders(self._bounds, [place.folder])
+        with opening as folder:
             path = folder.confirmed()
             temporary = posixpath.join(path, name)
             handle = self._new_file(temporary, place, mode)

@@ -23,7 +23,7 @@ from ssh_bounds import Bounds
 from ssh_edits import Edit
 from ssh_errors import ArgumentError, ConnectionLostError, EditError, FileError, SSHError
 from ssh_files import Files
-from ssh_listing import Directory
+from ssh_listing import open_folders
 from ssh_policy import AllowedPaths
 from ssh_pool import Pool
 from ssh_sftp import Attributes, Name
@@ -745,5 +745,6 @@ class _Repeating:
 
 def test_name_that_a_server_repeats_is_listed_once() -> None:
     bounds = Bounds(_Repeating(), AllowedPaths(Settings()), Target("u", "h", 22), "")  # type: ignore[arg-type]
-    with Directory(bounds, b".") as directory:
+    (opening,) = open_folders(bounds, [b"."])
+    with opening as directory:
         assert [name.name for name in directory.names()] == [b"a", b"b", b"c"]
