@@ -111,9 +111,7 @@ def test_bad_value_is_one_line_that_says_what_would_do(
     [
         "SSH_CONFIG",
         "SSH_SUDO",
-        "ALLOWED_COMMANDS",
         "ALLOWED_PATHS",
-        "READ_ONLY",
         "RATE_LIMIT",
         "CONFIRM",
         "AUDIT_LOG",
@@ -125,7 +123,7 @@ def test_restriction_that_nothing_enforces_stops_the_start(
     with pytest.raises(SettingsError, match=f"{variable} is set"):
         load(write(tmp_path / "env", f"{variable}=1"))
     monkeypatch.setenv(variable, "no")
-    if variable in ("SSH_SUDO", "READ_ONLY", "CONFIRM"):
+    if variable in ("SSH_SUDO", "CONFIRM"):
         load()
     else:
         with pytest.raises(SettingsError, match=f"{variable} is set"):
@@ -205,8 +203,7 @@ def test_file_without_secrets_may_be_read_by_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variable", "value"),
     [
-        ("READ_ONLY", "true"),
-        ("ALLOWED_COMMANDS", "systemctl status"),
+        ("SSH_SUDO", "true"),
         ("ALLOWED_PATHS", "/srv:/etc"),
         ("CONFIRM", "destructive"),
     ],
