@@ -1,0 +1,94 @@
+"""What the policy approved is what real shells run, word for word; and what the line had said before.
+
+`SSH_MCP_POLICY_LINES` is how many random lines are tried, `SSH_MCP_POLICY_SEED` where they begin: a failure names it.
+"""
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from settings import Settings
+from shell_lines import (
+    ALLOWED,
+    AS_SH,
+    AS_THEMSELVES,
+    Argv,
+    Shell,
+    Stubs,
+    comparable,
+    expected,
+    lines,
+    recorded,
+)
+from ssh_errors import RefusedError
+from ssh_policy import AllowedCommands
+from ssh_words import CommandLine, read
+
+COUNT = int(os.environ.get("SSH_MCP_POLICY_LINES", "2000"))
+SEED = int(os.environ.get("SSH_MCP_POLICY_SEED", time.time_ns() % 1_000_000))
+BATCH = 2000
+POLICY = AllowedCommands(Settings(allowed_commands=ALLOWED))
+
+Approved = Mapping[int, tuple[str, str]]
+"""The lines that were approved, by number: as they were, and rebuilt."""
+
+
+def batches() -> Iterator[tuple[int, Approved]]:
+    """Return seeds, and which of their lines were approved."""
+    for start in range(0, COUNT, BATCH):
+        approved = {}
+        for number, line in enumerate(lines(SEED + start, min(BATCH, COUNT - start))):
+            try:
+                approved[number] = line, POLICY.approved(line)
+            except RefusedError:
+                continue
+        yield SEED + start, approved
+
+
+def check(
+    stubs: Stubs, shells: Mapping[str, Shell], scripts: Mapping[int, str], approved: Approved, folder: Path
+) -> None:
+    """Run the scripts in all the shells, in one locale or another, and look at what was run."""
+    folder.mkdir()
+    started = [
+        stubs.start(shell, scripts, folder / name, ("C", "C.UTF-8")[at % 2])
+        for at, (name, shell) in enumerate(shells.items())
+    ]
+    for process in started:
+        process.wait()
+    for name in shells:
+        ran: dict[int, list[Argv]] = defaultdict(list)
+        for number, words in recorded(folder / name / "record"):
+            ran[number].append(words)
+        for number, (line, _) in approved.items():
+            meant: CommandLine = read(line)
+            assert comparable(ran[number], meant) == expected(meant), (
+                f"{name} with {scripts[number]!r}, from {line!r}: {(folder / name / 'out').read_text()[:500]}"
+            )
+        assert ran.keys() == approved.keys()
+    assert stubs.untouched()
+
+
+@pytest.fixture
+def stubs(tmp_path: Path) -> Stubs:
+    return Stubs(tmp_path)
+
+
+def test_shells_run_what_was_approved_and_what_the_line_said(stubs: Stubs, tmp_path: Path) -> None:
+    total = 0
+    for seed, approved in batches():
+        try:
+            rebuilt = {number: line for number, (_, line) in approved.items()}
+            check(stubs, AS_SH, rebuilt, approved, tmp_path / f"rebuilt-{seed}")
+            as_written = {number: line for number, (line, _) in approved.items()}
+            check(stubs, AS_THEMSELVES, as_written, approved, tmp_path / f"written-{seed}")
+        except AssertionError as error:
+            error.add_note(f"SSH_MCP_POLICY_SEED={seed} SSH_MCP_POLICY_LINES={BATCH}")
+            raise
+        total += len(approved)
+    print(f"{COUNT} lines from seed {SEED}: {total} approved, the others refused")
+    assert total > COUNT / 5, "a policy that refuses everything proves nothing"
