@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import SHELLS, Server, make_server, nobody_cancels, open_folder
 from settings import Settings
 from shell_lines import (
     ALLOWED,
@@ -24,13 +25,17 @@ from shell_lines import (
     lines,
     recorded,
 )
+from ssh_commands import Commands
 from ssh_errors import RefusedError
 from ssh_policy import AllowedCommands
+from ssh_pool import Pool
+from ssh_shells import Task
 from ssh_words import CommandLine, read
 
 COUNT = int(os.environ.get("SSH_MCP_POLICY_LINES", "2000"))
 SEED = int(os.environ.get("SSH_MCP_POLICY_SEED", time.time_ns() % 1_000_000))
 BATCH = 2000
+SESSION_LINES = 40
 POLICY = AllowedCommands(Settings(allowed_commands=ALLOWED))
 
 Approved = Mapping[int, tuple[str, str]]
@@ -40,13 +45,19 @@ Approved = Mapping[int, tuple[str, str]]
 def batches() -> Iterator[tuple[int, Approved]]:
     """Return seeds, and which of their lines were approved."""
     for start in range(0, COUNT, BATCH):
-        approved = {}
-        for number, line in enumerate(lines(SEED + start, min(BATCH, COUNT - start))):
-            try:
-                approved[number] = line, POLICY.approved(line)
-            except RefusedError:
-                continue
-        yield SEED + start, approved
+        numbered = enumerate(lines(SEED + start, min(BATCH, COUNT - start)))
+        yield (
+            SEED + start,
+            {number: (line, POLICY.approved(line)) for number, line in numbered if is_approved(line)},
+        )
+
+
+def is_approved(line: str) -> bool:
+    try:
+        POLICY.approved(line)
+    except RefusedError:
+        return False
+    return True
 
 
 def check(
@@ -92,3 +103,38 @@ def test_shells_run_what_was_approved_and_what_the_line_said(stubs: Stubs, tmp_p
         total += len(approved)
     print(f"{COUNT} lines from seed {SEED}: {total} approved, the others refused")
     assert total > COUNT / 5, "a policy that refuses everything proves nothing"
+
+
+@pytest.fixture(scope="module")
+def recording() -> Iterator[tuple[Server, Stubs, Path]]:
+    """An sshd whose sessions know no programs but the stubs, the stubs, and their record."""
+    with open_folder() as folder:
+        stubs = Stubs(folder)
+        record = folder / "record"
+        variables = " ".join(
+            f'"{name}={value}"' for name, value in stubs.environment(record).items() if name != "HOME"
+        )
+        server = make_server(folder / "server", f"SetEnv {variables}")
+        yield server, stubs, record
+        server.stop()
+
+
+@pytest.mark.parametrize("account", SHELLS)
+def test_sessions_of_every_login_shell_run_what_was_approved(
+    recording: tuple[Server, Stubs, Path], account: str
+) -> None:
+    server, stubs, record = recording
+    settings = server.settings(allowed_commands=ALLOWED)
+    pool = Pool(settings)
+    commands = Commands(pool, settings)
+    try:
+        for line in [line for line in lines(SEED, 400) if is_approved(line)][:SESSION_LINES]:
+            record.unlink(missing_ok=True)
+            task = Task.of(POLICY.approved(line), str(stubs.cwd))
+            commands.run_task(server.account(account), task, timeout=30, cancelled=nobody_cancels)
+            meant = read(line)
+            ran = [words for _, words in recorded(record)]
+            assert comparable(ran, meant) == expected(meant), f"{line!r} (SSH_MCP_POLICY_SEED={SEED})"
+    finally:
+        pool.close()
+    assert stubs.untouched()
