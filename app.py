@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -86,6 +86,11 @@ def _ssh() -> Services:
     if _services is None:
         raise SSHError("the server is not running")
     return _services
+
+
+def _hidden_tools() -> Collection[str]:
+    """Return the tools that are not listed; before the server runs, by the settings that were there at its import."""
+    return WRITING_TOOLS if (_services.no_writing if _services else no_writing(_checked)) else ()
 
 
 @asynccontextmanager
@@ -235,7 +240,7 @@ mcp: _Server = _Server(
     ),
     lifespan=_lifespan,
     middleware=[
-        Hiding(lambda: WRITING_TOOLS if _ssh().no_writing else ()),
+        Hiding(_hidden_tools),
         Measured(),
         PlainErrors(),
         EndWithLogin(lambda token: mcp.in_force(token)),

@@ -94,6 +94,7 @@ _ODD_JOINS = [
     "&;",
     "|;",
 ]
+_SOUP = "aab  '\"\\\\\n\t{}=~#,.!^:;|&-%]"
 
 
 def lines(seed: int, count: int) -> list[str]:
@@ -103,7 +104,12 @@ def lines(seed: int, count: int) -> list[str]:
 
 
 def _line(chance: random.Random) -> str:
-    """Return a line of one to three commands. Some have nothing odd, so that what is allowed is seen to be."""
+    """Return a line of some commands. Some have nothing odd, so that what is allowed is seen to be.
+
+    Others are a few characters in any order.
+    """
+    if chance.random() < 0.2:
+        return "prog " + "".join(chance.choices(_SOUP, k=chance.randrange(12)))
     oddness = chance.choice([0.0, 0.02, 0.05, 0.3])
     line = _command(chance, oddness)
     while chance.random() < 0.35:

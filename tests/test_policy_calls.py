@@ -261,11 +261,7 @@ RC_FILES = {
         ".bashrc",
         "ls() { touch CANARY; }; alias ls='touch CANARY'; shopt -s expand_aliases extglob\n",
     ),
-    "zsh": (
-        ".zshenv",
-        "alias -g -- '-d'='; touch CANARY'; alias ls='touch CANARY'; setopt rcquotes globsubst\n",
-    ),
-    "ksh": (".kshrc", "alias ls='touch CANARY'\n"),
+    "zsh": (".zshenv", "ls() { touch CANARY; }; alias -g -- '-d'='; touch CANARY'; setopt rcquotes\n"),
     "fish": (".config/fish/config.fish", "function ls; touch CANARY; end\n"),
     "tcsh": (".cshrc", "alias ls touch CANARY\n"),
 }
@@ -400,3 +396,7 @@ def test_list_of_commands_alone_hides_and_refuses_what_writes(environment: None,
 def test_nothing_is_hidden_without_limits(environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALLOWED_COMMANDS", "")
     assert len(tools()) == 7
+
+
+def test_tools_can_be_listed_before_the_server_runs() -> None:
+    assert len(asyncio.run(app.mcp.list_tools())) == 7
