@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -22,7 +22,7 @@ from fastmcp.exceptions import ToolError, ValidationError
 from fastmcp.server.auth import AccessToken
 from fastmcp.server.dependencies import get_access_token, get_context
 from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
-from fastmcp.tools.base import ToolResult
+from fastmcp.tools.base import Tool, ToolResult
 from pydantic import ValidationError as PydanticValidationError
 
 import telemetry
@@ -122,6 +122,19 @@ class RateLimited(Middleware):
         except SSHError as error:
             raise _tool_error(str(error)) from None
         return await call_next(context)
+
+
+class Hiding(Middleware):
+    """Leave out of the list of tools those that `hidden` names; what they do is refused by themselves."""
+
+    def __init__(self, hidden: Callable[[], Collection[str]]) -> None:
+        self._hidden = hidden
+
+    async def on_list_tools(
+        self, context: MiddlewareContext[Any], call_next: CallNext[Any, Sequence[Tool]]
+    ) -> Sequence[Tool]:
+        hidden = self._hidden()
+        return [tool for tool in await call_next(context) if tool.name not in hidden]
 
 
 class EndWithLogin(Middleware):

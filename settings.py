@@ -215,6 +215,10 @@ class Settings(BaseSettings):
         None,
         description="colon-separated directories without wildcards, such as /srv/app:~/notes",
     )
+    allowed_commands: str | None = Field(
+        None, description="the first words of commands, with commas between them, such as ls,systemctl status"
+    )
+    read_only: bool = Field(False, description="true or false")
     ssh_max_connections: int = Field(10, ge=1, le=100, description="a whole number from 1 to 100")
     ssh_max_total_connections: int = Field(
         500, ge=1, le=100_000, description="a whole number from 1 to 100000"
@@ -266,8 +270,6 @@ class Settings(BaseSettings):
 
     ssh_config: NotBuilt = None
     ssh_sudo: NotBuiltSwitch = None
-    allowed_commands: NotBuilt = None
-    read_only: NotBuiltSwitch = None
     confirm: NotBuiltSwitch = None
     audit_log: NotBuilt = None
 

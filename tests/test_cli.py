@@ -141,7 +141,8 @@ def test_unknown_option_is_exit_status_two() -> None:
     [
         ("SSH_MAX_CONNECTIONS", "many"),
         ("SSH_ALLOWED_HOSTS", "a b"),
-        ("READ_ONLY", "true"),
+        ("READ_ONLY", "perhaps"),
+        ("ALLOWED_COMMANDS", "ls,,cat"),
         ("LOG_LEVEL", "loud"),
     ],
 )

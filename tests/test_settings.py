@@ -117,8 +117,6 @@ def test_bad_value_is_one_line_that_says_what_would_do(
     [
         "SSH_CONFIG",
         "SSH_SUDO",
-        "ALLOWED_COMMANDS",
-        "READ_ONLY",
         "CONFIRM",
         "AUDIT_LOG",
     ],
@@ -129,7 +127,7 @@ def test_restriction_that_nothing_enforces_stops_the_start(
     with pytest.raises(SettingsError, match=f"{variable} is set"):
         load(write(tmp_path / "env", f"{variable}=1"))
     monkeypatch.setenv(variable, "no")
-    if variable in ("SSH_SUDO", "READ_ONLY", "CONFIRM"):
+    if variable in ("SSH_SUDO", "CONFIRM"):
         load()
     else:
         with pytest.raises(SettingsError, match=f"{variable} is set"):
@@ -209,8 +207,7 @@ def test_file_without_secrets_may_be_read_by_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variable", "value"),
     [
-        ("READ_ONLY", "true"),
-        ("ALLOWED_COMMANDS", "systemctl status"),
+        ("SSH_SUDO", "true"),
         ("CONFIRM", "destructive"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What calls may name."""
+"""What calls may name, run and touch."""
 
 import itertools
 import os
@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 
 from settings import Settings, SettingsError, Target
 from ssh_errors import ArgumentError, RefusedError
-from ssh_policy import AllowedPaths, Reach, below, is_hidden, is_within
+from ssh_policy import (
+    AllowedCommands,
+    AllowedPaths,
+    Reach,
+    below,
+    is_hidden,
+    is_within,
+    no_running,
+    no_writing,
+)
+from ssh_words import MOST_CHARACTERS
 
 
 def reach(allowed: str | None = None, **values: Any) -> Reach:
@@ -303,3 +313,114 @@ def test_logins_are_guarded_where_commands_and_paths_are_both_limited(
 ) -> None:
     current = Settings(allowed_paths=paths).model_copy(update={"allowed_commands": commands})
     assert AllowedPaths(current).guards_logins is (paths is not None and commands is not None)
+
+
+def allowed(prefixes: str | None) -> AllowedCommands:
+    return AllowedCommands(Settings(allowed_commands=prefixes))
+
+
+def test_without_a_list_any_command_line_goes_as_it_is() -> None:
+    line = "for i in *; do echo $i >x; done & #"
+    assert allowed(None).approved(line, {"A": "b"}) == line
+
+
+@pytest.mark.parametrize(
+    ("line", "rebuilt"),
+    [
+        ("ls", "'ls'"),
+        ("ls -l /tmp", "'ls' '-l' '/tmp'"),
+        ("git log -1", "'git' 'log' '-1'"),
+        ("git   'log'", "'git' 'log'"),
+        ("systemctl status nginx", "'systemctl' 'status' 'nginx'"),
+        ("ls|cat -n && ls; cat || ls", "'ls' | 'cat' '-n' && 'ls' ; 'cat' || 'ls'"),
+        ('cat "it\'s"', "'cat' 'it'\\''s'"),
+        ("cat ''", "'cat' ''"),
+        ("\\l\\s \\$x", "'ls' '$x'"),
+        ("'my tool' x", "'my tool' 'x'"),
+    ],
+)
+def test_what_is_allowed_is_rebuilt_with_each_word_quoted(line: str, rebuilt: str) -> None:
+    assert allowed("ls, cat,git log,\tsystemctl  'status' ,my\\ tool").approved(line) == rebuilt
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("touch /tmp/x", "touch /tmp/x"),
+        ("git push", "git push"),
+        ("git", "'git'"),
+        ("git -c x log", "git -c x log"),
+        ("git 'log x'", "git log x"),
+        ("/bin/ls", "/bin/ls"),
+        ("./ls", "./ls"),
+        ("LS", "LS"),
+        ("lsx", "lsx"),
+        ("'ls '", "'ls '"),
+        ("'ls -l'", "ls -l"),
+        ("'' ls", "ls"),
+        ("ls; touch x", "touch x"),
+        ("ls | touch x", "touch x"),
+        ("ls && touch x", "touch x"),
+        ("touch x || ls", "touch x"),
+        ("exec ls", "exec ls"),
+        ("'A=b' ls", "A=b ls"),
+    ],
+)
+def test_command_that_begins_with_no_allowed_prefix_is_refused(line: str, part: str) -> None:
+    with pytest.raises(RefusedError) as raised:
+        allowed("ls,cat,git log").approved(line)
+    assert "ALLOWED_COMMANDS" in str(raised.value)
+    assert part in str(raised.value)
+    assert "ls,cat,git log" in str(raised.value)
+
+
+def test_refusal_says_which_part_of_a_line_cannot_be_read_and_why() -> None:
+    with pytest.raises(RefusedError, match=r"ALLOWED_COMMANDS .*'\*\.log'.*single quotes"):
+        allowed("ls").approved("ls *.log")
+
+
+def test_variables_are_refused_while_a_list_is_set() -> None:
+    with pytest.raises(RefusedError, match=r"^env .*ALLOWED_COMMANDS"):
+        allowed("ls").approved("ls", {"LD_PRELOAD": "/tmp/x"})
+    assert allowed("ls").approved("ls", {}) == "'ls'"
+
+
+@pytest.mark.parametrize("line", ["touch " + "a" * 5000, "ls " * 5000 + "$", "a" * (MOST_CHARACTERS + 1)])
+def test_refusal_of_a_long_line_fits_an_error(line: str) -> None:
+    with pytest.raises(RefusedError, match="ALLOWED_COMMANDS") as raised:
+        allowed("ls," * 5000 + "ls").approved(line)
+    assert len(str(raised.value)) <= 1000
+
+
+@pytest.mark.parametrize(
+    "prefixes",
+    [
+        *(",", "ls,", ",ls", "ls,,cat", " ", "ls,  ,cat", "'a,b'"),
+        *("ls;cat", "ls|cat", "ls;", "ls >x", "A=b ls", "if", "# ls"),
+        *("ls *", "$SHELL", "~/bin/x", "'ls", "ls\ncat", "\ud800"),
+    ],
+)
+def test_list_that_cannot_be_read_stops_the_start(prefixes: str) -> None:
+    with pytest.raises(SettingsError, match=r"^ALLOWED_COMMANDS holds ") as raised:
+        allowed(prefixes)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("read_only", "commands", "runs", "writes"),
+    [
+        (False, None, True, True),
+        (True, None, False, False),
+        (False, "ls", True, False),
+        (True, "ls", True, False),
+    ],
+)
+def test_what_the_settings_leave(read_only: bool, commands: str | None, runs: bool, writes: bool) -> None:
+    settings = Settings(read_only=read_only, allowed_commands=commands)
+    assert (no_running(settings) is None, no_writing(settings) is None) == (runs, writes)
+
+
+def test_what_is_refused_names_the_setting() -> None:
+    for why in (no_running(Settings(read_only=True)), no_writing(Settings(read_only=True))):
+        assert "READ_ONLY" in (why or "")
+    assert "ALLOWED_PATHS" in (no_writing(Settings(allowed_commands="ls")) or "")
