@@ -148,6 +148,18 @@ def _emails(text: str) -> str:
     return text
 
 
+def _audit_log(text: str) -> str:
+    kind, colon, rest = text.partition(":")
+    if colon and kind == "fd" and rest.isascii() and rest.isdecimal() and int(rest[:9]) >= 2:
+        return text  # 0 and 1 belong to MCP
+    if colon and kind == "syslog" and (not rest or rest.startswith("/")):
+        return text
+    path = _expanded(Path(text))
+    if not path.is_absolute():
+        raise ValueError("an absolute path")
+    return str(path)
+
+
 def _os_user() -> str:
     try:
         return getpass.getuser()
@@ -241,6 +253,9 @@ class Settings(BaseSettings):
     forwarded_allow_ips: Annotated[str, AfterValidator(_networks)] = Field(
         "127.0.0.1", description="addresses or networks of proxies, with commas between them"
     )
+    audit_log: Annotated[str, AfterValidator(_audit_log)] | None = Field(
+        None, description="the absolute path of a file, syslog:, or fd: and the number of an open descriptor"
+    )
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR"],
         BeforeValidator(lambda v: v.upper() if isinstance(v, str) else v),
@@ -253,7 +268,6 @@ class Settings(BaseSettings):
     read_only: NotBuiltSwitch = None
     rate_limit: NotBuilt = None
     confirm: NotBuiltSwitch = None
-    audit_log: NotBuilt = None
 
     @classmethod
     def settings_customise_sources(

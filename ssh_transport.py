@@ -411,8 +411,9 @@ class Session:
 class Connection:
     """One connection to one target, verified and logged in. Thread-safe."""
 
-    def __init__(self, target: Target, transport: _Transport, wire: _Wire) -> None:
+    def __init__(self, target: Target, transport: _Transport, wire: _Wire, host_key: HostKey) -> None:
         self.target = target
+        self.host_key = host_key
         self.in_use = False
         self._transport = transport
         self._wire = wire
@@ -527,9 +528,9 @@ def _log_in(target: Target, wire: _Wire, settings: Settings, keys: Keys, deadlin
         packetizer_class=_Packetizer,
     )
     try:
-        _exchange_keys(target, transport, settings, deadline)
+        host_key = _exchange_keys(target, transport, settings, deadline)
         _authenticate(target, transport, keys, deadline)
-        return Connection(target, transport, wire)
+        return Connection(target, transport, wire, host_key)
     except BaseException:
         transport.packetizer.complete_handshake()  # ends its timer, a thread that would hold up the process's end
         transport.close()
@@ -537,7 +538,8 @@ def _log_in(target: Target, wire: _Wire, settings: Settings, keys: Keys, deadlin
         raise
 
 
-def _exchange_keys(target: Target, transport: _Transport, settings: Settings, deadline: float) -> None:
+def _exchange_keys(target: Target, transport: _Transport, settings: Settings, deadline: float) -> HostKey:
+    """Exchange keys, verify the host's key and return it."""
     known_hosts = KnownHosts(settings.ssh_known_hosts)
     transport.prefer_keys(known_hosts.key_types(target.host, target.port))
     left = max(0.1, deadline - time.monotonic())
@@ -564,6 +566,7 @@ def _exchange_keys(target: Target, transport: _Transport, settings: Settings, de
         if settings.ssh_host_key_policy != "accept-new":
             raise
         known_hosts.add(target.host, target.port, key)
+    return key
 
 
 def _no_banner(target: Target, wire: _Wire) -> Exception:
