@@ -1,0 +1,172 @@
+"""`ssh-mcp-server audit`: whether a trail is as it was written, and what it tells, for people.
+
+Exit status of `verify`: 0 when nothing was altered, 1 when something was, 2 when that cannot be told: a file or a key
+that cannot be read.
+"""
+
+import argparse
+import gzip
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+
+from audit_chain import Check, parsed
+from settings import SettingsError
+from ssh_output import one_line, visible
+
+_COLUMNS = 80
+_INDENT = "    "
+_WELL = ("done", "exited", "running")
+_PLAIN = ("host", "user", "port", "command")
+"""Arguments that are not listed: the target says them, or they stand on lines of their own."""
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what the arguments ask, and return the exit status. Raises SettingsError for what cannot be read."""
+    try:
+        files = sorted(options.files, key=_first_sequence)
+        if options.action == "show":
+            _show(files, options)
+            return 0
+        return _verify(files, [_key(text) for text in options.key], options.head)
+    except (OSError, EOFError) as error:
+        raise SettingsError(f"the trail cannot be read: {error}") from None
+
+
+def _verify(files: Sequence[Path], keys: Sequence[Ed25519PublicKey], noted: str | None) -> int:
+    check, altered = Check(keys, noted), 0
+    for found in check.run((str(path), _lines(path)) for path in files):
+        altered += found.altered
+        where = f"{found.file}:{found.line}: " if found.file else ""
+        print(f"{one_line(where)}{'' if found.altered else 'note: '}{one_line(found.sentence)}")
+    if not keys:
+        print("note: signatures were not checked; --key does")
+    if check.head is not None:
+        print(f"{check.records} records; the last is {check.head.sequence}, and its hash {check.head.hash}")
+    print(f"ALTERED in {altered} places" if altered else "nothing was altered")
+    return 1 if altered else 0
+
+
+def _show(files: Iterable[Path], options: argparse.Namespace) -> None:
+    pending: dict[str, dict[str, Any]] = {}
+    for path in files:
+        for line in _lines(path):
+            record = parsed(line)
+            if record is None:
+                print(f"! {_COLUMNS * '-'}"[:_COLUMNS], "! a line that is no record", sep="\n")
+            elif record["event"] not in ("intent", "outcome"):
+                if record["time"] >= options.since:
+                    print("\n".join(_event(record)))
+            elif _wanted(record, options):
+                if record["event"] == "intent":
+                    pending[record["id"]] = record
+                else:
+                    print("\n".join(_call(pending.pop(record["id"], {}), record)))
+    for intent in pending.values():
+        print("\n".join(_call(intent, {})))
+
+
+def _wanted(record: Mapping[str, Any], options: argparse.Namespace) -> bool:
+    return (
+        fnmatchcase(record["tool"], options.tool)
+        and fnmatchcase(record["target"] or "", f"*{options.target}*")
+        and fnmatchcase(record["identity"], f"*{options.identity}*")
+        and record["time"] >= options.since
+    )
+
+
+def _event(record: Mapping[str, Any]) -> Iterator[str]:
+    mark = "!" if record["event"] in ("damaged", "torn") else "-"
+    what = {
+        "start": f"server {record.get('version')} starts as {record.get('account')} on {record.get('machine')}",
+        "stop": "server stops",
+        "file": "the file begins",
+        "torn": "a crash left a part of a record",
+    }.get(record["event"], f"{record['event']}: {record.get('error')}")
+    yield from _wrapped(f"{mark} {_clock(record)}  {what}", "  ")
+
+
+def _call(intent: Mapping[str, Any], outcome: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines for one call, of which one half may be missing."""
+    known = {**outcome, **intent}
+    status = outcome.get("status")
+    mark = " " if status in _WELL and not outcome.get("exit_code") else "!"
+    target = outcome.get("target") or known["target"] or "-"
+    yield from _wrapped(f"{mark} {_clock(known)}  {known['identity']}  {known['tool']}  {target}", _INDENT)
+    arguments = intent.get("arguments", {})
+    for line in visible(str(arguments.get("command") or "")).splitlines():
+        yield from _wrapped(f"{_INDENT}{line}", _INDENT * 2)
+    told = "  ".join(f"{name}={_value(value)}" for name, value in arguments.items() if name not in _PLAIN)
+    if told:
+        yield from _wrapped(f"{_INDENT}{told}", _INDENT * 2)
+    yield from _wrapped(f"{_INDENT}{_ending(outcome)}", _INDENT * 2)
+
+
+def _ending(outcome: Mapping[str, Any]) -> str:
+    if not outcome:
+        return "-> NO OUTCOME: it runs still, or the server ended before it did"
+    status = str(outcome["status"])
+    parts = [
+        status if status in _WELL else status.upper(),
+        f"exit code {outcome['exit_code']}" if "exit_code" in outcome else None,
+        f"SIG{outcome['signal']}" if "signal" in outcome else None,
+        f"{outcome['stdout_bytes'] + outcome['stderr_bytes']} bytes" if "stdout_bytes" in outcome else None,
+        f"{outcome['size']} bytes" if "size" in outcome else None,
+        f"{outcome['duration_seconds']:.2f} s",
+    ]
+    facts = ", ".join(part for part in parts if part)
+    return f"-> {facts}: {outcome['error']}" if "error" in outcome else f"-> {facts}"
+
+
+def _value(value: object) -> str:
+    """Return an argument's value; what is recorded as length and hash as both, the hash shortened."""
+    if isinstance(value, dict) and "sha256" in value:
+        return f"{value['bytes']} bytes {value['sha256'][:12]}"
+    if isinstance(value, dict) and "names" in value:
+        return ",".join(value["names"])
+    if isinstance(value, list):
+        return f"{len(value)}"
+    return str(value)
+
+
+def _clock(record: Mapping[str, Any]) -> str:
+    return str(record["time"])[:19].replace("T", " ")
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    """Wrap to the width of a terminal that must not obey what it shows; later lines are indented."""
+    return textwrap.wrap(
+        one_line(text), _COLUMNS, subsequent_indent=indent, break_on_hyphens=False, drop_whitespace=True
+    )
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with _opened(path) as file:
+        yield from file
+
+
+def _opened(path: Path) -> BinaryIO:
+    return cast("BinaryIO", gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+
+
+def _first_sequence(path: Path) -> int:
+    """Return the number of a file's first record, by which files are put in order."""
+    records = (record for line in _lines(path) if (record := parsed(line)) is not None)
+    return next((int(record["sequence"]) for record in records), 0)
+
+
+def _key(text: str) -> Ed25519PublicKey:
+    """Return a public key, given in OpenSSH's form or as a file that holds it so. Raises SettingsError."""
+    data = text.encode() if text.startswith("ssh-") else Path(text).read_bytes()
+    try:
+        key = load_ssh_public_key(data)
+    except ValueError:
+        key = None
+    if not isinstance(key, Ed25519PublicKey):
+        raise SettingsError(f"--key {one_line(text[:100])!r} is no Ed25519 public key in OpenSSH's form")
+    return key
