@@ -129,6 +129,8 @@ class Check:
                 continue
             torn = self._names(line.record, broken)
             yield from (each.finding(*_BROKEN[torn]) for each in broken)
+            if line.record["event"] == "torn" and not torn:
+                yield line.finding("what it says a crash left before it is not there, or was altered")
             yield from self._one(line, line.record, None if broken else before)
             before, broken = line, []
         yield from (each.finding(*_BROKEN[False]) for each in broken)

@@ -7,15 +7,16 @@ that cannot be read.
 import argparse
 import gzip
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
-from audit_chain import Check, parsed
+from audit_chain import Check, Record, parsed
 from settings import SettingsError
 from ssh_output import one_line, visible
 
@@ -53,34 +54,44 @@ def _verify(files: Sequence[Path], keys: Sequence[Ed25519PublicKey], noted: str 
 
 
 def _show(files: Iterable[Path], options: argparse.Namespace) -> None:
-    pending: dict[str, dict[str, Any]] = {}
-    for path in files:
-        for line in _lines(path):
-            record = parsed(line)
-            if record is None:
-                print(f"! {_COLUMNS * '-'}"[:_COLUMNS], "! a line that is no record", sep="\n")
-            elif record["event"] not in ("intent", "outcome"):
-                if record["time"] >= options.since:
-                    print("\n".join(_event(record)))
-            elif _wanted(record, options):
-                if record["event"] == "intent":
-                    pending[record["id"]] = record
-                else:
-                    print("\n".join(_call(pending.pop(record["id"], {}), record)))
-    for intent in pending.values():
-        print("\n".join(_call(intent, {})))
+    """Print calls as they ended, then those that did not."""
+    begun: dict[str, Record] = {}
+    for line in chain.from_iterable(map(_lines, files)):
+        record = parsed(line)
+        if record is None or not _readable(record):
+            print("! a line that is no record; `audit verify` says which")
+        elif record["event"] == "intent":
+            begun[record["id"]] = record
+        elif record["event"] != "outcome":
+            _print(_event(record) if record["time"] >= options.since else ())
+        elif _wanted(intent := begun.pop(record["id"], record), options):
+            _print(_call(intent, record))
+    for intent in begun.values():
+        if _wanted(intent, options):
+            _print(_call(intent, {}))
 
 
-def _wanted(record: Mapping[str, Any], options: argparse.Namespace) -> bool:
+def _print(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
+
+
+def _readable(record: Record) -> bool:
+    """Whether a record has what is shown of it; who altered it may have left anything."""
+    names = ("time", "id", "identity", "tool") if record["event"] in ("intent", "outcome") else ("time",)
+    return all(isinstance(record.get(name), str) for name in names)
+
+
+def _wanted(record: Record, options: argparse.Namespace) -> bool:
     return (
         fnmatchcase(record["tool"], options.tool)
-        and fnmatchcase(record["target"] or "", f"*{options.target}*")
+        and fnmatchcase(str(record.get("target") or ""), f"*{options.target}*")
         and fnmatchcase(record["identity"], f"*{options.identity}*")
         and record["time"] >= options.since
     )
 
 
-def _event(record: Mapping[str, Any]) -> Iterator[str]:
+def _event(record: Record) -> Iterator[str]:
     mark = "!" if record["event"] in ("damaged", "torn") else "-"
     what = {
         "start": f"server {record.get('version')} starts as {record.get('account')} on {record.get('machine')}",
@@ -91,14 +102,13 @@ def _event(record: Mapping[str, Any]) -> Iterator[str]:
     yield from _wrapped(f"{mark} {_clock(record)}  {what}", "  ")
 
 
-def _call(intent: Mapping[str, Any], outcome: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines for one call, of which one half may be missing."""
-    known = {**outcome, **intent}
-    status = outcome.get("status")
-    mark = " " if status in _WELL and not outcome.get("exit_code") else "!"
-    target = outcome.get("target") or known["target"] or "-"
-    yield from _wrapped(f"{mark} {_clock(known)}  {known['identity']}  {known['tool']}  {target}", _INDENT)
-    arguments = intent.get("arguments", {})
+def _call(intent: Record, outcome: Record) -> Iterator[str]:
+    """Yield the lines for one call, whose outcome may be missing."""
+    mark = " " if outcome.get("status") in _WELL and not outcome.get("exit_code") else "!"
+    target = outcome.get("target") or intent.get("target") or "-"
+    yield from _wrapped(f"{mark} {_clock(intent)}  {intent['identity']}  {intent['tool']}  {target}", _INDENT)
+    given = intent.get("arguments")
+    arguments = given if isinstance(given, dict) else {}
     for line in visible(str(arguments.get("command") or "")).splitlines():
         yield from _wrapped(f"{_INDENT}{line}", _INDENT * 2)
     told = "  ".join(f"{name}={_value(value)}" for name, value in arguments.items() if name not in _PLAIN)
@@ -107,17 +117,18 @@ def _call(intent: Mapping[str, Any], outcome: Mapping[str, Any]) -> Iterator[str
     yield from _wrapped(f"{_INDENT}{_ending(outcome)}", _INDENT * 2)
 
 
-def _ending(outcome: Mapping[str, Any]) -> str:
+def _ending(outcome: Record) -> str:
     if not outcome:
         return "-> NO OUTCOME: it runs still, or the server ended before it did"
-    status = str(outcome["status"])
+    status = str(outcome.get("status"))
     parts = [
         status if status in _WELL else status.upper(),
         f"exit code {outcome['exit_code']}" if "exit_code" in outcome else None,
         f"SIG{outcome['signal']}" if "signal" in outcome else None,
-        f"{outcome['stdout_bytes'] + outcome['stderr_bytes']} bytes" if "stdout_bytes" in outcome else None,
+        f"{outcome['stdout_bytes']} bytes of stdout" if outcome.get("stdout_bytes") else None,
+        f"{outcome['stderr_bytes']} bytes of stderr" if outcome.get("stderr_bytes") else None,
         f"{outcome['size']} bytes" if "size" in outcome else None,
-        f"{outcome['duration_seconds']:.2f} s",
+        f"{outcome.get('duration_seconds')} s",
     ]
     facts = ", ".join(part for part in parts if part)
     return f"-> {facts}: {outcome['error']}" if "error" in outcome else f"-> {facts}"
@@ -126,15 +137,15 @@ def _ending(outcome: Mapping[str, Any]) -> str:
 def _value(value: object) -> str:
     """Return an argument's value; what is recorded as length and hash as both, the hash shortened."""
     if isinstance(value, dict) and "sha256" in value:
-        return f"{value['bytes']} bytes {value['sha256'][:12]}"
-    if isinstance(value, dict) and "names" in value:
-        return ",".join(value["names"])
+        return f"{value.get('bytes')} bytes {str(value['sha256'])[:12]}"
+    if isinstance(value, dict):
+        return ",".join(map(str, value.get("names") or ()))
     if isinstance(value, list):
         return f"{len(value)}"
     return str(value)
 
 
-def _clock(record: Mapping[str, Any]) -> str:
+def _clock(record: Record) -> str:
     return str(record["time"])[:19].replace("T", " ")
 
 
