@@ -22,7 +22,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -133,11 +133,13 @@ class FileLog:
     def __init__(self, path: Path) -> None:
         """Open or make the file, its lock and its key. Raises OSError, and SettingsError for what others may change."""
         self._path = path
-        self._file = _opened(path, os.O_APPEND)
-        self._state = _opened(path.with_name(f".{path.name}.state"))
-        with self._alone():
-            self._key = _key(path.with_name(f".{path.name}.key"))
-        self.public_key: str | None = public_text(self._key.public_key())
+        with ExitStack() as opened:
+            self._file = opened.enter_context(_opened(path, os.O_APPEND))
+            self._state = opened.enter_context(_opened(path.with_name(f".{path.name}.state")))
+            with self._alone():
+                self._key = _key(path.with_name(f".{path.name}.key"))
+            opened.pop_all()
+        self.public_key: str | None = _public_text(self._key.public_key())
 
     def write(self, records: Sequence[Record]) -> None:
         """Append records and flush them to the disk."""
@@ -256,7 +258,7 @@ def now() -> str:
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{int(seconds % 1 * 1000):03d}Z"
 
 
-def public_text(key: Ed25519PublicKey) -> str:
+def _public_text(key: Ed25519PublicKey) -> str:
     """Return a public key as OpenSSH writes it."""
     return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
 

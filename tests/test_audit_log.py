@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -302,8 +302,8 @@ def test_part_of_a_record_is_no_proven_crash_without_the_state(path: Path) -> No
     assert any("nothing says since when" in found.sentence for found in altered(path))
 
 
-WRITER = """
-import sys, threading
+WRITER = r"""
+import os, sys, threading
 from pathlib import Path
 from audit import Trail
 from audit_log import FileLog
@@ -313,7 +313,7 @@ def work(thread):
     for number in range(10 ** 6 if threads == 1 else 15):
         command = f"{name}.{thread}.{number}"
         trail.append({"event": "intent", "command": command})
-        print(command, flush=True)
+        os.write(1, f"{command}\n".encode())
 workers = [threading.Thread(target=work, args=(thread,)) for thread in range(threads)]
 for worker in workers: worker.start()
 for worker in workers: worker.join()
@@ -351,27 +351,27 @@ def test_processes_and_threads_that_write_at_once_make_one_chain(path: Path) -> 
 def test_process_killed_at_any_moment_loses_nothing_that_it_acknowledged(path: Path) -> None:
     chance = random.Random(7)
     acknowledged: list[str] = []
-    with writer("steady", path, 1) as steady:
-        assert steady.stdout is not None
-        for round_number in range(6):
-            with writer(f"round{round_number}", path, 1) as process:
-                assert process.stdout is not None
-                for _ in range(chance.randrange(1, 60)):
-                    acknowledged.append(process.stdout.readline().strip())
-                process.send_signal(signal.SIGKILL)
-                acknowledged += process.stdout.read().split("\n")[:-1]
-        steady.send_signal(signal.SIGKILL)
-        acknowledged += steady.stdout.read().split("\n")[:-1]
+    with ExitStack() as stack:
+        for process in [stack.enter_context(writer(f"p{number}", path, 1)) for number in range(4)]:
+            assert process.stdout is not None
+            acknowledged += [process.stdout.readline().strip() for _ in range(chance.randrange(1, 60))]
+            process.send_signal(signal.SIGKILL)
+            acknowledged += process.stdout.read().split("\n")[:-1]
     write(path, "after")
+    assert "" not in acknowledged
     assert set(acknowledged) < set(commands(path))
     assert altered(path) == []
 
 
 def test_stopped_process_that_holds_the_lock_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit_log, "_LOCK_SECONDS", 0.05)
-    with closing(FileLog(path)) as log, closing(FileLog(path)) as other, other._alone():
-        with pytest.raises(TimeoutError, match="another process"):
-            log.write([{"event": "intent"}])
+    with (
+        closing(FileLog(path)) as log,
+        closing(FileLog(path)) as other,
+        other._alone(),
+        pytest.raises(TimeoutError, match="another process"),
+    ):
+        log.write([{"event": "intent"}])
 
 
 def test_full_disk_acknowledges_nothing_and_harms_no_chain(small_disk: Path) -> None:
@@ -380,8 +380,8 @@ def test_full_disk_acknowledges_nothing_and_harms_no_chain(small_disk: Path) -> 
     with closing(FileLog(path)) as log:
         with (small_disk / "ballast").open("wb") as ballast:
             ballast.write(b"x" * 180_000)
-        with pytest.raises(OSError, match="No space left"):
-            while True:
+        with suppress(OSError):
+            while number < 1000:
                 log.write([{"event": "intent", "command": f"{number:0700d}"}])
                 acknowledged.append(number)
                 number += 1
@@ -390,7 +390,7 @@ def test_full_disk_acknowledges_nothing_and_harms_no_chain(small_disk: Path) -> 
                 log.write([{"event": "intent", "command": "x" * 5000}])
         (small_disk / "ballast").unlink()
         log.write([{"event": "intent", "command": "1000000"}])
-    assert acknowledged
+    assert 0 < len(acknowledged) < 1000
     assert [int(command) for command in commands(path)] == [*acknowledged, 1_000_000]
     assert altered(path) == []
 
