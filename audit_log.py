@@ -11,7 +11,8 @@ Invariants of a file:
   make one chain.
 - The file is never shortened. A part of a record that a crash left is kept and named by a `torn` record, if nothing
   that was acknowledged is in it; anything else that is not as it was left is named by a `damaged` one.
-- Who renames the file (logrotate) need not tell: the next record goes to a new one, which begins with a `file` record.
+- Who renames or empties the file (logrotate) need not tell: the next record goes on with the chain in a new or empty
+  one, which begins with a `file` record. What was lost between copying and emptying is missing in the chain.
   A file over `_FILE_BYTES` is renamed to its own name and the number of its last record. Nothing is ever deleted.
 """
 
@@ -184,10 +185,12 @@ class FileLog:
         found, mark = os.fstat(self._file.fileno()), self._mark()
         if mark is None:
             return self._read(0, None)
-        if mark.inode == found.st_ino and mark.size <= found.st_size:
-            return (mark.head, []) if mark.size == found.st_size else self._read(mark.size, mark.head)
-        if mark.inode != found.st_ino:
+        if found.st_size == 0 or mark.inode != found.st_ino:  # a new file may get the old one's inode
             return self._read(0, mark.head)
+        if mark.size == found.st_size:
+            return mark.head, []
+        if mark.size < found.st_size:
+            return self._read(mark.size, mark.head)
         return mark.head, [
             _damage(f"the file was cut, and ended with record {mark.head.sequence} before", mark.head)
         ]

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -174,9 +175,10 @@ def test_file_renamed_while_no_server_runs_is_followed_in_the_same_chain(path: P
 
 
 @pytest.mark.parametrize("running", [True, False])
-def test_logrotate_splits_no_chain(path: Path, tmp_path: Path, running: bool) -> None:
+@pytest.mark.parametrize("create", ["nocreate", "create"])
+def test_logrotate_splits_no_chain(path: Path, tmp_path: Path, running: bool, create: str) -> None:
     config = tmp_path / "logrotate.conf"
-    config.write_text(f"{path} {{\n  size 1\n  rotate 9\n  nocreate\n}}\n")
+    config.write_text(f"{path} {{\n  size 1\n  rotate 9\n  {create}\n}}\n")
     config.chmod(0o600)
     rotate = [program("logrotate", "logrotate"), "-f", "-s", str(tmp_path / "rotated"), str(config)]
     log = FileLog(path)
@@ -194,13 +196,26 @@ def test_logrotate_splits_no_chain(path: Path, tmp_path: Path, running: bool) ->
     assert checked(*files) == []
 
 
-def test_copytruncate_is_told_as_damage(path: Path) -> None:
+@pytest.mark.parametrize("lost", [True, False])
+def test_copytruncate_splits_no_chain_and_what_it_loses_is_found(path: Path, lost: bool) -> None:
+    old = path.with_suffix(".jsonl.1")
     with closing(FileLog(path)) as log:
         log.write([{"event": "intent", "command": "a"}])
+        shutil.copy(path, old)
+        if lost:
+            log.write([{"event": "intent", "command": "b"}])
         os.truncate(path, 0)
-        log.write([{"event": "intent", "command": "b"}])
-    (found,) = altered(path)
-    assert "ended with record 2" in found.sentence
+        log.write([{"event": "intent", "command": "c"}])
+    assert [found.sentence for found in altered(old, path)] == ["record 3 is missing before this one"] * lost
+
+
+def test_new_file_with_the_inode_of_the_old_is_no_damage(path: Path) -> None:
+    """As when logrotate packs the old one and no server runs."""
+    write(path, "a")
+    os.truncate(path, 0)
+    write(path, "b")
+    assert altered(path) == []
+    assert records(path)[0]["event"] == "file"
 
 
 def test_full_file_is_renamed_by_its_last_record(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +229,7 @@ def test_full_file_is_renamed_by_its_last_record(path: Path, monkeypatch: pytest
     assert checked(*files) == []
 
 
-@pytest.mark.parametrize("cut", [1, 20, 400, 10_000])
+@pytest.mark.parametrize("cut", [1, 20, 400, 700])
 def test_end_cut_off_while_no_server_runs_is_told(path: Path, cut: int) -> None:
     write(path, "a", "b", "c")
     os.truncate(path, max(0, path.stat().st_size - cut))
