@@ -9,7 +9,6 @@ not listed here as shown. Those stand there as their length and SHA-256; of `env
 
 import base64
 import binascii
-import getpass
 import hashlib
 import json
 import logging
@@ -27,7 +26,7 @@ from typing import Any, Literal
 
 from audit_chain import Record
 from audit_log import Log, now, reason
-from settings import SettingsError, Target, __version__
+from settings import SettingsError, Target, __version__, os_user
 from ssh_errors import ArgumentError, AuditError, RefusedError, SSHError
 from ssh_policy import Reach
 
@@ -81,6 +80,11 @@ class Trail:
             self._mark("start", version=__version__, key=log.public_key if log else None)
         except AuditError as error:
             raise SettingsError(str(error)) from None
+
+    @property
+    def kept(self) -> bool:
+        """Whether anything is recorded."""
+        return self._log is not None
 
     def append(self, *records: Record) -> None:
         """Put records on the disk together. Raises AuditError, whose text is why they are not."""
@@ -137,8 +141,11 @@ class Trail:
             self._log.close()
 
     def _mark(self, event: str, **more: str | None) -> None:
-        where = {"process": os.getpid(), "machine": platform.node(), "account": getpass.getuser()}
+        where = {"process": os.getpid(), "machine": platform.node(), "account": os_user() or "unknown"}
         self.append({"time": now(), "event": event, **where, **more})
+        if self._log is not None:
+            head = self._log.head
+            _log.info("audit trail at %s: record %d, hash %s", event, head.sequence, head.hash)
 
 
 class Call:
@@ -153,7 +160,7 @@ class Call:
         self._arguments = arguments
         self._names = {
             "id": secrets.token_hex(8),
-            "identity": identity or getpass.getuser(),
+            "identity": identity or os_user() or "unknown",
             "client": client,
             "tool": tool,
         }
@@ -173,7 +180,7 @@ class Call:
 
     def intend(self, target: Target | None) -> None:
         """Record that the call means `target`, or all with None. Raises AuditError: then nothing may be done."""
-        if target not in self._targets:
+        if self._trail.kept and target not in self._targets:
             self._append(self._record("intent", target, {"arguments": described(self._arguments)}))
             self._targets.append(target)
 
@@ -197,6 +204,8 @@ class Call:
     def end(self, status: Status, error: str | None = None) -> None:
         """Record the outcome, and before it the intent of a call that meant no target. Raises AuditError."""
         self.ended = True
+        if not self._trail.kept:
+            return
         facts = {name: value for name in _FACTS if (value := getattr(self._answer, name, None)) is not None}
         outcome = {
             "status": getattr(self._answer, "status", status),

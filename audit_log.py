@@ -53,6 +53,8 @@ class Log(Protocol):
     """Where records go."""
 
     public_key: str | None
+    head: Head
+    """The last record that was written."""
 
     def write(self, records: Sequence[Record]) -> None:
         """Write records together. Raises OSError, and then none of them counts. For one thread at a time."""
@@ -86,7 +88,7 @@ class SentLog:
     def __init__(self, send: Callable[[bytes], object], close: Callable[[], None]) -> None:
         self.close = close
         self._send = send
-        self._head = BEGINNING
+        self.head = BEGINNING
 
     @classmethod
     def to_syslog(cls, path: str) -> "SentLog":
@@ -114,9 +116,9 @@ class SentLog:
 
     def write(self, records: Sequence[Record]) -> None:
         """Send records one by one. Raises OSError for the first that is not taken."""
-        for line in linked(self._head, records):
+        for line in linked(self.head, records):
             self._send(line)
-            self._head = self._head.then(line)
+            self.head = self.head.then(line)
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ class FileLog:
 
     def __init__(self, path: Path) -> None:
         """Open or make the file, its lock and its key. Raises OSError, and SettingsError for what others may change."""
+        self.head = BEGINNING
         self._path = path
         with ExitStack() as opened:
             self._file = opened.enter_context(_opened(path, os.O_APPEND))
@@ -239,6 +242,7 @@ class FileLog:
         text = f"{inode} {size + len(data)} {head.sequence} {head.hash}".ljust(_STATE_BYTES)
         self._state.seek(0)
         self._state.write(text.encode())
+        self.head = head
 
     def _ends_whole(self, size: int) -> bool:
         self._file.seek(size - 1)

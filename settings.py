@@ -160,7 +160,8 @@ def _audit_log(text: str) -> str:
     return str(path)
 
 
-def _os_user() -> str:
+def os_user() -> str:
+    """Return the name of the account that this process runs as, an empty one if it has none."""
     try:
         return getpass.getuser()
     except (OSError, KeyError):
@@ -200,7 +201,7 @@ class Settings(BaseSettings):
     )
     ssh_default_port: Port = Field(22, description="a port from 1 to 65535")
     ssh_default_user: Annotated[str, AfterValidator(user_token)] = Field(
-        default_factory=_os_user, description="an account name: letters, digits and . _ - @ +"
+        default_factory=os_user, description="an account name: letters, digits and . _ - @ +"
     )
     ssh_key_path: ExpandedPath | None = Field(None, description="the path of a private key")
     ssh_key_passphrase: SecretStr | None = Field(None, description="the key's passphrase")

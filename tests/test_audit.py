@@ -4,6 +4,7 @@ import asyncio
 import base64
 import hashlib
 import json
+import logging
 import os
 import re
 import subprocess
@@ -18,8 +19,9 @@ from fastmcp import Client, FastMCP
 
 import app
 import audit
-from audit_chain import Check, parsed
+from audit_chain import BEGINNING, Check, digest, parsed
 from conftest import Server, marker, running, wait_for
+from settings import os_user
 
 CANARY = "canary-7f3a"
 
@@ -100,7 +102,7 @@ def test_call_leaves_who_where_what_and_how_it_ended(call: Call, log: Path, sshd
     intent, outcome = last(log)
     assert intent["arguments"] == {"command": "echo hello; exit 3", "timeout": 5}
     for record in (intent, outcome):
-        assert record["identity"] == os.environ.get("LOGNAME", record["identity"])
+        assert record["identity"] == os_user()
         assert (record["client"], record["tool"]) == (None, "ssh_execute")
         assert record["target"] == f"tester@127.0.0.1:{sshd.port}"
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", record["time"])
@@ -113,8 +115,13 @@ def test_call_leaves_who_where_what_and_how_it_ended(call: Call, log: Path, sshd
     assert 0 < outcome["duration_seconds"] < 60
 
 
-def test_server_leaves_its_start_and_its_end(call: Call, log: Path) -> None:
-    call("ssh_close_connection")
+def test_server_leaves_its_start_and_its_end_and_tells_the_hash_on_stderr(
+    call: Call, log: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("ssh_mcp_server"), "propagate", True)
+    with caplog.at_level(logging.INFO):
+        call("ssh_close_connection")
+    assert f"audit trail at stop: record 5, hash {digest(log.read_bytes().splitlines()[-1])}" in caplog.text
     start, stop = (record for record in records(log) if record["event"] in ("start", "stop"))
     assert start["process"] == stop["process"] == os.getpid()
     assert start["key"].startswith("ssh-ed25519 ")
@@ -144,12 +151,12 @@ def test_every_tool_is_recorded(call: Call, log: Path, tmp_path: Path) -> None:
         *("ssh_list_directory", "ssh_system_info", "ssh_close_connection"),
     ]
     assert {outcome["status"] for _, outcome in seen.values()} == {"done"}
-    digest = hashlib.sha256(content.encode()).hexdigest()
+    sha256 = digest(content.encode())
     arguments, outcome = seen["ssh_write_file"]
-    assert arguments == {"path": path, "content": {"bytes": 4, "sha256": digest}}
-    assert (outcome["sha256"], outcome["bytes_written"], outcome["created"]) == (digest, 4, True)
-    assert seen["ssh_read_file"][1]["sha256"] == digest
-    assert seen["ssh_edit_file"][1]["sha256_before"] == digest
+    assert arguments == {"path": path, "content": {"bytes": 4, "sha256": sha256}}
+    assert (outcome["sha256"], outcome["bytes_written"], outcome["created"]) == (sha256, 4, True)
+    assert seen["ssh_read_file"][1]["sha256"] == sha256
+    assert seen["ssh_edit_file"][1]["sha256_before"] == sha256
     assert seen["ssh_edit_file"][0]["edits"][0]["old_text"]["bytes"] == 3
 
 
@@ -393,6 +400,7 @@ def test_records_that_wait_for_the_disk_are_written_together() -> None:
 
     class SlowLog:
         public_key: str | None = None
+        head = BEGINNING
 
         def write(self, records: Any) -> None:
             written.append(len(records))

@@ -355,10 +355,10 @@ def writer(name: str, path: Path, threads: int) -> Iterator["subprocess.Popen[st
 
 
 def test_processes_and_threads_that_write_at_once_make_one_chain(path: Path) -> None:
-    with writer("one", path, 8) as one, writer("two", path, 8) as two, writer("three", path, 8) as three:
-        said = [process.communicate(timeout=60)[0].split() for process in (one, two, three)]
+    with writer("one", path, 8) as one, writer("two", path, 8) as two:
+        said = [process.communicate(timeout=60)[0].split() for process in (one, two)]
     acknowledged = [command for lines in said for command in lines]
-    assert len(acknowledged) == 3 * 8 * 15
+    assert len(acknowledged) == 2 * 8 * 15
     assert sorted(commands(path)) == sorted(acknowledged)
     assert checked(path) == []
 
@@ -367,7 +367,7 @@ def test_process_killed_at_any_moment_loses_nothing_that_it_acknowledged(path: P
     chance = random.Random(7)
     acknowledged: list[str] = []
     with ExitStack() as stack:
-        for process in [stack.enter_context(writer(f"p{number}", path, 1)) for number in range(4)]:
+        for process in [stack.enter_context(writer(f"p{number}", path, 1)) for number in range(3)]:
             assert process.stdout is not None
             acknowledged += [process.stdout.readline().strip() for _ in range(chance.randrange(1, 60))]
             process.send_signal(signal.SIGKILL)
