@@ -141,7 +141,7 @@ class Trail:
             self._log.close()
 
     def _mark(self, event: str, **more: str | None) -> None:
-        where = {"process": os.getpid(), "machine": platform.node(), "account": os_user() or "unknown"}
+        where = {"process": os.getpid(), "machine": platform.node(), "account": os_user()}
         self.append({"time": now(), "event": event, **where, **more})
         if self._log is not None:
             head = self._log.head
@@ -154,13 +154,13 @@ class Call:
     def __init__(
         self, trail: Trail, identity: str | None, client: str | None, tool: str, arguments: Mapping[str, Any]
     ) -> None:
-        """`identity` is an e-mail address and `client` the OAuth client, or both None for the local user."""
+        """`identity` is an e-mail address or the local user's name, `client` the OAuth client of the former."""
         self.ended = False
         self._trail = trail
         self._arguments = arguments
         self._names = {
             "id": secrets.token_hex(8),
-            "identity": identity or os_user() or "unknown",
+            "identity": identity,
             "client": client,
             "tool": tool,
         }

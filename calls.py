@@ -9,6 +9,7 @@ one ends a call whose login was taken back.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import wraps
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -24,6 +25,7 @@ from pydantic import ValidationError as PydanticValidationError
 
 import audit
 import telemetry
+from settings import os_user
 from ssh_errors import AuditError, SSHError
 from ssh_output import visible
 
@@ -72,9 +74,11 @@ class Recorded(Middleware):
         self._trail = trail
 
     async def on_call_tool(self, context: MiddlewareContext[Any], call_next: CallNext[Any, Any]) -> Any:
-        token, asked = get_access_token(), context.message
-        email, client = (None, None) if token is None else (str(token.claims["email"]), token.client_id)
-        call = audit.Call(self._trail(), email, client, asked.name, asked.arguments or {})
+        try:
+            trail = self._trail()
+        except SSHError as error:
+            raise _tool_error(str(error)) from None
+        call = audit.Call(trail, *_caller(), context.message.name, context.message.arguments or {})
         with call.current():
             try:
                 return await call_next(context)
@@ -84,7 +88,18 @@ class Recorded(Middleware):
                 raise
             finally:
                 if not call.ended:
-                    await _recorded(call, "cancelled", None)
+                    with suppress(ToolError):  # nobody listens any more
+                        await _recorded(call, "cancelled", None)
+
+
+def _caller() -> tuple[str | None, str | None]:
+    """Return who calls, as the trail names them, and their application; nobody is whoever has no login over HTTP."""
+    token = get_access_token()
+    try:
+        name = identity()
+    except SSHError:
+        return None, None
+    return (os_user(), None) if token is None else (name, token.client_id)
 
 
 async def _recorded(call: audit.Call, status: audit.Status, error: str | None) -> None:

@@ -23,8 +23,7 @@ from ssh_output import one_line, visible
 _COLUMNS = 80
 _INDENT = "    "
 _WELL = ("done", "exited", "running")
-_PLAIN = ("host", "user", "port", "command")
-"""Arguments that are not listed: the target says them, or they stand on lines of their own."""
+_IN_TARGET = ("host", "user", "port")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -78,7 +77,7 @@ def _print(lines: Iterable[str]) -> None:
 
 def _readable(record: Record) -> bool:
     """Whether a record has what is shown of it; who altered it may have left anything."""
-    names = ("time", "id", "identity", "tool") if record["event"] in ("intent", "outcome") else ("time",)
+    names = ("time", "id", "tool") if record["event"] in ("intent", "outcome") else ("time",)
     return all(isinstance(record.get(name), str) for name in names)
 
 
@@ -86,7 +85,7 @@ def _wanted(record: Record, options: argparse.Namespace) -> bool:
     return (
         fnmatchcase(record["tool"], options.tool)
         and fnmatchcase(str(record.get("target") or ""), f"*{options.target}*")
-        and fnmatchcase(record["identity"], f"*{options.identity}*")
+        and fnmatchcase(str(record.get("identity")), f"*{options.identity}*")
         and record["time"] >= options.since
     )
 
@@ -106,12 +105,15 @@ def _call(intent: Record, outcome: Record) -> Iterator[str]:
     """Yield the lines for one call, whose outcome may be missing."""
     mark = " " if outcome.get("status") in _WELL and not outcome.get("exit_code") else "!"
     target = outcome.get("target") or intent.get("target") or "-"
-    yield from _wrapped(f"{mark} {_clock(intent)}  {intent['identity']}  {intent['tool']}  {target}", _INDENT)
+    yield from _wrapped(
+        f"{mark} {_clock(intent)}  {intent.get('identity')}  {intent['tool']}  {target}", _INDENT
+    )
     given = intent.get("arguments")
     arguments = given if isinstance(given, dict) else {}
     for line in visible(str(arguments.get("command") or "")).splitlines():
         yield from _wrapped(f"{_INDENT}{line}", _INDENT * 2)
-    told = "  ".join(f"{name}={_value(value)}" for name, value in arguments.items() if name not in _PLAIN)
+    said = ("command", *(() if target == "-" else _IN_TARGET))
+    told = "  ".join(f"{name}={_value(value)}" for name, value in arguments.items() if name not in said)
     if told:
         yield from _wrapped(f"{_INDENT}{told}", _INDENT * 2)
     yield from _wrapped(f"{_INDENT}{_ending(outcome)}", _INDENT * 2)
