@@ -93,6 +93,8 @@ class SentLog:
     @classmethod
     def to_syslog(cls, path: str) -> "SentLog":
         """Send to a local syslog daemon or journald: a record counts once the daemon's socket has taken it."""
+        if sys.platform == "win32":
+            raise OSError(errno.EAFNOSUPPORT, "Windows has no syslog")
         wire = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
             wire.connect(path)
