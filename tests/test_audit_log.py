@@ -1,5 +1,6 @@
 """Where a trail is kept: real files, crashes, full disks, several processes, logrotate, syslog."""
 
+import errno
 import json
 import os
 import random
@@ -407,6 +408,22 @@ def test_full_disk_acknowledges_nothing_and_harms_no_chain(small_disk: Path) -> 
         log.write([{"event": "intent", "command": "1000000"}])
     assert 0 < len(acknowledged) < 1000
     assert [int(command) for command in commands(path)] == [*acknowledged, 1_000_000]
+    assert altered(path) == []
+
+
+def test_disk_that_does_not_flush_acknowledges_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with closing(FileLog(path)) as log:
+        log.write([{"event": "intent", "command": "a"}])
+        state = path.with_name(".audit.jsonl.state").read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", broken)
+            with pytest.raises(OSError, match="Input/output"):
+                log.write([{"event": "intent", "command": "b"}])
+        assert path.with_name(".audit.jsonl.state").read_bytes() == state
+        log.write([{"event": "intent", "command": "c"}])
     assert altered(path) == []
 
 
