@@ -222,11 +222,12 @@ class Call:
         try:
             self._trail.append(*records)
         except AuditError as error:
-            if self._targets:
-                raise AuditError(
-                    f"{error}. This call was carried out, but how it ended is not on record: look before you repeat it"
-                ) from None
-            raise AuditError(f"{error}. Nothing was done") from None
+            if not self._targets:
+                raise AuditError(f"{error}. Nothing was done") from None
+            was = "was" if self._answer is not None else "may have been"
+            raise AuditError(
+                f"{error}. This call {was} carried out, but how it ended is not on record: look before you repeat it"
+            ) from None
 
     def _record(self, event: str, target: Target | None, more: Record) -> Record:
         where = {
