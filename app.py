@@ -28,7 +28,7 @@ import settings
 import telemetry
 from audit import RecordedReach, Trail
 from audit_log import open_log
-from calls import EndWithLogin, Measured, PlainErrors, Recorded, Telling, answers, identity
+from calls import EndWithLogin, Measured, PlainErrors, Rate, RateLimited, Recorded, Telling, answers, identity
 from settings import Settings, SettingsError
 from ssh_answers import Closed, CommandResult, EditedFile, FileContent, Listing, WrittenFile
 from ssh_commands import Commands
@@ -58,6 +58,7 @@ class Services:
 
     def __init__(self, current: Settings, job_key: Callable[[], str | Sequence[bytes]]) -> None:
         self.reach = RecordedReach(Reach(current))
+        self.rate = Rate(current.rate_limit)
         self.pool = Pool(current)
         self.trail = Trail(open_log(current.audit_log) if current.audit_log else None, self.pool.host_key)
         telemetry.observe(self.pool.counters, lambda: sum(self.pool.open_targets().values()))
@@ -232,6 +233,7 @@ mcp: _Server = _Server(
     middleware=[
         Measured(),
         Recorded(lambda: _ssh().trail),
+        RateLimited(lambda identity: _ssh().rate.take(identity)),
         PlainErrors(),
         EndWithLogin(lambda token: mcp.in_force(token)),
     ],
@@ -544,6 +546,10 @@ try:
         open_log(_checked.audit_log).close()
     telemetry.start()
     _log_to_stderr(_checked.log_level)
+    if _checked.allowed_paths and not _checked.allowed_commands:
+        _log.warning(
+            "ALLOWED_PATHS binds the file tools alone: without ALLOWED_COMMANDS ssh_execute goes anywhere"
+        )
     fastmcp.settings.host, fastmcp.settings.port = _checked.http_host, _checked.http_port
 except SettingsError as error:
     settings.exit_for(error)

@@ -2,12 +2,16 @@
 
 A tool is a plain function that returns a model or raises an SSHError. `answers` makes of it what FastMCP calls: only
 a known caller gets in, the model becomes text and fields, a failure becomes a tool error, and how it ended goes on
-record. The middlewares stand around that: one measures, one opens the record, one words what is wrong with arguments,
-one ends a call whose login was taken back.
+record. The middlewares stand around that: one measures, one opens the record, one counts the calls of each identity,
+one words what is wrong with arguments, one ends a call whose login was taken back.
 """
 
 import asyncio
 import logging
+import math
+import threading
+import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import wraps
@@ -26,11 +30,12 @@ from pydantic import ValidationError as PydanticValidationError
 import audit
 import telemetry
 from settings import os_user
-from ssh_errors import AuditError, SSHError
+from ssh_errors import AuditError, RefusedError, SSHError
 from ssh_output import visible
 
 _ERROR_CHARACTERS = 1000
 _LOGIN_SECONDS = 5.0
+_RATE_SECONDS = 60.0
 
 P = ParamSpec("P")
 A = TypeVar("A", bound="Answer")
@@ -109,6 +114,62 @@ async def _recorded(call: audit.Call, status: audit.Status, error: str | None) -
             await anyio.to_thread.run_sync(call.end, status, error)
         except AuditError as failure:
             raise _tool_error(str(failure)) from None
+
+
+class Rate:
+    """Lets one identity make at most `most` calls in any 60 seconds, None: as many as it likes. Thread-safe.
+
+    What was refused does not count, so whoever keeps asking still gets `most` a minute. Memory holds the times of the
+    last minute's calls only.
+    """
+
+    def __init__(self, most: int | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most = most
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._calls: dict[str, deque[float]] = {}
+
+    def take(self, identity: str) -> None:
+        """Count a call. Raises RefusedError, which says when to try again, if there were too many."""
+        if self._most is None:
+            return
+        with self._lock:
+            now = self._clock()
+            if identity not in self._calls:
+                self._forget(now - _RATE_SECONDS)
+            times = self._calls.setdefault(identity, deque())
+            while times and times[0] <= now - _RATE_SECONDS:
+                times.popleft()
+            if len(times) >= self._most:
+                seconds = math.ceil(times[0] + _RATE_SECONDS - now)
+                raise RefusedError(
+                    f"RATE_LIMIT allows {self._most} calls a minute; nothing was done. Try again in {seconds} s"
+                )
+            times.append(now)
+
+    @property
+    def identities(self) -> int:
+        """How many identities are remembered."""
+        with self._lock:
+            return len(self._calls)
+
+    def _forget(self, before: float) -> None:
+        """Drop identities that have not called since; the caller holds the lock."""
+        self._calls = {who: times for who, times in self._calls.items() if times[-1] > before}
+
+
+class RateLimited(Middleware):
+    """Refuse calls of an identity that makes too many, before their arguments are looked at; `take` raises then."""
+
+    def __init__(self, take: Callable[[str], None]) -> None:
+        self._take = take
+
+    async def on_call_tool(self, context: MiddlewareContext[Any], call_next: CallNext[Any, Any]) -> Any:
+        try:
+            self._take(identity())
+        except SSHError as error:
+            raise _tool_error(str(error)) from None
+        return await call_next(context)
 
 
 class EndWithLogin(Middleware):

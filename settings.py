@@ -160,6 +160,17 @@ def _audit_log(text: str) -> str:
     return str(path)
 
 
+def _directories(text: str) -> str:
+    """Return colon-separated directories as they stand if all can be meant, else raise ValueError."""
+    entries = [entry for part in text.split(":") if (entry := part.strip())]
+    if not entries:
+        raise ValueError("directories")
+    for entry in entries:
+        if not entry.isprintable() or "*" in entry or (entry.startswith("~") and entry[1:2] not in ("", "/")):
+            raise ValueError("directories without wildcards, in the login directory of the account alone")
+    return text
+
+
 def os_user() -> str:
     """Return the name of the account that this process runs as, an empty one if it has none."""
     try:
@@ -213,6 +224,10 @@ class Settings(BaseSettings):
         None,
         description="comma-separated patterns [user@]host[:port], such as web1,deploy@*.example.com:2222",
     )
+    allowed_paths: Annotated[str, AfterValidator(_directories)] | None = Field(
+        None,
+        description="colon-separated directories without wildcards, such as /srv/app:~/notes",
+    )
     ssh_max_connections: int = Field(10, ge=1, le=100, description="a whole number from 1 to 100")
     ssh_max_total_connections: int = Field(
         500, ge=1, le=100_000, description="a whole number from 1 to 100000"
@@ -224,6 +239,9 @@ class Settings(BaseSettings):
     )
     ssh_max_read_bytes: int = Field(
         65_536, ge=1_000, le=10_000_000, description="bytes, from 1000 to 10000000"
+    )
+    rate_limit: int | None = Field(
+        None, ge=1, le=100_000, description="tool calls a minute, a whole number from 1 to 100000"
     )
     http_host: Annotated[str, AfterValidator(host_token)] = Field(
         "127.0.0.1", description="an address or a name of this machine to listen on"
@@ -265,9 +283,7 @@ class Settings(BaseSettings):
     ssh_config: NotBuilt = None
     ssh_sudo: NotBuiltSwitch = None
     allowed_commands: NotBuilt = None
-    allowed_paths: NotBuilt = None
     read_only: NotBuiltSwitch = None
-    rate_limit: NotBuilt = None
     confirm: NotBuiltSwitch = None
 
     @classmethod

@@ -1,7 +1,10 @@
-"""What may be reached. Pure: what a call names goes in, a target or a refusal comes out.
+"""What may be reached and touched. Pure: what a call names goes in, a target, a verdict or a refusal comes out.
 
 A pattern of `SSH_ALLOWED_HOSTS` is `[user@]host[:port]`. Without `user@` or `:port` it allows only the user and the
 port that the settings give; `*` and `?` are wildcards in every part.
+
+A path is judged by its components and as bytes, once its links have been resolved. One that is not absolute, or still
+holds `.` or `..`, lies nowhere.
 """
 
 from dataclasses import dataclass
@@ -117,3 +120,51 @@ def _split_port(text: str) -> tuple[str, str | None]:
         host, _, port = text.partition(":")
         return host, port
     return text, None
+
+
+class AllowedPaths:
+    """Which directories the file tools may touch: `ALLOWED_PATHS`. Immutable, so thread-safe.
+
+    `entries` are as the server takes them, absolute or relative to the login directory; none: no bounds. With
+    `guards_logins` nothing hidden in the login directory may be written: a file that a login reads is a command too,
+    and `ALLOWED_COMMANDS` says which commands there are.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        texts = (text.strip() for text in (settings.allowed_paths or "").split(":"))
+        self.entries = tuple(_entry(text) for text in texts if text)
+        self.guards_logins = bool(self.entries and settings.allowed_commands)
+
+
+def is_within(path: bytes, folder: bytes) -> bool:
+    """Whether a path lies in a folder, or is the folder."""
+    inside, around = _components(path), _components(folder)
+    return inside is not None and around is not None and inside[: len(around)] == around
+
+
+def is_hidden(path: bytes, home: bytes) -> bool:
+    """Whether a path is, or lies in, something directly in a folder whose name begins with a dot."""
+    inside, around = _components(path), _components(home)
+    if inside is None or around is None or inside[: len(around)] != around:
+        return False
+    return any(name.startswith(b".") for name in inside[len(around) :][:1])
+
+
+def below(path: bytes, folder: bytes) -> list[bytes]:
+    """Return the paths on the way from a folder, which `path` lies in, to the path itself, which comes last."""
+    inside, around = _components(path) or [], _components(folder) or []
+    steps = [b"/" + b"/".join(inside[:count]) for count in range(len(around) + 1, len(inside) + 1)]
+    return steps or [path]
+
+
+def _components(path: bytes) -> list[bytes] | None:
+    """Return the names in an absolute path, None for a path that is none or that leads up."""
+    if not path.startswith(b"/") or b"\0" in path:
+        return None
+    names = [name for name in path.split(b"/") if name]
+    return None if b"." in names or b".." in names else names
+
+
+def _entry(text: str) -> bytes:
+    entry = text.encode()
+    return b"." if entry == b"~" else entry.removeprefix(b"~/") or b"."
