@@ -223,6 +223,18 @@ def test_refusals_and_failures_are_recorded_with_their_sentence(
     assert word in outcome["error"]
 
 
+def test_call_over_the_rate_is_recorded(call: Call, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RATE_LIMIT", "1")
+
+    async def work(client: Client[Any]) -> None:
+        for _ in range(2):
+            await client.call_tool("ssh_close_connection", raise_on_error=False)
+
+    with_client(work)
+    assert [outcome["status"] for _, outcome in calls(log)] == ["done", "refused"]
+    assert "RATE_LIMIT" in last(log)[1]["error"]
+
+
 def test_error_inside_the_server_is_recorded_without_its_words(
     call: Call, log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
