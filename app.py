@@ -26,6 +26,8 @@ from pydantic import Field
 
 import settings
 import telemetry
+from audit import RecordedReach, Trail
+from audit_log import open_log
 from calls import (
     EndWithLogin,
     Hiding,
@@ -33,6 +35,7 @@ from calls import (
     PlainErrors,
     Rate,
     RateLimited,
+    Recorded,
     Telling,
     answers,
     identity,
@@ -65,12 +68,13 @@ class Services:
     """What the tools work with, made from one set of settings."""
 
     def __init__(self, current: Settings, job_key: Callable[[], str | Sequence[bytes]]) -> None:
-        self.reach = Reach(current)
+        self.reach = RecordedReach(Reach(current))
         self.rate = Rate(current.rate_limit)
         self.allowed = AllowedCommands(current)
         self.no_running = no_running(current)
         self.no_writing = no_writing(current)
         self.pool = Pool(current)
+        self.trail = Trail(open_log(current.audit_log) if current.audit_log else None, self.pool.host_key)
         telemetry.observe(self.pool.counters, lambda: sum(self.pool.open_targets().values()))
         self.commands = Commands(self.pool, current)
         self.jobs = Jobs(self.commands, job_key)
@@ -84,10 +88,11 @@ class Services:
         return self.reach.target(host, user, port)
 
     def close(self) -> None:
-        """End what waiting calls run, let files be finished for a moment, then close all connections."""
+        """End what waiting calls run, let files be finished for a moment, then close connections and trail."""
         self.commands.stop()
         self.jobs.close()
         self.pool.close(_FINISH_SECONDS)
+        self.trail.close(_FINISH_SECONDS)
 
 
 _services: Services | None = None
@@ -253,6 +258,7 @@ mcp: _Server = _Server(
     middleware=[
         Hiding(_hidden_tools),
         Measured(),
+        Recorded(lambda: _ssh().trail),
         RateLimited(lambda identity: _ssh().rate.take(identity)),
         PlainErrors(),
         EndWithLogin(lambda token: mcp.in_force(token)),
@@ -526,6 +532,8 @@ def ssh_close_connection(
     Rarely needed: idle ones close by themselves and dead ones are replaced. Use it when group membership or the
     SSH server's settings have changed. Running commands go on, and their connections close after them.
     """
+    if all:
+        _ssh().reach.every()
     targets = None if all else [_ssh().reach.target(host, user, port)]
     closed, still_open = _ssh().pool.close_idle(targets)
     return Closed(closed=[str(target) for target in closed], open=[str(target) for target in still_open])
@@ -563,6 +571,8 @@ try:
     _checked = settings.load()
     Reach(_checked)
     AllowedCommands(_checked)
+    if _checked.audit_log:
+        open_log(_checked.audit_log).close()
     telemetry.start()
     _log_to_stderr(_checked.log_level)
     if _checked.allowed_paths and not _checked.allowed_commands:

@@ -148,6 +148,18 @@ def _emails(text: str) -> str:
     return text
 
 
+def _audit_log(text: str) -> str:
+    kind, colon, rest = text.partition(":")
+    if colon and kind == "fd" and rest.isascii() and rest.isdecimal() and int(rest[:9]) >= 2:
+        return text  # 0 and 1 belong to MCP
+    if colon and kind == "syslog" and (not rest or rest.startswith("/")):
+        return text
+    path = _expanded(Path(text))
+    if not path.is_absolute():
+        raise ValueError("an absolute path")
+    return str(path)
+
+
 def _directories(text: str) -> str:
     """Return colon-separated directories as they stand if all can be meant, else raise ValueError."""
     entries = [entry for part in text.split(":") if (entry := part.strip())]
@@ -159,7 +171,8 @@ def _directories(text: str) -> str:
     return text
 
 
-def _os_user() -> str:
+def os_user() -> str:
+    """Return the name of the account that this process runs as, an empty one if it has none."""
     try:
         return getpass.getuser()
     except (OSError, KeyError):
@@ -199,7 +212,7 @@ class Settings(BaseSettings):
     )
     ssh_default_port: Port = Field(22, description="a port from 1 to 65535")
     ssh_default_user: Annotated[str, AfterValidator(user_token)] = Field(
-        default_factory=_os_user, description="an account name: letters, digits and . _ - @ +"
+        default_factory=os_user, description="an account name: letters, digits and . _ - @ +"
     )
     ssh_key_path: ExpandedPath | None = Field(None, description="the path of a private key")
     ssh_key_passphrase: SecretStr | None = Field(None, description="the key's passphrase")
@@ -263,6 +276,9 @@ class Settings(BaseSettings):
     forwarded_allow_ips: Annotated[str, AfterValidator(_networks)] = Field(
         "127.0.0.1", description="addresses or networks of proxies, with commas between them"
     )
+    audit_log: Annotated[str, AfterValidator(_audit_log)] | None = Field(
+        None, description="the absolute path of a file, syslog:, or fd: and the number of an open descriptor"
+    )
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR"],
         BeforeValidator(lambda v: v.upper() if isinstance(v, str) else v),
@@ -271,7 +287,6 @@ class Settings(BaseSettings):
     ssh_config: NotBuilt = None
     ssh_sudo: NotBuiltSwitch = None
     confirm: NotBuiltSwitch = None
-    audit_log: NotBuilt = None
 
     @classmethod
     def settings_customise_sources(

@@ -332,8 +332,9 @@ def test_call_over_http_without_a_token_has_no_identity(transport: str) -> None:
 
 @pytest.mark.parametrize("served", ["mounted", "proxied", "without its login"])
 def test_no_tool_works_when_another_server_serves_them_without_the_login(
-    environment: None, served: str
+    environment: None, served: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("AUDIT_LOG", str(tmp_path / "audit.jsonl"))
     arguments: dict[str, dict[str, Any]] = {
         "ssh_execute": {"command": "true"},
         "ssh_read_file": {"path": "/etc/passwd"},
@@ -371,6 +372,9 @@ def test_no_tool_works_when_another_server_serves_them_without_the_login(
         thread.join()
     assert sorted(told) == NAMES
     assert all("came without a login" in answer for answer in told.values()), told
+    trail = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    outcomes = [record for record in trail if record["event"] == "outcome"]
+    assert [(record["identity"], record["status"]) for record in outcomes] == [(None, "refused")] * 7
 
 
 def test_command_over_its_time_is_waited_for_with_its_job_id(call: Call) -> None:

@@ -90,6 +90,10 @@ def test_paths_may_begin_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
         ("SSH_CONNECT_TIMEOUT", "soon", "seconds"),
         ("SSH_MAX_OUTPUT_BYTES", "1", "1000"),
         ("SSH_MAX_READ_BYTES", "1", "1000"),
+        ("AUDIT_LOG", "audit.jsonl", "absolute path"),
+        ("AUDIT_LOG", "fd:1", "descriptor"),
+        ("AUDIT_LOG", "fd:x", "descriptor"),
+        ("AUDIT_LOG", "syslog:here", "syslog"),
         ("LOG_LEVEL", "loud", "DEBUG"),
         ("RATE_LIMIT", "0", "1 to 100000"),
         ("RATE_LIMIT", "10/s", "whole number"),
@@ -118,7 +122,6 @@ def test_bad_value_is_one_line_that_says_what_would_do(
         "SSH_CONFIG",
         "SSH_SUDO",
         "CONFIRM",
-        "AUDIT_LOG",
     ],
 )
 def test_restriction_that_nothing_enforces_stops_the_start(
