@@ -7,7 +7,7 @@ around that: one measures, one words what is wrong with arguments, one ends a ca
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -17,7 +17,7 @@ from fastmcp.exceptions import ToolError, ValidationError
 from fastmcp.server.auth import AccessToken
 from fastmcp.server.dependencies import get_access_token, get_context
 from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
-from fastmcp.tools.base import ToolResult
+from fastmcp.tools.base import Tool, ToolResult
 from pydantic import ValidationError as PydanticValidationError
 
 import telemetry
@@ -60,6 +60,27 @@ class Measured(Middleware):
     async def on_call_tool(self, context: MiddlewareContext[Any], call_next: CallNext[Any, Any]) -> Any:
         with telemetry.call(context.message.name):
             return await call_next(context)
+
+
+class HidingParameter(Middleware):
+    """Leave a parameter out of a tool's schema while `hidden` says so; where it is given, the tool refuses."""
+
+    def __init__(self, tool: str, parameter: str, hidden: Callable[[], bool]) -> None:
+        self._tool = tool
+        self._parameter = parameter
+        self._hidden = hidden
+
+    async def on_list_tools(
+        self, context: MiddlewareContext[Any], call_next: CallNext[Any, Sequence[Tool]]
+    ) -> Sequence[Tool]:
+        tools = await call_next(context)
+        if not self._hidden():
+            return tools
+        return [self._without(tool) if tool.name == self._tool else tool for tool in tools]
+
+    def _without(self, tool: Tool) -> Tool:
+        shown = {name: of for name, of in tool.parameters["properties"].items() if name != self._parameter}
+        return tool.model_copy(update={"parameters": tool.parameters | {"properties": shown}})
 
 
 class EndWithLogin(Middleware):

@@ -36,6 +36,7 @@ _USER_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWX
 
 _GOOGLE = "https://accounts.google.com/.well-known/openid-configuration"
 _SECRET_BYTES = 32
+_PASSWORD_BYTES = 255
 _MAKE_SECRET = "make a good one with: openssl rand -hex 32"  # noqa: S105 - a command, not a secret
 _PLACEHOLDERS = (
     "change-me",
@@ -148,6 +149,14 @@ def _emails(text: str) -> str:
     return text
 
 
+def _one_line(secret: SecretStr) -> SecretStr:
+    """Return a password that sudo reads whole, else raise ValueError: what it left would be the command's stdin."""
+    text = secret.get_secret_value()
+    if len(text.encode()) > _PASSWORD_BYTES or not {*"\r\n\0"}.isdisjoint(text):
+        raise ValueError("a password of one line")
+    return secret
+
+
 def _os_user() -> str:
     try:
         return getpass.getuser()
@@ -200,6 +209,10 @@ class Settings(BaseSettings):
         None,
         description="comma-separated patterns [user@]host[:port], such as web1,deploy@*.example.com:2222",
     )
+    ssh_sudo: bool = Field(False, description="true or false")
+    ssh_sudo_password: Annotated[SecretStr, AfterValidator(_one_line)] | None = Field(
+        None, description="the password that sudo asks for: one line of 255 bytes at most"
+    )
     ssh_max_connections: int = Field(10, ge=1, le=100, description="a whole number from 1 to 100")
     ssh_max_total_connections: int = Field(
         500, ge=1, le=100_000, description="a whole number from 1 to 100000"
@@ -247,7 +260,6 @@ class Settings(BaseSettings):
     ] = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
 
     ssh_config: NotBuilt = None
-    ssh_sudo: NotBuiltSwitch = None
     allowed_commands: NotBuilt = None
     allowed_paths: NotBuilt = None
     read_only: NotBuiltSwitch = None

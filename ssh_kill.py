@@ -10,46 +10,66 @@ from typing import Literal
 Signal = Literal["INT", "TERM", "KILL", "HUP"]
 
 
-def ending(pid: int) -> str:
+def ending(pid: int, *, through_sudo: bool = False) -> str:
     """Return the program that ends a command: TERM, KILL after two seconds, and a look whether anything is left.
 
     It prints the signal that did it, and after that the ids of processes that neither has ended; `gone` when there
     was nobody.
     """
-    return (_MEMBERS + _END).replace("PID", str(pid))
+    return (_members(through_sudo) + _END).replace("PID", str(pid))
 
 
-def signalling(pid: int, signal: Signal) -> str:
+def signalling(pid: int, signal: Signal, *, through_sudo: bool = False) -> str:
     """Return the program that sends a signal to the whole command; it prints the signal if there was anybody."""
     send = f"for p in $t; do kill -s {signal} -- $p 2>/dev/null && sent={signal}; done; echo $sent\n"
-    return (_MEMBERS + send).replace("PID", str(pid))
+    if signal == "KILL":
+        send += "wake\n"
+    return (_members(through_sudo) + send).replace("PID", str(pid))
 
 
-_MEMBERS = """
+def _members(through_sudo: bool) -> str:
+    return _GROUP + (_BESIDE_SUDO if through_sudo else "") + _MEMBERS
+
+
+_GROUP = """
 stat_of() {
   { read -r s <"$1"; } 2>/dev/null || return
   p=${1#/proc/}; p=${p%/stat}; s=${s##*) }
 }
-if stat_of /proc/PID/stat; then set -- $s; g=$3
+parent= led=
+if stat_of /proc/PID/stat; then set -- $s; parent=$2 g=$3
 else g=$(ps -o pgid= -p PID 2>/dev/null); fi
-t=-PID
+"""
+
+_BESIDE_SUDO = """[ "$parent" != "$g" ] || led=$g
+"""
+
+_MEMBERS = """t=-PID
+grow() { :; }
+wake() { [ -z "$led" ] || kill -s CONT "$led" 2>/dev/null; }
 if [ "$(($g + 0))" -ne PID ]; then
-  t=PID more=1
-  while [ -n "$more" ]; do
-    more=
-    for f in /proc/[0-9]*/stat; do
-      stat_of "$f" || continue
-      set -- $s
-      case " $t " in *" $p "*) continue ;; esac
-      case " $t " in *" $2 "*) t="$t $p" more=1 ;; esac
+  t=PID
+  grow() {
+    more=1
+    while [ -n "$more" ]; do
+      more=
+      for f in /proc/[0-9]*/stat; do
+        stat_of "$f" || continue
+        set -- $s
+        case " $t $led " in *" $p "*) continue ;; esac
+        if [ -n "$led" ]; then of=$led kin=$3; else of=$t kin=$2; fi
+        case " $of " in *" $kin "*) t="$t $p" more=1 ;; esac
+      done
     done
-  done
+  }
+  grow
 fi
 """
 """Sets `t` to whom `kill` is to reach."""
 
 _END = """alive() {
   if ! [ -e /proc/self/stat ]; then kill -s 0 -- $t 2>/dev/null && echo PID; return; fi
+  grow
   for f in /proc/[0-9]*/stat; do
     stat_of "$f" || continue
     set -- $s
@@ -68,7 +88,9 @@ tens='1 2 3 4 5 6 7 8 9 10'
 if [ -z "$(alive)" ]; then echo gone; exit; fi
 kill -s TERM -- $t 2>/dev/null
 if gone "$tens $tens"; then echo TERM; exit; fi
+grow
 kill -s KILL -- $t 2>/dev/null
+wake
 if gone "$tens"; then echo KILL; exit; fi
 echo KILL $(alive)
 """
