@@ -343,8 +343,8 @@ def _not_run(target: Target, exchange: Exchange) -> SSHError:
     """Return what to say of a session that ended without the mark."""
     outcome = exchange.outcome
     if exchange.dialogue is not None and outcome.at_sudo:
-        why = visible(exchange.dialogue.failure(outcome.err.shown(2000).text))
-        return SSHError(f"{target}: nothing was run: {why[:600]}")
+        why = exchange.dialogue.failure(outcome.err.shown(4000).text)
+        return SSHError(f"{target}: nothing was run: {visible(why)}")
     said = visible((outcome.out.shown(300).text + outcome.err.shown(300).text).strip())
     return SSHError(
         f"{target} ended the session without a sign that the command was run (exit status "

@@ -312,3 +312,4 @@ class _Marked:
         """Without a mark at the end of a command that was not run, what there is explains why."""
         if not started_or_lost and self.said is None:
             self._kept.add(bytes(self._before))
+            self._before.clear()

@@ -28,7 +28,7 @@ def signalling(pid: int, signal: Signal, *, through_sudo: bool = False) -> str:
 
 
 def _members(through_sudo: bool) -> str:
-    return _GROUP + (_BESIDE_SUDO if through_sudo else "") + _MEMBERS
+    return _GROUP + (_BESIDE_SUDO if through_sudo else "") + _REACH
 
 
 _GROUP = """
@@ -36,7 +36,7 @@ stat_of() {
   { read -r s <"$1"; } 2>/dev/null || return
   p=${1#/proc/}; p=${p%/stat}; s=${s##*) }
 }
-parent= led=
+t= parent= led=
 if stat_of /proc/PID/stat; then set -- $s; parent=$2 g=$3
 else g=$(ps -o pgid= -p PID 2>/dev/null); fi
 """
@@ -44,43 +44,53 @@ else g=$(ps -o pgid= -p PID 2>/dev/null); fi
 _BESIDE_SUDO = """[ "$parent" != "$g" ] || led=$g
 """
 
-_MEMBERS = """t=-PID
-grow() { :; }
-wake() { [ -z "$led" ] || kill -s CONT "$led" 2>/dev/null; }
-if [ "$(($g + 0))" -ne PID ]; then
-  t=PID
-  grow() {
-    more=1
-    while [ -n "$more" ]; do
-      more=
-      for f in /proc/[0-9]*/stat; do
-        stat_of "$f" || continue
-        set -- $s
-        case " $t $led " in *" $p "*) continue ;; esac
-        if [ -n "$led" ]; then of=$led kin=$3; else of=$t kin=$2; fi
-        case " $of " in *" $kin "*) t="$t $p" more=1 ;; esac
-      done
+_REACH = """reach() {
+  if [ "$(($g + 0))" -eq PID ]; then t=-PID; return; fi
+  if [ -n "$led" ]; then t=; else t=${t:-PID}; fi
+  more=1
+  while [ -n "$more" ]; do
+    more=
+    for f in /proc/[0-9]*/stat; do
+      stat_of "$f" || continue
+      set -- $s
+      case " $t $led " in *" $p "*) continue ;; esac
+      if [ "$3" = "$led" ]; then t="$t $p"
+      elif [ -z "$led" ]; then case " $t " in *" $2 "*) t="$t $p" more=1 ;; esac; fi
     done
-  }
-  grow
-fi
+  done
+}
+wake() { [ -z "$led" ] || kill -s CONT "$led" 2>/dev/null; }
+reach
 """
-"""Sets `t` to whom `kill` is to reach."""
+"""`reach` sets `t` to whom `kill` is to reach: the group, or single processes, with those that have come since."""
 
 _END = """alive() {
   if ! [ -e /proc/self/stat ]; then kill -s 0 -- $t 2>/dev/null && echo PID; return; fi
-  grow
-  for f in /proc/[0-9]*/stat; do
+  reach
+  case $t in
+    -*) set -- /proc/[0-9]*/stat ;;
+    *) set --; for p in $t; do set -- "$@" "/proc/$p/stat"; done ;;
+  esac
+  for f do
     stat_of "$f" || continue
     set -- $s
     case $1 in Z|X) continue ;; esac
-    case " $t " in " -$3 "|*" $p "*) echo "$p" ;; esac
+    case $t in -*) [ "$t" = "-$3" ] || continue ;; esac
+    echo "$p"
   done
 }
+any() {
+  for p do
+    ! stat_of "/proc/$p/stat" || case $s in [ZX]*) ;; *) return 0 ;; esac
+  done
+  return 1
+}
 gone() {
+  left=$(alive)
   for i in $1; do
-    [ -n "$(alive)" ] || return 0
+    [ -n "$left" ] || return 0
     sleep 0.1 2>/dev/null || sleep 1
+    any $left || left=$(alive)
   done
   [ -z "$(alive)" ]
 }
@@ -88,7 +98,7 @@ tens='1 2 3 4 5 6 7 8 9 10'
 if [ -z "$(alive)" ]; then echo gone; exit; fi
 kill -s TERM -- $t 2>/dev/null
 if gone "$tens $tens"; then echo TERM; exit; fi
-grow
+reach
 kill -s KILL -- $t 2>/dev/null
 wake
 if gone "$tens"; then echo KILL; exit; fi

@@ -21,6 +21,7 @@ from pydantic import SecretStr
 from ssh_background import quoted
 
 _DIRECTORIES = "/run/wrappers/bin /usr/pkg/bin /usr/local/bin /bin /usr/bin"
+_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Dialogue:
         why = "sudo did not start it; sudoers must let this account run /bin/sh"
         if self._password is None:
             why += " without a password (NOPASSWD), or SSH_SUDO_PASSWORD be set"
-        before, _, after = said.rpartition(self._prompt)
-        words = after.strip() or before.strip()
+        words = " ".join((said.rpartition(self._prompt)[2].strip() or said).split())
+        if len(words) > 2 * _CHARACTERS:  # a lecture before its reason, or a long command after it
+            words = f"{words[:_CHARACTERS]} ... {words[-_CHARACTERS:]}"
         return f"{why}: {words}" if words else why

@@ -1,10 +1,14 @@
 """Commands through sudo: the real one, on a real sshd, in real accounts that exist as long as these tests."""
 
+import logging
 import os
 import secrets
+import shlex
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +20,12 @@ from conftest import Server, make_server, marker, nobody_cancels, open_folder, p
 from settings import Target
 from ssh_answers import CommandResult
 from ssh_commands import Commands
-from ssh_errors import SSHError
+from ssh_errors import ArgumentError, SSHError
+from ssh_jobs import Jobs
+from ssh_kill import ending
 from ssh_pool import Pool
 from ssh_shells import Task
-from ssh_sudo import Sudo
+from ssh_sudo import Dialogue, Sudo
 
 RULES = {
     "asks": "NAME ALL=(ALL:ALL) ALL\nDefaults:NAME use_pty, lecture=always, timestamp_timeout=0",
@@ -29,6 +35,7 @@ RULES = {
     "little": "NAME ALL=(ALL:ALL) NOPASSWD: /usr/bin/id",
     "wants_tty": "NAME ALL=(ALL:ALL) NOPASSWD: ALL\nDefaults:NAME requiretty",
     "stranger": "",
+    "in_fish": "NAME ALL=(ALL:ALL) ALL",
 }
 """The accounts, and what sudoers says of each."""
 
@@ -37,7 +44,8 @@ RULES = {
 def account(name: str, home: Path, password: str, rules: str) -> Iterator[None]:
     """An account of this machine, with a password and rules for sudo."""
     sudoers = Path("/etc/sudoers.d") / name
-    subprocess.run(["useradd", "-M", "-N", "-d", home, "-s", "/bin/bash", name], check=True)
+    shell = program("fish" if name.endswith("fish") else "bash", "fish")
+    subprocess.run(["useradd", "-M", "-N", "-d", home, "-s", shell, name], check=True)
     try:
         subprocess.run(["chpasswd"], input=f"{name}:{password}", text=True, check=True)
         home.mkdir()
@@ -47,7 +55,6 @@ def account(name: str, home: Path, password: str, rules: str) -> Iterator[None]:
         yield
     finally:
         sudoers.unlink(missing_ok=True)
-        subprocess.run(["pkill", "-KILL", "-u", name], check=False)
         wait_for(lambda: subprocess.run(["userdel", name], capture_output=True).returncode == 0)
 
 
@@ -61,6 +68,15 @@ class Host:
 
     def target(self, kind: str) -> Target:
         return self.server.account(self.names[kind])
+
+    @property
+    def sudo(self) -> Sudo:
+        return Sudo(SecretStr(self.password))
+
+    @property
+    def log(self) -> str:
+        """What sudo has logged, its broken lines joined."""
+        return (self.server.folder / "sudo.log").read_text().replace("\n    ", "")
 
 
 @pytest.fixture(scope="module")
@@ -89,18 +105,30 @@ Run = Callable[..., CommandResult]
 
 @pytest.fixture
 def run(commands: Commands, host: Host) -> Run:
-    def run(kind: str, command: str, *, password: str | None = host.password, **given: Any) -> CommandResult:
+    def run(
+        kind: str,
+        command: str,
+        *,
+        password: str | None = host.password,
+        timeout: float = 30,
+        cancelled: Callable[[], None] = nobody_cancels,
+        **given: Any,
+    ) -> CommandResult:
         sudo = Sudo(None if password is None else SecretStr(password))
-        more = {name: given.pop(name) for name in ("timeout", "cancelled") if name in given}
         task = Task.of(command, sudo=sudo, **given)
-        return commands.run_task(
-            host.target(kind), task, **({"timeout": 30, "cancelled": nobody_cancels} | more)
-        )
+        return commands.run_task(host.target(kind), task, timeout=timeout, cancelled=cancelled)
 
     return run
 
 
-KINDS = ["asks", "remembers", "free", "freely"]
+@pytest.fixture
+def jobs(commands: Commands) -> Iterator[Jobs]:
+    jobs = Jobs(commands, lambda: "k" * 64)
+    yield jobs
+    jobs.close()
+
+
+KINDS = ["asks", "remembers", "free", "freely", "in_fish"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,4 +136,262 @@ def test_command_runs_as_root_and_reads_the_callers_input_alone(run: Run, kind: 
     for _ in range(2):  # first contact, and then a shell that was started ahead
         result = run(kind, "id -u; cat; echo err >&2; exit 3", stdin="in\n")
         assert (result.stdout, result.stderr, result.exit_code) == ("0\nin\n", "err\n", 3)
-        assert run(kind, "cat").stdout == ""
+    assert run(kind, "cat").stdout == ""
+
+
+@pytest.mark.parametrize("kind", ["asks", "freely"])
+def test_large_input_arrives_whole(run: Run, kind: str) -> None:
+    assert run(kind, "wc -c", stdin="x" * 1_000_000).stdout == "1000000\n"
+
+
+@pytest.mark.parametrize("kind", ["remembers", "in_fish"])
+def test_cwd_and_env_of_the_call_hold_and_the_rest_is_sudos(run: Run, host: Host, kind: str) -> None:
+    home = host.server.folder / kind
+    (home / "a 'b").mkdir()
+    show = 'pwd; echo "$A" "$HOME" $#; cat'
+    assert run(kind, show, cwd="~/a 'b", env={"A": "x  'y'"}, stdin="in").stdout == (
+        f"{home}/a 'b\nx  'y' /root 0\nin"
+    )
+    assert run(kind, show, cwd="/root").stdout == "/root\n /root 0\n"
+    assert run(kind, "pwd").stdout == f"{home}\n"
+    with pytest.raises(ArgumentError, match="cannot be entered"):
+        run(kind, "pwd", cwd="nowhere")
+
+
+@pytest.mark.parametrize("command", [f"echo {'x' * 300_000} | wc -c", f"echo {chr(39) * 60_000} 300001"])
+def test_long_command_lines_are_run(run: Run, command: str) -> None:
+    assert run("remembers", command).stdout.strip().endswith("300001")
+
+
+def test_bin_sh_reads_the_command_line(run: Run) -> None:
+    assert run("in_fish", "test $0 = sh && a=b && echo ${a}c").stdout == "bc\n"
+
+
+def test_wrong_password_is_told_and_tried_once(run: Run, host: Host) -> None:
+    wrong = f"wrong-{secrets.token_hex(8)}"
+    with pytest.raises(SSHError, match=r"nothing was run.*SSH_SUDO_PASSWORD") as raised:
+        run("asks", "touch ~/ran", password=wrong)
+    assert str(host.target("asks")) in str(raised.value)
+    assert wrong not in str(raised.value)
+    tries = [line for line in host.log.splitlines() if host.names["asks"] in line and "incorrect" in line]
+    assert len(tries) == 1
+    assert "1 incorrect password attempt" in tries[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("stranger", "not in the sudoers file"),
+        ("little", "not allowed to execute"),
+        ("wants_tty", "must have a tty"),
+    ],
+)
+def test_who_may_not_is_told_so_in_sudos_words(run: Run, host: Host, kind: str, words: str) -> None:
+    with pytest.raises(SSHError, match=rf"nothing was run: sudo did not start it.*{words}") as raised:
+        run(kind, "echo ran")
+    assert host.password not in str(raised.value)
+    assert "%" not in str(raised.value)
+
+
+def test_without_a_password_only_what_needs_none_runs(run: Run) -> None:
+    assert run("free", "cat", stdin="in", password=None).stdout == "in"
+    with pytest.raises(SSHError, match=r"NOPASSWD.*SSH_SUDO_PASSWORD.*a password is required"):
+        run("asks", "echo ran", password=None)
+
+
+def test_sudo_that_the_account_put_into_its_path_gets_no_password(run: Run, host: Host) -> None:
+    home = host.server.folder / "asks"
+    (home / "bin").mkdir()
+    stand_in = home / "bin" / "sudo"
+    stand_in.write_text(f'#!/bin/sh\nprintf "$3" >&2; cat >{home}/stolen; exec /usr/bin/sudo "$@"\n')
+    stand_in.chmod(0o755)
+    (home / ".bashrc").write_text("PATH=~/bin:$PATH\n")
+    assert run("asks", "id -u").stdout == "0\n"
+    assert not (home / "stolen").exists()
+    (home / ".bashrc").unlink()
+
+
+def test_account_with_a_forced_command_is_refused(host: Host, commands: Commands) -> None:
+    keys = host.server.folder / "authorized_keys"
+    before = keys.read_text()
+    keys.write_text(f'command="echo closed" {before}')
+    with pytest.raises(ArgumentError, match="sudo cannot be had there"):
+        commands.run_task(
+            host.target("free"),
+            Task.of("echo ran", sudo=host.sudo),
+            timeout=20,
+            cancelled=nobody_cancels,
+        )
+    keys.write_text(before)
+
+
+@pytest.mark.parametrize("kind", ["asks", "freely"])
+@pytest.mark.parametrize(
+    ("command", "signal"),
+    [
+        ("(sleep 30.MARK & sleep 30.MARK | cat) & wait", "TERM"),
+        ("trap '' TERM; sleep 30.MARK | (trap '' TERM; cat; sleep 30.MARK) | cat", "KILL"),
+        ("kill -STOP $$; sleep 30.MARK", "KILL"),
+    ],
+)
+def test_timed_out_command_is_killed_with_all_it_started(
+    run: Run, kind: str, command: str, signal: str
+) -> None:
+    mark = marker()
+    run(kind, "true")
+    result = run(kind, command.replace("MARK", mark), timeout=1)
+    assert (result.status, result.signal, result.note) == ("killed", signal, None)
+    assert not running(mark)
+
+
+def test_command_that_sudo_gave_a_terminal_is_killed_with_its_group(host: Host, tmp_path: Path) -> None:
+    """The monitor, the session and the group of their own that `use_pty` makes where there is a terminal."""
+    mark, told = marker(), tmp_path / "pid"
+    inner = f"echo $$ >{told}; sleep 30.{mark} & sleep 30.{mark}; true"
+    sudo = shlex.join(["sudo", "--", "/bin/sh", "-c", inner])
+    as_account = ["setpriv", "--reuid", host.names["free"], "--regid", "100", "--init-groups"]
+    in_terminal = subprocess.Popen(
+        [*as_account, "script", "-qec", sudo, "/dev/null"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+    )
+    wait_for(lambda: told.exists() and told.read_text())
+    pid = int(told.read_text())
+    assert os.getpgid(pid) == pid
+    assert os.getsid(pid) != pid
+    done = subprocess.run(
+        ["sh", "-c", ending(pid, through_sudo=True)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["TERM"]
+    assert not running(mark)
+    in_terminal.communicate(timeout=20)
+
+
+def test_cancelled_call_kills_its_command(run: Run) -> None:
+    mark, cancelled = marker(), threading.Event()
+
+    def check() -> None:
+        if cancelled.is_set():
+            raise SSHError("cancelled")
+
+    with ThreadPoolExecutor() as threads:
+        call = threads.submit(run, "asks", f"sleep 30.{mark}", cancelled=check)
+        wait_for(lambda: running(f"^sleep 30.{mark}"))
+        cancelled.set()
+        with pytest.raises(SSHError, match="cancelled"):
+            call.result(20)
+    assert not running(mark)
+
+
+def test_stopping_kills_what_waiting_calls_run(run: Run, commands: Commands) -> None:
+    mark = marker()
+    with ThreadPoolExecutor() as threads:
+        call = threads.submit(run, "freely", f"sleep 30.{mark}")
+        wait_for(lambda: running(f"^sleep 30.{mark}"))
+        commands.stop()
+        with pytest.raises(SSHError, match="stopping"):
+            call.result(20)
+    assert not running(mark)
+
+
+class AskingOtherwise(Sudo):
+    """Whose prompt is another than the expected one, as that for a one-time password is."""
+
+    def start(self, program: str, mark: str) -> str:
+        return super().start(program, "0" * 32)
+
+
+def test_prompt_that_was_not_asked_for_is_not_answered(host: Host, commands: Commands) -> None:
+    task = Task.of("touch ~/ran", sudo=AskingOtherwise(SecretStr(host.password)))
+    with pytest.raises(SSHError, match=r"nothing was run: .*0%0.*no password was provided"):
+        commands.run_task(host.target("asks"), task, timeout=2, cancelled=nobody_cancels)
+
+
+@pytest.mark.parametrize("kind", ["asks", "freely"])
+def test_detached_command_goes_on_and_gets_each_signal_once(
+    jobs: Jobs, commands: Commands, host: Host, kind: str
+) -> None:
+    commands.run(host.target(kind), "true", cancelled=nobody_cancels)
+    mark = marker()
+    program = f"trap 'echo int' INT; trap 'echo end; exit 9' TERM; while :; do sleep 0.2.{mark}; done"
+    program = program.replace(f"0.2.{mark}", f"0.2{mark[-6:]}")
+    go_on: dict[str, Any] = {"on_timeout": "detach", "cancelled": nobody_cancels}
+    first = jobs.execute("me", host.target(kind), Task.of(program, sudo=host.sudo), timeout=1, **go_on)
+    assert first.status == "running"
+    assert first.job_id
+    then = jobs.go_on("me", first.job_id, signal="INT", timeout=1, **go_on)
+    assert (then.status, then.stdout) == ("running", "int\n")
+    last = jobs.go_on("me", first.job_id, signal="TERM", timeout=20, **go_on)
+    assert (last.status, last.exit_code, last.stdout) == ("exited", 9, "int\nend\n")
+
+
+class ProcessTable:
+    """Everything that processes of this machine had as arguments or in their environment for a while."""
+
+    def __init__(self) -> None:
+        self.seen: set[bytes] = set()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> "ProcessTable":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.005):
+            for process in Path("/proc").glob("[0-9]*"):
+                for name in ("cmdline", "environ"):
+                    with suppress(OSError):
+                        self.seen.add((process / name).read_bytes())
+
+
+def test_password_is_in_no_log_no_error_and_no_process_table(
+    run: Run, host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    secret_value = f"value-{secrets.token_hex(8)}"
+    said = [repr(host.sudo), repr(Task.of("true", sudo=host.sudo)), repr(host.server.settings())]
+    with ProcessTable() as table:
+        for kind in ("asks", "freely"):
+            said.append(repr(run(kind, "sleep 0.2; cat; env; ps -ef", stdin="in")))
+            run(kind, "sleep 0.2; true", env={"PGPASSWORD": secret_value})
+        said.append(repr(run("asks", "sleep 30", timeout=0.5)))
+        for kind in ("stranger", "little"):
+            with pytest.raises(SSHError) as raised:
+                run(kind, "true")
+            said.append(repr(raised.value) + str(raised.value))
+    assert any(b"-S\0-p\0" in text for text in table.seen)
+    texts = [*said, caplog.text, host.log, (host.server.folder / "log").read_text()]
+    assert "COMMAND=/bin/sh -c" in host.log
+    canary = host.password.split()[0]
+    assert not [text for text in texts if canary in text]
+    assert not [text for text in table.seen if canary.encode() in text]
+    assert not [text for text in texts if secret_value in text]
+    holders = [text for text in table.seen if secret_value.encode() in text]
+    assert all(b"PGPASSWORD=" in text.split(b"\0") or b"\0PGPASSWORD=" in text for text in holders)
+
+
+def test_dialogue_tells_the_password_once_and_only_who_asks() -> None:
+    mark = secrets.token_hex(16)
+    sudo = Sudo(SecretStr("pass"))
+    prompt = f"{mark[:16]}%{mark[16:]}".encode()
+    dialogue = Dialogue(sudo, mark, b"in")
+    assert dialogue.due(b"lecture " + sudo.start("true", mark).encode(), started=False) == b""
+    assert dialogue.due(b"lecture " + prompt, started=False) == b"pass\n"
+    assert dialogue.due(b"lecture " + prompt, started=False) == b""
+    assert not dialogue.over
+    assert dialogue.due(b"lecture " + prompt, started=True) == b"in"
+    assert dialogue.over
+    assert dialogue.due(prompt + prompt, started=True) == b""
+
+
+def test_dialogue_ends_at_the_second_prompt() -> None:
+    mark = secrets.token_hex(16)
+    prompt = f"{mark[:16]}%{mark[16:]}".encode()
+    dialogue = Dialogue(Sudo(SecretStr("pass")), mark, b"in")
+    assert dialogue.due(prompt, started=False) == b"pass\n"
+    assert dialogue.due(prompt + b"Sorry, try again.\n" + prompt, started=False) == b""
+    assert dialogue.over
+    assert "SSH_SUDO_PASSWORD" in dialogue.failure("")
