@@ -22,7 +22,7 @@ from ssh_answers import CommandResult
 from ssh_commands import Commands
 from ssh_errors import ArgumentError, SSHError
 from ssh_jobs import Jobs
-from ssh_kill import ending
+from ssh_kill import ending, signalling
 from ssh_pool import Pool
 from ssh_shells import Task
 from ssh_sudo import Dialogue, Sudo
@@ -225,13 +225,12 @@ def test_account_with_a_forced_command_is_refused(host: Host, commands: Commands
     keys.write_text(before)
 
 
-@pytest.mark.parametrize("kind", ["asks", "freely"])
 @pytest.mark.parametrize(
-    ("command", "signal"),
+    ("kind", "command", "signal"),
     [
-        ("(sleep 30.MARK & sleep 30.MARK | cat) & wait", "TERM"),
-        ("trap '' TERM; sleep 30.MARK | (trap '' TERM; cat; sleep 30.MARK) | cat", "KILL"),
-        ("kill -STOP $$; sleep 30.MARK", "KILL"),
+        ("asks", "(sleep 30.MARK & sleep 30.MARK | cat) & wait", "TERM"),
+        ("freely", "trap '' TERM; sleep 30.MARK | (trap '' TERM; cat; sleep 30.MARK) | cat", "KILL"),
+        ("freely", "kill -STOP $$; sleep 30.MARK", "KILL"),
     ],
 )
 def test_timed_out_command_is_killed_with_all_it_started(
@@ -244,25 +243,55 @@ def test_timed_out_command_is_killed_with_all_it_started(
     assert not running(mark)
 
 
-def test_command_that_sudo_gave_a_terminal_is_killed_with_its_group(host: Host, tmp_path: Path) -> None:
-    """The monitor, the session and the group of their own that `use_pty` makes where there is a terminal."""
-    mark, told = marker(), tmp_path / "pid"
-    inner = f"echo $$ >{told}; sleep 30.{mark} & sleep 30.{mark}; true"
-    sudo = shlex.join(["sudo", "--", "/bin/sh", "-c", inner])
+@contextmanager
+def two_sleeping(host: Host, told: Path, *, terminal: bool) -> Iterator[int]:
+    """The process id of a shell that sudo started and that has started two more."""
     as_account = ["setpriv", "--reuid", host.names["free"], "--regid", "100", "--init-groups"]
-    in_terminal = subprocess.Popen(
-        [*as_account, "script", "-qec", sudo, "/dev/null"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+    sudo = ["sudo", "--", "/bin/sh", "-c", f"sleep 30 & echo $$ >{told}; sleep 30; true"]
+    wrapped = ["script", "-qec", shlex.join(sudo), "/dev/null"] if terminal else sudo
+    process = subprocess.Popen(
+        [*as_account, *wrapped], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
     )
     wait_for(lambda: told.exists() and told.read_text())
-    pid = int(told.read_text())
-    assert os.getpgid(pid) == pid
-    assert os.getsid(pid) != pid
-    done = subprocess.run(
-        ["sh", "-c", ending(pid, through_sudo=True)], capture_output=True, text=True, check=True
-    )
+    yield int(told.read_text())
+    process.communicate(timeout=20)
+
+
+def group_of(pid: int) -> set[int]:
+    done = subprocess.run(["pgrep", "-g", str(os.getpgid(pid))], capture_output=True, text=True, check=True)
+    return {int(word) for word in done.stdout.split()}
+
+
+def arguments(pid: int) -> bytes:
+    """What a process was started with; nothing for one that has ended, though its parent may not know it yet."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_command_that_sudo_gave_a_terminal_is_killed_with_its_group(host: Host, tmp_path: Path) -> None:
+    """The monitor, the session and the group of their own that `use_pty` makes where there is a terminal."""
+    with two_sleeping(host, tmp_path / "pid", terminal=True) as pid:
+        assert os.getpgid(pid) == pid
+        wait_for(lambda: len(group_of(pid)) == 3)
+        group = group_of(pid)
+        done = subprocess.run(["sh", "-c", ending(pid, through_sudo=True)], capture_output=True, text=True)
     assert done.stdout.split() == ["TERM"]
-    assert not running(mark)
-    in_terminal.communicate(timeout=20)
+    assert not [member for member in group if arguments(member)]
+
+
+def test_signal_reaches_the_group_that_sudo_leads_but_sudo(host: Host, tmp_path: Path) -> None:
+    """sudo passes a signal on, and the command would get it twice."""
+    shown = "kill() { shift $(($# - 1)); echo $1; command kill -TERM $1; }\n"
+    with two_sleeping(host, tmp_path / "pid", terminal=False) as pid:
+        leader = os.getpgid(pid)
+        wait_for(lambda: len(group_of(pid)) == 4)
+        group = group_of(pid)
+        program = shown + signalling(pid, "INT", through_sudo=True)
+        done = subprocess.run(["sh", "-c", program], capture_output=True, text=True)
+    assert leader != pid
+    assert {int(word) for word in done.stdout.split() if word != "INT"} == group - {leader}
 
 
 def test_cancelled_call_kills_its_command(run: Run) -> None:
@@ -305,22 +334,18 @@ def test_prompt_that_was_not_asked_for_is_not_answered(host: Host, commands: Com
         commands.run_task(host.target("asks"), task, timeout=2, cancelled=nobody_cancels)
 
 
-@pytest.mark.parametrize("kind", ["asks", "freely"])
-def test_detached_command_goes_on_and_gets_each_signal_once(
-    jobs: Jobs, commands: Commands, host: Host, kind: str
-) -> None:
-    commands.run(host.target(kind), "true", cancelled=nobody_cancels)
-    mark = marker()
-    program = f"trap 'echo int' INT; trap 'echo end; exit 9' TERM; while :; do sleep 0.2.{mark}; done"
-    program = program.replace(f"0.2.{mark}", f"0.2{mark[-6:]}")
+def test_detached_command_goes_on_and_gets_signals(jobs: Jobs, commands: Commands, host: Host) -> None:
+    target = host.target("freely")
+    commands.run(target, "true", cancelled=nobody_cancels)
+    program = "trap 'echo int' INT; trap 'exit 9' TERM; while :; do sleep 0.05; done"
     go_on: dict[str, Any] = {"on_timeout": "detach", "cancelled": nobody_cancels}
-    first = jobs.execute("me", host.target(kind), Task.of(program, sudo=host.sudo), timeout=1, **go_on)
+    first = jobs.execute("me", target, Task.of(program, sudo=host.sudo), timeout=1, **go_on)
     assert first.status == "running"
     assert first.job_id
     then = jobs.go_on("me", first.job_id, signal="INT", timeout=1, **go_on)
     assert (then.status, then.stdout) == ("running", "int\n")
     last = jobs.go_on("me", first.job_id, signal="TERM", timeout=20, **go_on)
-    assert (last.status, last.exit_code, last.stdout) == ("exited", 9, "int\nend\n")
+    assert (last.status, last.exit_code, last.stdout) == ("exited", 9, "int\n")
 
 
 class ProcessTable:
