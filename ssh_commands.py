@@ -323,9 +323,9 @@ class Commands:
         return self._by_sh(target, program, exchange)
 
     def _by_sh(self, target: Target, text: str, reached: Exchange) -> list[str]:
-        """Return the words that a program prints which acts on a command, and through sudo as that did.
+        """Return the words that a program prints which acts on a command, through sudo if that runs so.
 
-        It must not wait for what it is to end. None if it failed.
+        The program must not wait for what it is to end. It prints none if it failed.
         """
         task = Task(text, None, {}, b"", by_sh=True, sudo=reached.sudo)
         deadline = time.monotonic() + _KILL_SECONDS

@@ -39,7 +39,7 @@ class Outcome:
     pid: int | None = None
     started: bool = False
     refused: bool = False
-    at_sudo: bool = False
+    at_sudo: bool = False  # a shell has made way for sudo
     exit_status: int | None = None
     exit_signal: str | None = None
     killed: bool = False
@@ -136,8 +136,13 @@ class Exchange:
             check()
             if not moved:
                 left = max(0.0, deadline - time.monotonic())
-                first = until_started or self.outcome.unsent
+                first = until_started or self.outcome.unsent or self._at_dialogue
                 self._session.wait(min(_TICK_SECONDS, left), packets=1 if first else _PACKETS)
+
+    @property
+    def _at_dialogue(self) -> bool:
+        """Whether somebody may ask for an answer."""
+        return self.dialogue is not None and not self.dialogue.over
 
     def ends_within(self, seconds: float) -> bool:
         """Go on for so many seconds at most, and return whether the command has ended."""
@@ -188,7 +193,7 @@ class Exchange:
         while self._input and (count := self._session.send(self._input)):
             self._input = self._input[count:]
             sent += count
-        if not (self._input or self._fed) and (self.dialogue is None or self.dialogue.over):
+        if not (self._input or self._fed or self._at_dialogue):
             self._input = memoryview(b"")  # lets go of the bytes
             self._session.send_eof()
             self._fed = True

@@ -3,6 +3,10 @@
 PID stands for the process id of the command's shell. It leads a process group of its own under OpenSSH; where it
 does not (dropbear), the shell and what descends from it are meant, since the group is the connection's. An init that
 reaps late, or never as in many containers, leaves zombies that `kill -0` still finds, so `/proc` is looked at.
+
+What sudo started leads a group of its own where sudo gave it a terminal. Else it is in the group that sudo leads, and
+all of that is meant but sudo itself: that would pass each signal on, so that the command gets it twice, and how it
+ends tells how the command did. A sudo that stopped with its command is woken to tell that.
 """
 
 from typing import Literal

@@ -33,8 +33,8 @@ class Sudo:
     def start(self, program: str, mark: str) -> str:
         """Return what a POSIX shell evaluates to become sudo, and through it `/bin/sh` that runs the program.
 
-        The program's `$1` is the login directory. It stands in the process list and in sudo's own log: what others
-        must not read goes to its stdin.
+        The program's `$1` is the login directory. The process list and sudo's own log show the program: what others
+        must not read has to go to its stdin.
         """
         asking = "-n" if self.password is None else f"-S -p {mark[:16]}%%{mark[16:]}"
         return (
@@ -49,9 +49,8 @@ class Dialogue:
     def __init__(self, sudo: Sudo, mark: str, stdin: bytes) -> None:
         self.over = False
         self._password = sudo.password
-        self._prompt = (
-            f"{mark[:16]}%{mark[16:]}"  # sudo makes one % of two: what echoes its arguments does not ask
-        )
+        # sudo makes one % of two: what merely echoes its arguments shows no prompt
+        self._prompt = f"{mark[:16]}%{mark[16:]}"
         self._stdin = stdin
         self._told = False
         self._wrong = False
