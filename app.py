@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -26,8 +26,19 @@ from pydantic import Field
 
 import settings
 import telemetry
-from calls import EndWithLogin, HidingParameter, Measured, PlainErrors, Telling, answers, identity
-from settings import Settings, SettingsError
+from calls import (
+    EndWithLogin,
+    Hiding,
+    HidingParameter,
+    Measured,
+    PlainErrors,
+    Rate,
+    RateLimited,
+    Telling,
+    answers,
+    identity,
+)
+from settings import Settings, SettingsError, Target
 from ssh_answers import Closed, CommandResult, EditedFile, FileContent, Listing, WrittenFile
 from ssh_commands import Commands
 from ssh_edits import Edit
@@ -36,7 +47,7 @@ from ssh_files import Files
 from ssh_jobs import Jobs, local_key
 from ssh_kill import Signal
 from ssh_output import visible
-from ssh_policy import Reach
+from ssh_policy import WRITING_TOOLS, AllowedCommands, Reach, no_running, no_writing
 from ssh_pool import Pool
 from ssh_shells import Task
 from ssh_sudo import Sudo
@@ -57,6 +68,10 @@ class Services:
 
     def __init__(self, current: Settings, job_key: Callable[[], str | Sequence[bytes]]) -> None:
         self.reach = Reach(current)
+        self.rate = Rate(current.rate_limit)
+        self.allowed = AllowedCommands(current)
+        self.no_running = no_running(current)
+        self.no_writing = no_writing(current)
         self.pool = Pool(current)
         telemetry.observe(self.pool.counters, lambda: sum(self.pool.open_targets().values()))
         self.commands = Commands(self.pool, current)
@@ -74,6 +89,12 @@ class Services:
             raise RefusedError("sudo is not allowed: SSH_SUDO is not true; nothing was run")
         return self.sudo if asked else None
 
+    def target_to_write(self, host: str | None, user: str | None, port: int | None) -> Target:
+        """Return the target of a call that writes. Raises what `Reach.target` raises, RefusedError where none may."""
+        if self.no_writing:
+            raise RefusedError(self.no_writing)
+        return self.reach.target(host, user, port)
+
     def close(self) -> None:
         """End what waiting calls run, let files be finished for a moment, then close all connections."""
         self.commands.stop()
@@ -88,6 +109,11 @@ def _ssh() -> Services:
     if _services is None:
         raise SSHError("the server is not running")
     return _services
+
+
+def _hidden_tools() -> Collection[str]:
+    """Return the tools that are not listed; before the server runs, by the settings that were there at its import."""
+    return WRITING_TOOLS if (_services.no_writing if _services else no_writing(_checked)) else ()
 
 
 @asynccontextmanager
@@ -237,8 +263,10 @@ mcp: _Server = _Server(
     ),
     lifespan=_lifespan,
     middleware=[
+        Hiding(_hidden_tools),
         HidingParameter("ssh_execute", "sudo", lambda: _ssh().sudo is None),
         Measured(),
+        RateLimited(lambda identity: _ssh().rate.take(identity)),
         PlainErrors(),
         EndWithLogin(lambda token: mcp.in_force(token)),
     ],
@@ -294,6 +322,8 @@ def ssh_execute(
     next call, which waits again and returns what came since. Background processes do not hold the call.
     """
     ssh = _ssh()
+    if ssh.no_running:
+        raise RefusedError(ssh.no_running)
     begins = command is not None or cwd is not None or env is not None or bool(input) or background or sudo
     if job_id is None:
         if command is None or cursor is not None or signal is not None:
@@ -301,7 +331,8 @@ def ssh_execute(
                 "give a command, or the job_id of a running one; cursor and signal need job_id"
             )
         target = ssh.reach.target(host, user, port)
-        task = Task.of(command, cwd, env, input, sudo=ssh.through_sudo(sudo))
+        through = ssh.through_sudo(sudo)
+        task = Task.of(ssh.allowed.approved(command, env), cwd, env, input, sudo=through)
         if not background:
             return ssh.jobs.execute(
                 identity(),
@@ -403,7 +434,7 @@ def ssh_write_file(
     mode and whether the file was created.
     """
     return _ssh().files.write(
-        _ssh().reach.target(host, user, port),
+        _ssh().target_to_write(host, user, port),
         path,
         _content_bytes(content, encoding),
         append=append,
@@ -442,7 +473,7 @@ def ssh_edit_file(
     are kept. Returns a unified diff and the new sha256.
     """
     return _ssh().files.edit(
-        _ssh().reach.target(host, user, port),
+        _ssh().target_to_write(host, user, port),
         path,
         edits,
         dry_run=dry_run,
@@ -529,23 +560,37 @@ def _content_bytes(content: str, encoding: Literal["utf-8", "base64"]) -> bytes:
         raise ArgumentError(f"content is not valid {encoding}; nothing was written") from None
 
 
+class _OneLine(logging.Formatter):
+    """Writes each message on one line of its own: libraries repeat what callers sent."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name that logging calls
+        line = super().formatMessage(record)
+        return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
+
+
 def _log_to_stderr(level: str) -> None:
     """Log to stderr: over stdio, stdout belongs to MCP."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
     _log.handlers = [handler]
     _log.setLevel(level)
     _log.propagate = False
     # below that they tell what calls hold, and what strangers call themselves
     for library in ("fastmcp.server", "mcp"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    logging.getLogger("mcp").handlers = [handler]
 
 
 try:
     _checked = settings.load()
     Reach(_checked)
+    AllowedCommands(_checked)
     telemetry.start()
     _log_to_stderr(_checked.log_level)
+    if _checked.allowed_paths and not _checked.allowed_commands:
+        _log.warning(
+            "ALLOWED_PATHS binds the file tools alone: without ALLOWED_COMMANDS ssh_execute goes anywhere"
+        )
     fastmcp.settings.host, fastmcp.settings.port = _checked.http_host, _checked.http_port
 except SettingsError as error:
     settings.exit_for(error)

@@ -2,12 +2,17 @@
 
 A tool is a plain function that returns a model or raises an SSHError. `answers` makes of it what FastMCP calls: only
 a known caller gets in, the model becomes text and fields, and a failure becomes a tool error. The middlewares stand
-around that: one measures, one words what is wrong with arguments, one ends a call whose login has ended.
+around that: one measures, one counts the calls of each identity, one words what is wrong with arguments, one ends a
+call whose login was taken back.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -21,11 +26,12 @@ from fastmcp.tools.base import Tool, ToolResult
 from pydantic import ValidationError as PydanticValidationError
 
 import telemetry
-from ssh_errors import SSHError
+from ssh_errors import RefusedError, SSHError
 from ssh_output import visible
 
 _ERROR_CHARACTERS = 1000
 _LOGIN_SECONDS = 5.0
+_RATE_SECONDS = 60.0
 
 P = ParamSpec("P")
 A = TypeVar("A", bound="Answer")
@@ -62,6 +68,75 @@ class Measured(Middleware):
             return await call_next(context)
 
 
+class Rate:
+    """Lets one identity make at most `most` calls in any 60 seconds, None: as many as it likes. Thread-safe.
+
+    What was refused does not count, so whoever keeps asking still gets `most` a minute. Memory holds the times of the
+    last minute's calls only.
+    """
+
+    def __init__(self, most: int | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most = most
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._calls: dict[str, deque[float]] = {}
+
+    def take(self, identity: str) -> None:
+        """Count a call. Raises RefusedError, which says when to try again, if there were too many."""
+        if self._most is None:
+            return
+        with self._lock:
+            now = self._clock()
+            if identity not in self._calls:
+                self._forget(now - _RATE_SECONDS)
+            times = self._calls.setdefault(identity, deque())
+            while times and times[0] <= now - _RATE_SECONDS:
+                times.popleft()
+            if len(times) >= self._most:
+                seconds = math.ceil(times[0] + _RATE_SECONDS - now)
+                raise RefusedError(
+                    f"RATE_LIMIT allows {self._most} calls a minute; nothing was done. Try again in {seconds} s"
+                )
+            times.append(now)
+
+    @property
+    def identities(self) -> int:
+        """How many identities are remembered."""
+        with self._lock:
+            return len(self._calls)
+
+    def _forget(self, before: float) -> None:
+        """Drop identities that have not called since; the caller holds the lock."""
+        self._calls = {who: times for who, times in self._calls.items() if times[-1] > before}
+
+
+class RateLimited(Middleware):
+    """Refuse calls of an identity that makes too many, before their arguments are looked at; `take` raises then."""
+
+    def __init__(self, take: Callable[[str], None]) -> None:
+        self._take = take
+
+    async def on_call_tool(self, context: MiddlewareContext[Any], call_next: CallNext[Any, Any]) -> Any:
+        try:
+            self._take(identity())
+        except SSHError as error:
+            raise _tool_error(str(error)) from None
+        return await call_next(context)
+
+
+class Hiding(Middleware):
+    """Leave out of the list of tools those that `hidden` names; what they do is refused by themselves."""
+
+    def __init__(self, hidden: Callable[[], Collection[str]]) -> None:
+        self._hidden = hidden
+
+    async def on_list_tools(
+        self, context: MiddlewareContext[Any], call_next: CallNext[Any, Sequence[Tool]]
+    ) -> Sequence[Tool]:
+        hidden = self._hidden()
+        return [tool for tool in await call_next(context) if tool.name not in hidden]
+
+
 class HidingParameter(Middleware):
     """Leave a parameter out of a tool's schema while `hidden` says so; where it is given, the tool refuses."""
 
@@ -84,7 +159,7 @@ class HidingParameter(Middleware):
 
 
 class EndWithLogin(Middleware):
-    """End a call soon after the login that it was made with has ended, as `in_force` tells."""
+    """End a call soon after its login was taken back, as `in_force` tells; a token that merely expires ends none."""
 
     def __init__(self, in_force: Callable[[AccessToken], Awaitable[bool]]) -> None:
         self._in_force = in_force
@@ -93,43 +168,23 @@ class EndWithLogin(Middleware):
         token = get_access_token()
         if token is None:
             return await call_next(context)
-        with anyio.CancelScope() as scope, _Watch(lambda: self._in_force(token), scope):
-            return await call_next(context)
+        with anyio.CancelScope() as scope:
+            watching = asyncio.create_task(self._watch(token, scope))
+            try:
+                return await call_next(context)
+            finally:
+                watching.cancel()
         raise _tool_error("the login of this call was taken back; what it ran was ended")
 
-
-class _Watch:
-    """Asks every few seconds whether a login is still in force, and cancels the scope unless it is."""
-
-    def __init__(self, in_force: Callable[[], Awaitable[bool]], scope: anyio.CancelScope) -> None:
-        self._in_force = in_force
-        self._scope = scope
-        self._asking: asyncio.Future[bool] | None = None
-
-    def __enter__(self) -> None:
-        self._wait()
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
-        if self._asking is not None:
-            self._asking.cancel()
-
-    def _wait(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(_LOGIN_SECONDS, self._begin)
-
-    def _begin(self) -> None:
-        self._asking = asyncio.ensure_future(self._in_force())
-        self._asking.add_done_callback(self._told)
-
-    def _told(self, asking: asyncio.Future[bool]) -> None:
-        if asking.cancelled():
-            return
-        if (error := asking.exception()) is not None:
-            _log.error("whether a login is in force cannot be told: %s", error)
-        if error is None and asking.result():
-            self._wait()
-        else:
-            self._scope.cancel()
+    async def _watch(self, token: AccessToken, scope: anyio.CancelScope) -> None:
+        """Cancel the scope once the login is not in force, or that cannot be told."""
+        in_force = True
+        try:
+            while in_force:
+                await asyncio.sleep(_LOGIN_SECONDS)
+                in_force = await self._in_force(token)
+        finally:
+            scope.cancel()
 
 
 def _argument_sentence(tool: str, error: ValidationError) -> str:

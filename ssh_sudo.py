@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from pydantic import SecretStr
 
-from ssh_background import quoted
+from ssh_words import quoted
 
 _DIRECTORIES = "/run/wrappers/bin /usr/pkg/bin /usr/local/bin /bin /usr/bin"
 _CHARACTERS = 200
