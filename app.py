@@ -116,6 +116,10 @@ def _hidden_tools() -> Collection[str]:
     return WRITING_TOOLS if (_services.no_writing if _services else no_writing(_checked)) else ()
 
 
+def _sudo_is_hidden() -> bool:
+    return not (_services.sudo if _services else _checked.ssh_sudo)
+
+
 @asynccontextmanager
 async def _lifespan(_: FastMCP[None]) -> AsyncIterator[None]:
     """Keep the services while the server runs; signals end it as the end of stdin does."""
@@ -264,7 +268,7 @@ mcp: _Server = _Server(
     lifespan=_lifespan,
     middleware=[
         Hiding(_hidden_tools),
-        HidingParameter("ssh_execute", "sudo", lambda: _ssh().sudo is None),
+        HidingParameter("ssh_execute", "sudo", _sudo_is_hidden),
         Measured(),
         RateLimited(lambda identity: _ssh().rate.take(identity)),
         PlainErrors(),

@@ -221,13 +221,7 @@ def test_file_without_secrets_may_be_read_by_all(tmp_path: Path) -> None:
     assert load(write(tmp_path / "env", "SSH_DEFAULT_HOST=web1", 0o644)).ssh_default_host == "web1"
 
 
-@pytest.mark.parametrize(
-    ("variable", "value"),
-    [
-        ("SSH_SUDO", "true"),
-        ("CONFIRM", "destructive"),
-    ],
-)
+@pytest.mark.parametrize(("variable", "value"), [("CONFIRM", "destructive")])
 def test_restriction_in_the_environment_stops_the_start(
     monkeypatch: pytest.MonkeyPatch, variable: str, value: str
 ) -> None:
