@@ -31,6 +31,7 @@ from audit_log import open_log
 from calls import (
     EndWithLogin,
     Hiding,
+    HidingParameter,
     Measured,
     PlainErrors,
     Rate,
@@ -52,6 +53,7 @@ from ssh_output import visible
 from ssh_policy import WRITING_TOOLS, AllowedCommands, Reach, no_running, no_writing
 from ssh_pool import Pool
 from ssh_shells import Task
+from ssh_sudo import Sudo
 from ssh_system import SystemInfo, SystemReports
 
 if TYPE_CHECKING:
@@ -80,6 +82,16 @@ class Services:
         self.jobs = Jobs(self.commands, job_key)
         self.files = Files(self.pool, current)
         self.systems = SystemReports(self.commands.script)
+        self.sudo = Sudo(current.ssh_sudo_password) if current.ssh_sudo else None
+
+    def through_sudo(self, asked: bool) -> Sudo | None:
+        """Return how to run a command through sudo, None if that is not asked for.
+
+        Raises RefusedError where it is not allowed.
+        """
+        if asked and self.sudo is None:
+            raise RefusedError("sudo is not allowed: SSH_SUDO is not true; nothing was run")
+        return self.sudo if asked else None
 
     def target_to_write(self, host: str | None, user: str | None, port: int | None) -> Target:
         """Return the target of a call that writes. Raises what `Reach.target` raises, RefusedError where none may."""
@@ -107,6 +119,10 @@ def _ssh() -> Services:
 def _hidden_tools() -> Collection[str]:
     """Return the tools that are not listed; before the server runs, by the settings that were there at its import."""
     return WRITING_TOOLS if (_services.no_writing if _services else no_writing(_checked)) else ()
+
+
+def _sudo_is_hidden() -> bool:
+    return not (_services.sudo if _services else _checked.ssh_sudo)
 
 
 @asynccontextmanager
@@ -257,6 +273,7 @@ mcp: _Server = _Server(
     lifespan=_lifespan,
     middleware=[
         Hiding(_hidden_tools),
+        HidingParameter("ssh_execute", "sudo", _sudo_is_hidden),
         Measured(),
         Recorded(lambda: _ssh().trail),
         RateLimited(lambda identity: _ssh().rate.take(identity)),
@@ -296,6 +313,9 @@ def ssh_execute(
     background: Annotated[
         bool, Field(description="Start it and return; it survives the connection and this server")
     ] = False,
+    sudo: Annotated[
+        bool, Field(description="Run it as root through sudo; /bin/sh then reads command")
+    ] = False,
     job_id: Annotated[str | None, Field(description="Instead of command: wait on for a running job")] = None,
     cursor: Annotated[str | None, Field(description="Only what came after that answer of the job")] = None,
     signal: Annotated[Signal | None, Field(description="Send it to the job first")] = None,
@@ -314,14 +334,15 @@ def ssh_execute(
     ssh = _ssh()
     if ssh.no_running:
         raise RefusedError(ssh.no_running)
-    begins = command is not None or cwd is not None or env is not None or bool(input) or background
+    begins = command is not None or cwd is not None or env is not None or bool(input) or background or sudo
     if job_id is None:
         if command is None or cursor is not None or signal is not None:
             raise ArgumentError(
                 "give a command, or the job_id of a running one; cursor and signal need job_id"
             )
         target = ssh.reach.target(host, user, port)
-        task = Task.of(ssh.allowed.approved(command, env), cwd, env, input)
+        through = ssh.through_sudo(sudo)
+        task = Task.of(ssh.allowed.approved(command, env), cwd, env, input, sudo=through)
         if not background:
             return ssh.jobs.execute(
                 identity(),
@@ -336,10 +357,15 @@ def ssh_execute(
             raise ArgumentError(
                 "a command in the background has no time-out: leave on_timeout out, or background; nothing was run"
             )
+        if sudo:
+            raise ArgumentError(
+                "background and sudo do not go together: without background it runs on as a job after its timeout, and "
+                "systemd-run (with sudo) starts what must outlive the connection; nothing was run"
+            )
         return ssh.jobs.start_background(identity(), target, task, timeout=timeout, cancelled=_cancelled)
     if begins:
         raise ArgumentError(
-            "give a command or a job_id, not both; command, cwd, env, input and background begin a new command"
+            "give a command or a job_id, not both; command, cwd, env, input, background and sudo begin a new command"
         )
     if host is not None or user is not None or port is not None:
         raise ArgumentError("a job_id says where its job runs; leave host, user and port out")

@@ -185,6 +185,27 @@ class Hiding(Middleware):
         return [tool for tool in await call_next(context) if tool.name not in hidden]
 
 
+class HidingParameter(Middleware):
+    """Leave a parameter out of a tool's schema while `hidden` says so; where it is given, the tool refuses."""
+
+    def __init__(self, tool: str, parameter: str, hidden: Callable[[], bool]) -> None:
+        self._tool = tool
+        self._parameter = parameter
+        self._hidden = hidden
+
+    async def on_list_tools(
+        self, context: MiddlewareContext[Any], call_next: CallNext[Any, Sequence[Tool]]
+    ) -> Sequence[Tool]:
+        tools = await call_next(context)
+        if not self._hidden():
+            return tools
+        return [self._without(tool) if tool.name == self._tool else tool for tool in tools]
+
+    def _without(self, tool: Tool) -> Tool:
+        shown = {name: of for name, of in tool.parameters["properties"].items() if name != self._parameter}
+        return tool.model_copy(update={"parameters": tool.parameters | {"properties": shown}})
+
+
 class EndWithLogin(Middleware):
     """End a call soon after its login was taken back, as `in_force` tells; a token that merely expires ends none."""
 

@@ -36,6 +36,7 @@ _USER_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWX
 
 _GOOGLE = "https://accounts.google.com/.well-known/openid-configuration"
 _SECRET_BYTES = 32
+_PASSWORD_BYTES = 255
 _MAKE_SECRET = "make a good one with: openssl rand -hex 32"  # noqa: S105 - a command, not a secret
 _PLACEHOLDERS = (
     "change-me",
@@ -171,6 +172,14 @@ def _directories(text: str) -> str:
     return text
 
 
+def _one_line(secret: SecretStr) -> SecretStr:
+    """Return a password that sudo reads whole, else raise ValueError: what it left would be the command's stdin."""
+    text = secret.get_secret_value()
+    if len(text.encode()) > _PASSWORD_BYTES or not {*"\r\n\0"}.isdisjoint(text):
+        raise ValueError("a password of one line")
+    return secret
+
+
 def os_user() -> str:
     """Return the name of the account that this process runs as, an empty one if it has none."""
     try:
@@ -232,6 +241,10 @@ class Settings(BaseSettings):
         None, description="the first words of commands, with commas between them, such as ls,systemctl status"
     )
     read_only: bool = Field(False, description="true or false")
+    ssh_sudo: bool = Field(False, description="true or false")
+    ssh_sudo_password: Annotated[SecretStr, AfterValidator(_one_line)] | None = Field(
+        None, description="the password that sudo asks for: one line of 255 bytes at most"
+    )
     ssh_max_connections: int = Field(10, ge=1, le=100, description="a whole number from 1 to 100")
     ssh_max_total_connections: int = Field(
         500, ge=1, le=100_000, description="a whole number from 1 to 100000"
@@ -285,7 +298,6 @@ class Settings(BaseSettings):
     ] = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
 
     ssh_config: NotBuilt = None
-    ssh_sudo: NotBuiltSwitch = None
     confirm: NotBuiltSwitch = None
 
     @classmethod

@@ -127,6 +127,38 @@ def test_contract_of_result_fields(tools: list[Tool]) -> None:
         assert set(promise.split()) <= fields[name]
 
 
+def test_sudo_is_hidden_and_refused_until_it_is_allowed(tools: list[Tool], call: Call) -> None:
+    (execute,) = (tool for tool in tools if tool.name == "ssh_execute")
+    assert "sudo" not in json.dumps(execute.input_schema)
+    result = call("ssh_execute", command="echo ran", sudo=True)
+    assert result.is_error
+    assert "SSH_SUDO is not true; nothing was run" in text(result)
+
+
+def test_sudo_is_offered_where_it_is_allowed(
+    environment: None, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSH_SUDO", "true")
+    (execute,) = (
+        tool for tool in with_client(lambda client: client.list_tools()) if tool.name == "ssh_execute"
+    )
+    assert execute.input_schema["properties"]["sudo"]["type"] == "boolean"
+    for more in ({"command": "echo ran", "background": True}, {"job_id": "x"}):
+        result = call("ssh_execute", sudo=True, **more)
+        assert result.is_error
+        assert "sudo" in text(result)
+
+
+def test_allowed_commands_bind_sudo_too(
+    environment: None, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSH_SUDO", "true")
+    monkeypatch.setenv("ALLOWED_COMMANDS", "ls")
+    result = call("ssh_execute", command="touch x", sudo=True)
+    assert result.is_error
+    assert "ALLOWED_COMMANDS" in text(result)
+
+
 def test_answers_have_fields_and_a_text(call: Call) -> None:
     result = call("ssh_execute", command="echo hi; exit 3")
     assert result.is_error is False
