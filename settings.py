@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 from urllib.parse import urlsplit
 
-from dotenv import dotenv_values
+from dotenv.parser import Binding, parse_stream
 from platformdirs import user_config_path, user_state_path
 from pydantic import (
     AfterValidator,
@@ -456,18 +456,31 @@ def _file_values(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        values = {
-            name.lower(): value for name, value in dotenv_values(path, interpolate=False).items() if value
-        }
+        with path.open(encoding="utf-8") as file:
+            bindings = list(parse_stream(file))
         mode = path.stat().st_mode
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(
             f"the settings file {path} cannot be read: {getattr(error, 'strerror', 'not UTF-8')}"
         ) from None
+    values = dict(_assigned(binding, path) for binding in bindings if binding.key or binding.error)
+    values = {name: value for name, value in values.items() if value}
     holds_secret = _SECRETS & values.keys() or "@" in (values.get("state_url") or "")
     if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO) and holds_secret:
         raise SettingsError(f"{path} holds a secret and others may read it; run: chmod 600 {path}")
     return values
+
+
+def _assigned(binding: Binding, path: Path) -> tuple[str, str]:
+    """Return what a line assigns to which name. Raises SettingsError for any other: it may hold a restriction."""
+    if binding.error or binding.key is None or binding.value is None:
+        text = binding.original.string
+        blank_lines = text[: len(text) - len(text.lstrip())].count("\n")
+        raise SettingsError(
+            f"the settings file {path} cannot be understood in line {binding.original.line + blank_lines}; write "
+            "NAME=value, with every quote closed"
+        )
+    return binding.key.lower(), binding.value
 
 
 _SIGNING = frozenset({"jwt_secret", "session_secret", "oauth_code_secret"})

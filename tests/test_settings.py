@@ -251,6 +251,32 @@ def test_value_of_several_lines_is_told_in_one(monkeypatch: pytest.MonkeyPatch) 
         load()
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        'ALLOWED_COMMANDS="ls,cat',
+        "ALLOWED_COMMANDS='ls",
+        'ALLOWED_COMMANDS="ls",cat',
+        "ALLOWED_COMMANDS ls",
+        "ALLOWED_COMMANDS: ls",
+        "set READ_ONLY=true",
+        "READ_ONLY",
+        "export READ_ONLY",
+    ],
+)
+def test_line_that_cannot_be_understood_stops_the_start(tmp_path: Path, line: str) -> None:
+    file = write(tmp_path / "env", f"# limits\n\nSSH_DEFAULT_HOST=web1\n\n{line}\nRATE_LIMIT=5\n")
+    with pytest.raises(SettingsError) as caught:
+        load(file)
+    assert f"{file} cannot be understood in line 5; write NAME=value" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert line not in str(caught.value)
+
+
+def test_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    assert load(write(tmp_path / "env", "\ufeffALLOWED_COMMANDS=ls\n")).allowed_commands == "ls"
+
+
 def test_file_that_is_no_text_is_told(tmp_path: Path) -> None:
     (tmp_path / "env").write_bytes(b"SSH_DEFAULT_HOST=\xff\xfe\n")
     with pytest.raises(SettingsError, match="UTF-8"):
