@@ -66,10 +66,10 @@ def read_key(kind: str, text: str) -> HostKey | None:
     return HostKey(kind, blob) if _is_whole(kind, blob) else None
 
 
-def read_certified_key(kind: str, text: str) -> HostKey | None:
-    """Return the key inside a certificate that a file holds, whoever signed it, or None when it is no certificate."""
+def read_certified_key(text: str) -> HostKey | None:
+    """Return the key inside a certificate in base64, whoever signed it, or None when it is no certificate."""
     try:
-        certificate = load_ssh_public_identity(f"{kind} {text}".encode())
+        certificate = load_ssh_public_identity(_identity(_decoded(text)))
     except (ValueError, UnsupportedAlgorithm):
         return None
     return _host_key(certificate.public_key()) if isinstance(certificate, SSHCertificate) else None
@@ -83,9 +83,8 @@ class HostCertificate:
     """
 
     def __init__(self, blob: bytes) -> None:
-        identity = _first_string(blob) + b" " + base64.b64encode(blob)
         try:
-            certificate = load_ssh_public_identity(identity)
+            certificate = load_ssh_public_identity(_identity(blob))
             if not isinstance(certificate, SSHCertificate):
                 raise ValueError("a plain key")
             certificate.verify_cert_signature()
@@ -122,6 +121,11 @@ class HostCertificate:
 def _host_key(key: SSHCertPublicKeyTypes) -> HostKey:
     kind, text = key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).split()[:2]
     return HostKey(kind.decode(), base64.b64decode(text))
+
+
+def _identity(blob: bytes) -> bytes:
+    """Return a key or a certificate as a line of a file, named by its own type."""
+    return _first_string(blob) + b" " + base64.b64encode(blob)
 
 
 def _first_string(blob: bytes) -> bytes:

@@ -90,10 +90,13 @@ class _Line:
 
     @property
     def key(self) -> HostKey | None:
-        """The line's key, or None when it holds none that OpenSSH would read."""
-        key = read_key(self.type, self.base64)
+        """The line's key, or None when it holds none that OpenSSH would read.
+
+        OpenSSH takes the name of an algorithm for that of its type of key: `rsa-sha2-512` for `ssh-rsa`.
+        """
+        key = read_key(_ALGORITHMS.get(self.type, self.type), self.base64)
         if key is None and self.marker == "@revoked":
-            return read_certified_key(self.type, self.base64)
+            return read_certified_key(self.base64)
         return key
 
 

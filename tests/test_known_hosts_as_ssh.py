@@ -401,6 +401,31 @@ def test_broken_certificate_leaves_the_plain_key(tmp_path: Path, keys: dict[str,
     KnownHosts(known).verify(host, public(keys["ed25519"]), b"broken")
 
 
+@pytest.mark.parametrize("kind", ["rsa-sha2-256", "rsa-sha2-512"])
+@pytest.mark.parametrize(
+    ("lines", "accepted"),
+    [
+        ("web1 {own}", True),
+        ("web1 {other}", False),
+        ("web1 {plain}\n@revoked * {own}", False),
+    ],
+)
+def test_key_named_by_its_signature_algorithm_counts_as_for_ssh(
+    tmp_path: Path,
+    keys: dict[str, Path],
+    server: Callable[..., Shown],
+    kind: str,
+    lines: str,
+    accepted: bool,
+) -> None:
+    shown, host, known = server("rsa"), KnownAs("web1", 22), tmp_path / "known"
+    plain = public(keys["rsa"]).text
+    own, other = (text.replace("ssh-rsa", kind) for text in (plain, public(keys["rsa_authority"]).text))
+    known.write_text(lines.format(plain=plain, own=own, other=other) + "\n")
+    assert shown.accepts(KnownHosts(known), host, new=True) is accepted
+    assert shown.accepted_by_ssh([known], host, new=True) is accepted
+
+
 def test_revoked_certificate_revokes_its_key_as_for_ssh(
     tmp_path: Path, keys: dict[str, Path], server: Callable[..., Shown]
 ) -> None:
