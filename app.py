@@ -50,7 +50,7 @@ from ssh_files import Files
 from ssh_jobs import Jobs, local_key
 from ssh_kill import Signal
 from ssh_output import visible
-from ssh_policy import WRITING_TOOLS, AllowedCommands, Reach, no_running, no_writing
+from ssh_policy import WRITING_TOOLS, AllowedCommands, Reach, no_running, no_writing, warnings
 from ssh_pool import Pool
 from ssh_shells import Task
 from ssh_sudo import Sudo
@@ -601,10 +601,8 @@ try:
         open_log(_checked.audit_log).close()
     telemetry.start()
     _log_to_stderr(_checked.log_level)
-    if _checked.allowed_paths and not _checked.allowed_commands:
-        _log.warning(
-            "ALLOWED_PATHS binds the file tools alone: without ALLOWED_COMMANDS ssh_execute goes anywhere"
-        )
+    for sentence in warnings(_checked):
+        _log.warning("%s", sentence)
     fastmcp.settings.host, fastmcp.settings.port = _checked.http_host, _checked.http_port
 except SettingsError as error:
     settings.exit_for(error)

@@ -10,6 +10,7 @@ A prefix of `ALLOWED_COMMANDS` is words, read as those of a command line are. A 
 simple command in it begins with the words of a prefix, and is then rebuilt from its words, each one quoted.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -22,6 +23,36 @@ from ssh_words import UnreadableError
 WRITING_TOOLS = frozenset({"ssh_write_file", "ssh_edit_file"})
 
 _SHOWN_CHARACTERS = 300
+
+_RUN_ANYTHING = frozenset({
+    "at", "batch", "chroot", "crontab", "ed", "emacs", "eval", "expect", "find", "flock", "ftp", "gdb", "info", "less",
+    "make", "man", "more", "most", "mysql", "nano", "nsenter", "parallel", "pico", "psql", "rsync", "scp", "screen",
+    "script", "sed", "sftp", "sqlite", "ssh", "strace", "su", "systemd-run", "tar", "tmux", "trap", "vi", "view", "vim",
+    "vimdiff", "watch", "zip",
+})  # fmt: skip
+"""By an option, or from within, whatever words are fixed before that."""
+
+_RUN_THEIR_ARGUMENTS = frozenset({
+    "builtin", "busybox", "chrt", "command", "doas", "env", "exec", "ionice", "nice", "nohup", "runuser", "setpriv",
+    "setsid", "stdbuf", "sudo", "taskset", "time", "timeout", "toybox", "unshare", "xargs",
+})  # fmt: skip
+
+_RUN_PROGRAM_TEXT = frozenset({
+    ".", "ash", "awk", "bash", "bun", "csh", "dash", "deno", "fish", "gawk", "irb", "ksh", "lua", "mawk", "mksh",
+    "nawk", "node", "perl", "php", "pwsh", "python", "rbash", "ruby", "sh", "source", "tclsh", "tcsh", "zsh",
+})  # fmt: skip
+
+_RUN_ANYTHING_WITHOUT_SUBCOMMAND = frozenset({"docker", "git", "kubectl", "npm", "podman"})
+
+_WRITE_ANYTHING = frozenset({
+    "cp", "curl", "dd", "install", "ln", "mv", "patch", "sponge", "tee", "unzip", "wget",
+})  # fmt: skip
+
+_OBEY_FILES = frozenset({"cargo", "git", "hg", "npm"})
+"""Which run what a file in the working directory says: `git log -p` the `textconv` of a repository's `config`."""
+
+_OPTIONS_WITH_NAMES = frozenset({"-C", "-H", "-I", "-d", "-g", "-s", "-u"})
+"""Those of the programs above whose value looks like the name of a command."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +114,8 @@ class AllowedCommands:
 
     def __init__(self, settings: Settings) -> None:
         """Read the prefixes. Raises SettingsError when one cannot be read."""
-        listed = settings.allowed_commands
-        self._prefixes = () if listed is None else tuple(_prefix(text) for text in listed.split(","))
-        self._listed = listed or ""
+        self._prefixes = _prefixes(settings)
+        self._listed = settings.allowed_commands or ""
 
     def approved(self, command: str, env: Mapping[str, str] | None = None) -> str:
         """Return the line to be run: the one that was given without a list, and with one its words, each quoted.
@@ -131,6 +161,64 @@ def no_writing(settings: Settings) -> str | None:
             "login reads is a command too"
         )
     return None
+
+
+def warnings(settings: Settings) -> list[str]:
+    """Return a sentence about each limit that limits less than it seems to.
+
+    They name what is widely known to run or write anything; a program that is not named may do so too. Raises
+    SettingsError when a list cannot be read.
+    """
+    writes = no_writing(settings) is None
+    said = [
+        f"ALLOWED_COMMANDS holds {_shown(' '.join(prefix))!r}, and {fault}"
+        for prefix in _prefixes(settings)
+        if (fault := _gives_away(prefix, writes))
+    ]
+    if settings.allowed_paths and settings.allowed_commands is None and not settings.read_only:
+        said.append(
+            "ALLOWED_PATHS binds the file tools alone: without ALLOWED_COMMANDS ssh_execute goes anywhere"
+        )
+    return said
+
+
+def _gives_away(prefix: tuple[str, ...], writes: bool) -> str | None:
+    """Return what a prefix gives away beyond its own words, None when nothing is known of it.
+
+    `writes`: whether the file tools may write somewhere.
+    """
+    program = prefix[0].rpartition("/")[2]
+    program = program.rstrip("0123456789.") or program
+    named = _first_named(prefix)
+    if program in _RUN_ANYTHING:
+        return f"{program} can be told to run anything; leave it out"
+    if program in _RUN_THEIR_ARGUMENTS and named:
+        return _gives_away(prefix[named:], writes)
+    if program in _RUN_THEIR_ARGUMENTS:
+        return f"{program} runs any command that follows; name that command too"
+    if program in _RUN_PROGRAM_TEXT and not named:
+        return f"{program} runs any program that it is given; name a script too"
+    if program in _RUN_ANYTHING_WITHOUT_SUBCOMMAND and not named:
+        return f"{program} can be told to run anything before its subcommand; name that too"
+    if program in _WRITE_ANYTHING:
+        return f"{program} can write any file, such as one that a login reads; leave it out"
+    if program in _OBEY_FILES and writes:
+        return f"{program} runs what files in a directory say; let ALLOWED_PATHS hold no place for them"
+    return None
+
+
+def _first_named(prefix: tuple[str, ...]) -> int | None:
+    """Return the place of what a program is to run, behind its options, their values, numbers and assignments."""
+    for at, (before, word) in enumerate(itertools.pairwise(prefix), 1):
+        skipped = not word or word.startswith(("-", *"0123456789")) or "=" in word
+        if not skipped and before not in _OPTIONS_WITH_NAMES:
+            return at
+    return None
+
+
+def _prefixes(settings: Settings) -> tuple[tuple[str, ...], ...]:
+    listed = settings.allowed_commands
+    return () if listed is None else tuple(_prefix(text) for text in listed.split(","))
 
 
 def _prefix(text: str) -> tuple[str, ...]:
