@@ -197,6 +197,7 @@ class KnownHosts:
             except OSError as error:
                 raise HostKeyError(f"SSH_KNOWN_HOSTS: {path} cannot be read: {error.strerror}") from None
             for number, line in enumerate(text.split("\n"), 1):
+                line, _, _ = line.partition("\0")  # where it ends for OpenSSH
                 fields = re.split(r"[ \t]+", line.removesuffix("\r").strip(" \t"), maxsplit=4)
                 marker = fields.pop(0) if fields[0].startswith("@") else ""
                 if len(fields) >= 3 and not fields[0].startswith("#"):

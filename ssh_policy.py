@@ -25,10 +25,10 @@ WRITING_TOOLS = frozenset({"ssh_write_file", "ssh_edit_file"})
 _SHOWN_CHARACTERS = 300
 
 _RUN_ANYTHING = frozenset({
-    "at", "batch", "chroot", "crontab", "ed", "emacs", "eval", "expect", "find", "flock", "ftp", "gdb", "info", "less",
-    "make", "man", "more", "most", "mysql", "nano", "nsenter", "parallel", "pico", "psql", "rsync", "scp", "screen",
-    "script", "sed", "sftp", "sqlite", "ssh", "strace", "su", "systemd-run", "tar", "tmux", "trap", "vi", "view", "vim",
-    "vimdiff", "watch", "zip",
+    "at", "batch", "chroot", "crontab", "dc", "ed", "emacs", "eval", "expect", "find", "flock", "ftp", "gdb", "info",
+    "less", "m4", "make", "man", "more", "most", "mysql", "nano", "nmap", "nsenter", "parallel", "pico", "psql",
+    "rpm", "rsync", "scp", "screen", "script", "sed", "sftp", "sort", "split", "sqlite", "ssh", "strace", "su",
+    "systemd-run", "tar", "tcpdump", "tmux", "trap", "vi", "view", "vim", "vimdiff", "watch", "zip",
 })  # fmt: skip
 """By an option, or from within, whatever words are fixed before that."""
 
@@ -42,10 +42,10 @@ _RUN_PROGRAM_TEXT = frozenset({
     "nawk", "node", "perl", "php", "pwsh", "python", "rbash", "ruby", "sh", "source", "tclsh", "tcsh", "zsh",
 })  # fmt: skip
 
-_RUN_ANYTHING_WITHOUT_SUBCOMMAND = frozenset({"docker", "git", "kubectl", "npm", "podman"})
+_RUN_ANYTHING_WITHOUT_SUBCOMMAND = frozenset({"docker", "git", "ip", "kubectl", "npm", "podman"})
 
 _WRITE_ANYTHING = frozenset({
-    "cp", "curl", "dd", "install", "ln", "mv", "patch", "sponge", "tee", "unzip", "wget",
+    "cp", "curl", "dd", "install", "ln", "mv", "patch", "sponge", "tee", "uniq", "unzip", "wget", "xxd",
 })  # fmt: skip
 
 _OBEY_FILES = frozenset({"cargo", "git", "hg", "npm"})

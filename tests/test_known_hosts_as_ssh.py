@@ -371,9 +371,10 @@ def test_authority_of_other_hosts_is_refused_where_another_one_is_known(
 
 
 @pytest.mark.parametrize(
-    ("length", "end", "accepted"), [(1022, "\n", True), (1023, "\n", False), (1, "\r\n", True)]
+    ("length", "end", "accepted"),
+    [(1022, "\n", True), (1023, "\n", False), (1, "\r\n", True), (1, "\0\n", True)],
 )
-def test_long_pattern_and_line_end_of_windows_are_read_as_by_ssh(
+def test_long_pattern_and_odd_ends_of_lines_are_read_as_by_ssh(
     tmp_path: Path, keys: dict[str, Path], server: Callable[..., Shown], length: int, end: str, accepted: bool
 ) -> None:
     shown, host, known = server("ed25519"), KnownAs("web1", 22), tmp_path / "known"

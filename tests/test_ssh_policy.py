@@ -437,6 +437,7 @@ def test_what_is_refused_names_the_setting() -> None:
         ("less /var/log/syslog", "leave it out"),
         ("vim", "leave it out"),
         ("sed -n", "leave it out"),
+        ("sort", "leave it out"),
         ("env", "env runs any command that follows; name that command too"),
         ("/usr/bin/env", "name that command too"),
         ("sudo", "name that command too"),
