@@ -256,12 +256,15 @@ def test_input_is_data_and_cwd_a_folder(
     assert not canary.exists()
 
 
-RC_FILES = {
+RC_FILES = {  # `set` is what a shell that reads a line would begin with
     "tester": (
         ".bashrc",
-        "ls() { touch CANARY; }; alias ls='touch CANARY'; shopt -s expand_aliases extglob\n",
+        "ls() { touch CANARY; }; alias ls='touch CANARY'; set() { touch CANARY; }; shopt -s expand_aliases extglob\n",
     ),
-    "zsh": (".zshenv", "ls() { touch CANARY; }; alias -g -- '-d'='; touch CANARY'; setopt rcquotes\n"),
+    "zsh": (
+        ".zshenv",
+        "ls() { touch CANARY; }; set() { touch CANARY; }; alias -g -- '-d'='; touch CANARY'; setopt rcquotes\n",
+    ),
     "fish": (".config/fish/config.fish", "function ls; touch CANARY; end\n"),
     "tcsh": (".cshrc", "alias ls touch CANARY\n"),
 }
