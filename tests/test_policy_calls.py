@@ -345,6 +345,17 @@ def test_jobs_go_on_where_a_list_is_set(environment: None, sshd: Server, tmp_pat
     with_client(work)
 
 
+def test_job_where_calls_may_go_no_more_is_refused(
+    environment: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = call_once("ssh_execute", command="ls /", background=True, user="dash")
+    job = started.structured_content["job_id"]
+    monkeypatch.setenv("SSH_ALLOWED_HOSTS", "tester@127.0.0.1:*")
+    refused = call_once("ssh_execute", job_id=job, signal="TERM")
+    assert refused.is_error
+    assert "SSH_ALLOWED_HOSTS" in text(refused)
+
+
 def write_and_edit(folder: Path) -> list[str]:
     """Try to write and to edit a file, and return the errors."""
 
