@@ -195,6 +195,9 @@ class Settings(BaseSettings):
     ssh_known_hosts: ExpandedPath = Field(
         Path("~/.ssh/known_hosts").expanduser(), description="the path of a known_hosts file"
     )
+    ssh_config: ExpandedPath = Field(
+        Path("~/.ssh/config").expanduser(), description="the path of an SSH client configuration, or none"
+    )
     ssh_host_key_policy: Literal["strict", "accept-new"] = Field("strict", description="strict or accept-new")
     ssh_allowed_hosts: str | None = Field(
         None,
@@ -246,7 +249,6 @@ class Settings(BaseSettings):
         BeforeValidator(lambda v: v.upper() if isinstance(v, str) else v),
     ] = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
 
-    ssh_config: NotBuilt = None
     ssh_sudo: NotBuiltSwitch = None
     allowed_commands: NotBuilt = None
     allowed_paths: NotBuilt = None
@@ -412,6 +414,11 @@ _SECRETS = _SIGNING | frozenset(
         "ssh_sudo_password",
     }
 )
+
+
+def environment_without_secrets() -> dict[str, str]:
+    """Return the environment for a command of the operator's, which needs none of the server's secrets."""
+    return {name: value for name, value in os.environ.items() if name.lower() not in _SECRETS}
 
 
 def _sentence(error: ValidationError) -> str:

@@ -17,6 +17,10 @@ class ArgumentError(SSHError):
     """An argument makes no sense; nothing was sent."""
 
 
+class ConfigError(SSHError):
+    """The SSH config cannot be used; the message names file and line. Nothing was sent."""
+
+
 class UnreachableError(SSHError):
     """No connection could be made: name look-up, TCP, key exchange or a time-out. Nothing was run."""
 
