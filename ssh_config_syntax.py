@@ -1,4 +1,4 @@
-"""The text of an SSH client configuration: its lines and words, patterns, times, tokens (ssh_config(5)).
+"""The text of an SSH client configuration: its files, lines, words and patterns (ssh_config(5)).
 
 Words are split exactly as OpenSSH 9.2 does: a keyword ends at white space or one `=`, arguments may stand in quotes, a
 `#` begins a comment where a word could begin. Whatever cannot be read is a ConfigError that names file and line.
@@ -6,10 +6,7 @@ Words are split exactly as OpenSSH 9.2 does: a keyword ends at white space or on
 
 import glob
 import os
-import re
-import socket
 import stat
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,11 +16,6 @@ from ssh_errors import ConfigError
 _BLANKS = " \t\r\n"
 _ENDS_OF_KEYWORD = frozenset(_BLANKS + '"=')
 _ESCAPED = frozenset("'\"\\")
-_TIME = re.compile(r"(?:\d+[smhdw]?)+", re.ASCII | re.IGNORECASE)
-_UNIT_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
-_MOST_SECONDS = 2**31 - 1
-_TOKEN = re.compile(r"%(?P<key>.?)", re.DOTALL)
-_TOKEN_OR_VARIABLE = re.compile(r"%(?P<key>.?)|\$\{(?P<name>[^}]*)(?P<end>\}?)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -161,64 +153,3 @@ def included(pattern: str) -> list[Path]:
     """Return the files that a pattern of Include means, in OpenSSH's order."""
     names = glob.glob(pattern)  # noqa: PTH207 - Path.glob finds hidden files
     return [Path(name) for name in sorted(names, key=os.fsencode)]
-
-
-def one_word(line: Line) -> str:
-    """Return the one argument of a line."""
-    if not line.words or not line.words[0]:
-        raise line.error(f"{line.keyword} has no argument")
-    if len(line.words) > 1:
-        raise line.error(f"{line.keyword} takes one argument; put it in quotes")
-    return line.words[0]
-
-
-def port(line: Line) -> int:
-    """Return a port, given as a number or as the name of a service."""
-    word = one_word(line)
-    try:
-        number = int(word) if word.isascii() and word.isdecimal() else socket.getservbyname(word, "tcp")
-    except OSError:
-        number = 0
-    if not 1 <= number <= 65_535:
-        raise line.error(f"{word!r} is no port")
-    return number
-
-
-def seconds(line: Line) -> int | None:
-    """Return a time such as `90` or `1m30s` (sshd_config(5), TIME FORMATS), or None for `none`."""
-    word = one_word(line)
-    if word == "none":
-        return None
-    if not _TIME.fullmatch(word):
-        raise line.error(f"{word!r} is no time; give seconds, or such as 1m30s")
-    parts = re.findall(r"(\d+)([smhdw]?)", word.lower())
-    total = sum(int(number) * _UNIT_SECONDS[unit] for number, unit in parts)
-    if total > _MOST_SECONDS:
-        raise line.error(f"{word!r} is longer than any time may be")
-    return total
-
-
-def choice(line: Line, choices: Mapping[str, str]) -> str:
-    """Return what one of several words means; case does not count."""
-    word = one_word(line)
-    if word.lower() not in choices:
-        raise line.error(f"{word!r} is not one of {', '.join(choices)}")
-    return choices[word.lower()]
-
-
-def expanded(line: Line, text: str, tokens: Mapping[str, str], *, variables: bool = False) -> str:
-    """Put in what `%` tokens stand for, and `${NAME}` from the environment where `variables`."""
-
-    def value(found: re.Match[str]) -> str:
-        parts = found.groupdict()
-        if (key := parts["key"]) is not None:
-            if key not in tokens:
-                raise line.error(f"%{key} means nothing in {line.keyword}; write %% for a percent sign")
-            return tokens[key]
-        if not parts["name"] or not parts["end"]:
-            raise line.error("${ begins no name of a variable")
-        if parts["name"] not in os.environ:
-            raise line.error(f"there is no variable {parts['name']} in the environment")
-        return os.environ[parts["name"]]
-
-    return (_TOKEN_OR_VARIABLE if variables else _TOKEN).sub(value, text)

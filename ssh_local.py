@@ -38,5 +38,8 @@ def run(command: str, seconds: float) -> int:
 def end(process: subprocess.Popen[bytes]) -> None:
     """Kill a command and what it started; wait for the command."""
     with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
     process.wait()

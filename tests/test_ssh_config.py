@@ -30,8 +30,10 @@ from hypothesis import strategies as st
 
 from conftest import marker, program, running, wait_for
 from settings import Settings, host_token, user_token
-from ssh_config import ACTED_UPON, Hop, HostConfig, Local, SshConfig, assembled
+from ssh_config import HostConfig, SshConfig
 from ssh_config_keywords import ALIASES, PASSED_OVER, REFUSED
+from ssh_config_match import Local
+from ssh_config_values import ACTED_UPON, Hop, assembled
 from ssh_errors import ArgumentError, ConfigError
 from ssh_policy import Reach
 
@@ -136,7 +138,7 @@ def as_ssh_prints(config: HostConfig, home: Home) -> dict[str, list[str]]:
     everywhere = ["/etc/ssh/ssh_known_hosts /etc/ssh/ssh_known_hosts2"]
     strictness = {"yes": "true", "no": "false", None: "ask"}
     strict = config.strict_host_key_checking
-    answer = {
+    return {
         "host": [config.named],
         "hostname": [config.hostname],
         "user": [config.user],
@@ -155,7 +157,6 @@ def as_ssh_prints(config: HostConfig, home: Home) -> dict[str, list[str]]:
         else files(config.global_known_hosts),
         "identityagent": [config.identity_agent] if config.identity_agent else [],
     }
-    return answer
 
 
 def files(names: tuple[str, ...]) -> list[str]:
@@ -173,8 +174,9 @@ def compare(home: Home, host: str, user: str | None = None, port: int | None = N
     theirs = home.ssh_g(host, user, port)
     try:
         ours = home.read(host, user, port)
-    except ConfigError as error:
-        assert theirs is None, f"only refused here: {error}"
+    except ConfigError:
+        if theirs is not None:
+            raise
         return False
     assert theirs is not None, "only refused by ssh"
     theirs["proxyjump"] = [hops.replace("ssh://", "") for hops in theirs.get("proxyjump", [])]
@@ -357,7 +359,8 @@ READ_ALIKE = {
     "first value wins": "Host web\n User one\nHost *\n User two\n Port 3\n",
     "files add up, each once": "IdentityFile a\nIdentityFile b\nIdentityFile a\nHost *\nIdentityFile c\n",
     "no file": "IdentityFile none\nCertificateFile ~/c\n",
-    "negation before and behind": "Host !web *\n Port 1\nHost * !web\n Port 2\nHost !db\n Port 3\nHost * !db\n Port 4\n",
+    "negation before": "Host !web *\n Port 1\nHost !db\n Port 3\n",
+    "negation behind": "Host * !web\n Port 2\nHost * !db\n Port 4\n",
     "equals and quotes": 'Host="web"\nPort = 2222\n"User" "ann"\nIdentityFile "/a b/c"\n',
     "single quotes": "IdentityFile '/a b/\"c'\n",
     "escapes": "IdentityFile a\\ b\\\"c\\'d\\\\e\\f\n",
@@ -382,7 +385,8 @@ READ_ALIKE = {
     "host name twice": "HostName a.%h\nHostName b\n",
     "host name in capitals": "HostName WEB.Example.COM\n",
     "old form of an address": "HostName 127.1\n",
-    "host name by name": "Match host web\n Port 1\nHostName real\nMatch host real\n User ann\nMatch originalhost web\n HostKeyAlias k\n",
+    "host name by name": "Match host web\n Port 1\nHostName real\nMatch host real\n User ann\n",
+    "original name": "HostName real\nMatch originalhost web\n HostKeyAlias k\n",
     "host name in final": "HostName real\nMatch final host real\n Port 7\nHost real\n User ann\n",
     "host name is fixed in final": "Match final\n HostName other\nHost web\n HostName real\n",
     "final negated": "Match !final\n Port 1\nMatch final\n Port 2\n User ann\n",
