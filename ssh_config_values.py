@@ -93,13 +93,13 @@ def expanded(line: Line, text: str, tokens: Mapping[str, str], *, variables: boo
     return (_TOKEN_OR_VARIABLE if variables else _TOKEN).sub(value, text)
 
 
-def address_or_name(host: str, family: str | None) -> str:
+def address_or_name(text: str, family: str | None) -> str:
     """Return an address in its usual form, a name in lower case. Raises ValueError for what is neither."""
+    host = host_token(text)
     try:
-        number = ADDRESS_FAMILIES[family or "any"]
-        return str(socket.getaddrinfo(host, None, number, flags=socket.AI_NUMERICHOST)[0][4][0])
-    except (socket.gaierror, UnicodeError):
-        return host_token(host)
+        return host if family == "inet6" else socket.inet_ntoa(socket.inet_aton(host))  # such as 127.1
+    except OSError:
+        return host
 
 
 def _of_proxies(tokens: Mapping[str, str]) -> dict[str, str]:

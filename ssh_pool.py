@@ -13,9 +13,11 @@ from contextlib import contextmanager
 import telemetry
 from settings import Settings, Target
 from ssh_errors import BusyError, PoolClosedError
+from ssh_hosts import Hosts
 from ssh_keys import Keys
 from ssh_lending import Cancelled, Standing, TargetPool
-from ssh_transport import Connection, Session, connect
+from ssh_route import connect
+from ssh_transport import Connection, Session
 from ssh_warm import Prepare
 
 __all__ = ["Cancelled", "Pool", "Standing"]
@@ -44,6 +46,7 @@ class Pool:
         self.idle_seconds = settings.ssh_idle_seconds
         self._max_total = settings.ssh_max_total_connections
         self._settings = settings
+        self._hosts = Hosts(settings)
         self._keys = Keys(settings)
         self._changed = threading.Condition()
         self._targets: dict[Target, TargetPool] = {}
@@ -158,7 +161,7 @@ class Pool:
     def connect(self, target: Target) -> Connection:
         """Open a connection; for the target's pool."""
         with telemetry.connecting(target):
-            return connect(target, self._settings, self._keys)
+            return connect(target, self._hosts, self._keys)
 
     def changed(self) -> None:
         """Note that a connection was closed; for the targets' pools."""

@@ -10,9 +10,9 @@ Invariants:
 
 Borrowed from Paramiko's private parts, checked with 5.1.0 (`tests/test_ssh_transport.py` fails when one moves):
 `Packetizer._check_keepalive` (called while the peer is silent), `Transport._preferred_ciphers`,
-`._preferred_macs`, `._channel_handler_table`, `._send_user_message`, `._parse_newkeys`;
-`Channel._handle_close`, `.eof_received`, `.in_buffer`, `.in_stderr_buffer`, `.status_event`, `.remote_chanid`;
-`Message.packet`.
+`._preferred_macs`, `._preferred_kex`, `._cipher_info`, `._mac_info`, `._kex_info`, `._channel_handler_table`,
+`._send_user_message`, `._parse_newkeys`; `Channel._handle_close`, `.eof_received`, `.in_buffer`,
+`.in_stderr_buffer`, `.status_event`, `.remote_chanid`; `Message.packet`.
 """
 
 import logging
@@ -20,9 +20,9 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 import paramiko
 from paramiko.common import (
@@ -34,12 +34,13 @@ from paramiko.common import (
 )
 from paramiko.packet import Packetizer
 
-from settings import Settings, Target
-from ssh_dial import dial
+from settings import Target
+from ssh_config_values import assembled
 from ssh_errors import ConnectionLostError, LoginError, NoAnswerError, UnreachableError
 from ssh_host_keys import HostKey
+from ssh_hosts import Host
 from ssh_keys import Keys
-from ssh_known_hosts import KnownAs, KnownHosts, UnknownHostKeyError
+from ssh_known_hosts import UnknownHostKeyError
 
 logging.getLogger("paramiko").propagate = False  # it prints tracebacks for what our errors say in a sentence
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
@@ -59,8 +60,8 @@ class SessionRefusedError(Exception):
     """The server opens no further session on this connection (MaxSessions); another one may."""
 
 
-class _Wire(socket.socket):
-    """A TCP socket that remembers when the peer was last heard, and whether it hung up.
+class _ReadAhead:
+    """Reading from a wire that remembers when the peer was last heard, and whether it hung up.
 
     It reads ahead: Paramiko asks for each packet's head and rest, and every system call lets another thread run
     before the next packet is looked at. Read by one thread.
@@ -71,11 +72,14 @@ class _Wire(socket.socket):
     _ahead = b""
     _used = 0
 
+    def _receive(self, size: int) -> bytes:
+        raise NotImplementedError
+
     def recv(self, size: int, flags: int = 0) -> bytes:
         """Return at most `size` bytes, those first that were read ahead."""
         if self._used == len(self._ahead):
             try:
-                self._ahead = super().recv(max(size, _READ_AHEAD_BYTES), flags)
+                self._ahead = self._receive(max(size, _READ_AHEAD_BYTES))
             except ConnectionError:
                 self.hung_up = True
                 raise
@@ -86,10 +90,42 @@ class _Wire(socket.socket):
         return self._ahead[begin : self._used]
 
 
+class SocketWire(_ReadAhead, socket.socket):
+    """A connection by a socket."""
+
+    def _receive(self, size: int) -> bytes:
+        return socket.socket.recv(self, size)
+
+
+class JumpWire(_ReadAhead):
+    """A connection that another host forwards (RFC 4254, 7.2): what Paramiko asks of a socket."""
+
+    def __init__(self, channel: paramiko.Channel) -> None:
+        self._channel = channel
+        self.send: Callable[[bytes | memoryview], int] = channel.send
+        self.settimeout: Callable[[float | None], None] = channel.settimeout
+        self.shutdown: Callable[[int], None] = channel.shutdown
+        self.close: Callable[[], None] = channel.close
+
+    def _receive(self, size: int) -> bytes:
+        data: bytes = self._channel.recv(size)
+        return data
+
+
+Wire = SocketWire | JumpWire
+
+
+class Carrier(Protocol):
+    """What a connection runs over and ends with: the jump host's connection, or the process of a ProxyCommand."""
+
+    def close(self) -> None:
+        """End it."""
+
+
 class _Packetizer(Packetizer):  # type: ignore[misc]
     """Paramiko's, with a watch over silence and a deadline for writing."""
 
-    def __init__(self, wire: _Wire) -> None:
+    def __init__(self, wire: Wire) -> None:
         super().__init__(wire)
         self._wire = wire
         self.on_silence: Callable[[], None] | None = None
@@ -198,14 +234,14 @@ def _close(channel: paramiko.Channel, message: paramiko.Message) -> None:
 
 
 class _Transport(paramiko.Transport):  # type: ignore[misc]
-    _preferred_ciphers = (
+    _preferred_ciphers: tuple[str, ...] = (
         "aes128-gcm@openssh.com",
         "aes256-gcm@openssh.com",
         "aes128-ctr",
         "aes192-ctr",
         "aes256-ctr",
     )
-    _preferred_macs = (
+    _preferred_macs: tuple[str, ...] = (
         "hmac-sha2-256-etm@openssh.com",
         "hmac-sha2-512-etm@openssh.com",
         "hmac-sha2-256",
@@ -402,9 +438,15 @@ class Session:
 class Connection:
     """One connection to one target, verified and logged in. Thread-safe."""
 
-    def __init__(self, target: Target, transport: _Transport, wire: _Wire, host_key: HostKey) -> None:
-        self.target = target
+    def __init__(
+        self, host: Host, transport: _Transport, wire: Wire, carrier: Carrier | None, host_key: HostKey
+    ) -> None:
+        self.target = host.target
         self.host_key = host_key
+        self._carrier = carrier
+        self._idle_silence_seconds = min(
+            host.config.server_alive_interval or _IDLE_SILENCE_SECONDS, _IDLE_SILENCE_SECONDS
+        )
         self.in_use = False
         self._transport = transport
         self._wire = wire
@@ -439,11 +481,34 @@ class Connection:
                 raise SessionRefusedError from None
             raise ConnectionLostError(f"{self.target}: the connection does not answer") from None
 
+    def open_passage(self, host: str, port: int, timeout: float) -> JumpWire:
+        """Let the other side connect to a host within `timeout` seconds (RFC 4254, 7.2).
+
+        Raises UnreachableError when it does not. The wire is closed with this connection.
+        """
+        where = f"{host}:{port}"
+        try:
+            return JumpWire(
+                self._transport.open_channel(
+                    "direct-tcpip", (host, port), ("127.0.0.1", 0), timeout=max(0.1, timeout)
+                )
+            )
+        except paramiko.ChannelException as error:
+            forbidden = error.code == 1
+            why = "forbids it (AllowTcpForwarding in its sshd_config)" if forbidden else "finds nothing there"
+            raise UnreachableError(
+                f"the jump host {self.target} does not connect to {where}: it {why}"
+            ) from None
+        except _SOCKET_ERRORS:
+            raise NoAnswerError(f"the jump host {self.target} does not connect to {where} in time") from None
+
     def close(self) -> None:
-        """Close the connection at once; whoever waits on one of its sessions is woken."""
-        with suppress(OSError):
+        """Close the connection at once, and what it runs over; whoever waits on one of its sessions is woken."""
+        with suppress(*_SOCKET_ERRORS):
             self._wire.shutdown(socket.SHUT_RDWR)
         self._transport.close()
+        if self._carrier is not None:
+            self._carrier.close()
 
     def _watch(self) -> None:
         """Ask a silent peer whether it is there. Runs in Paramiko's reading thread, ten times a second."""
@@ -451,7 +516,7 @@ class Connection:
         if self._asked_at is not None and self._wire.heard_at >= self._asked_at:
             self._asked_at = None
         if self._asked_at is None:
-            silence = _BUSY_SILENCE_SECONDS if self.in_use else _IDLE_SILENCE_SECONDS
+            silence = _BUSY_SILENCE_SECONDS if self.in_use else self._idle_silence_seconds
             if now - self._wire.heard_at > silence:
                 self._asked_at = now
                 self._ask()
@@ -469,49 +534,31 @@ class Connection:
         self._transport._send_user_message(message)
 
 
-def connect(target: Target, settings: Settings, keys: Keys) -> Connection:
-    """Open a connection: name look-up, TCP (`ssh_dial`), key exchange, host key, login.
-
-    Takes at most `SSH_CONNECT_TIMEOUT` seconds, a slow name look-up excepted. A server that hangs up before the
-    key exchange (MaxStartups drops log-ins at random) is tried again within that time. Raises UnreachableError
-    and its kinds: HostKeyError, LoginError, NoAnswerError.
-    """
-    deadline = time.monotonic() + settings.ssh_connect_timeout
-    pause = 0.05
-    while True:
-        wire = _Wire(fileno=dial(target, deadline).detach())
-        _tune(wire)
-        try:
-            return _log_in(target, wire, settings, keys, deadline)
-        except _HungUpError:
-            if time.monotonic() + pause > deadline:
-                raise UnreachableError(
-                    f"{target} hangs up before the SSH key exchange; is this an SSH server, and does it take "
-                    "more log-ins (MaxStartups)?"
-                ) from None
-        time.sleep(jittered(pause))
-        pause = min(2 * pause, 1.0)
-
-
 def jittered(seconds: float) -> float:
     """Return between half and one and a half of `seconds`, so that many waiters do not act at once."""
     return seconds * (0.5 + random.random())  # noqa: S311 - no secret depends on it
 
 
-class _HungUpError(Exception):
+class HungUpError(Exception):
     """The server closed the connection before it said who it is."""
 
 
-def _tune(wire: _Wire) -> None:
-    """Set what the socket needs; where it is gone already, the key exchange says so."""
+def tcp_wire(connected: socket.socket) -> SocketWire:
+    """Take over a TCP socket and set what it needs; where it is gone already, the key exchange says so."""
+    wire = SocketWire(fileno=connected.detach())
     with suppress(OSError):
         wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         wire.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(_STALL_SECONDS * 1000))
+    return wire
 
 
-def _log_in(target: Target, wire: _Wire, settings: Settings, keys: Keys, deadline: float) -> Connection:
+def log_in(host: Host, wire: Wire, carrier: Carrier | None, keys: Keys, deadline: float) -> Connection:
+    """Make a logged-in connection of a wire: key exchange, host key, login, by `deadline` (monotonic seconds).
+
+    Takes the wire and the carrier, which are closed when it fails. Raises UnreachableError and its kinds, HungUpError.
+    """
     transport = _Transport(
         wire,
         default_window_size=_WINDOW_BYTES,
@@ -519,21 +566,51 @@ def _log_in(target: Target, wire: _Wire, settings: Settings, keys: Keys, deadlin
         packetizer_class=_Packetizer,
     )
     try:
-        host_key = _exchange_keys(target, transport, settings, deadline)
-        _authenticate(target, transport, keys, deadline)
-        return Connection(target, transport, wire, host_key)
+        host_key = _exchange_keys(host, transport, deadline)
+        _authenticate(host, transport, keys, deadline)
+        return Connection(host, transport, wire, carrier, host_key)
     except BaseException:
         transport.packetizer.complete_handshake()  # ends its timer, a thread that would hold up the process's end
         transport.close()
         wire.close()
+        if carrier is not None:
+            carrier.close()
         raise
 
 
-def _exchange_keys(target: Target, transport: _Transport, settings: Settings, deadline: float) -> HostKey:
+def _choose_algorithms(host: Host, transport: _Transport) -> None:
+    """Offer what the SSH config wants of what there is. Raises UnreachableError when nothing is left."""
+    config = host.config
+    known = host.known_hosts.algorithms(host.known_as)
+    transport.host_key_algorithms = assembled(config.host_key_algorithms, known, known)
+    transport._preferred_ciphers = _wanted(
+        config.ciphers, transport._preferred_ciphers, transport._cipher_info
+    )
+    transport._preferred_macs = _wanted(config.macs, transport._preferred_macs, transport._mac_info)
+    transport._preferred_kex = _wanted(config.kex_algorithms, transport._preferred_kex, transport._kex_info)
+    for keyword, wanted, left in (
+        ("HostKeyAlgorithms", config.host_key_algorithms, transport.host_key_algorithms),
+        ("Ciphers", config.ciphers, transport._preferred_ciphers),
+        ("MACs", config.macs, transport._preferred_macs),
+        ("KexAlgorithms", config.kex_algorithms, transport._preferred_kex),
+    ):
+        if not left:
+            raise UnreachableError(
+                f"{host}: nothing that can be used here is left of {keyword} {wanted} in the SSH config; add to it"
+            )
+
+
+def _wanted(spec: str | None, usual: tuple[str, ...], every: Iterable[str]) -> tuple[str, ...]:
+    """Apply a list of the SSH config to what Paramiko has."""
+    named = {name.removesuffix("@libssh.org"): name for name in every}  # curve25519 has two names
+    chosen = assembled(spec, usual, [*every, *(named.keys() - set(every))])
+    return tuple(dict.fromkeys(named.get(name, name) for name in chosen))
+
+
+def _exchange_keys(host: Host, transport: _Transport, deadline: float) -> HostKey:
     """Exchange keys, verify the host's key and return it."""
-    known_hosts = KnownHosts(settings.ssh_known_hosts)
-    host = KnownAs(target.host, target.port)
-    transport.host_key_algorithms = known_hosts.algorithms(host)
+    target = host.target
+    _choose_algorithms(host, transport)
     left = max(0.1, deadline - time.monotonic())
     transport.banner_timeout = transport.handshake_timeout = left
     try:
@@ -553,17 +630,17 @@ def _exchange_keys(target: Target, transport: _Transport, settings: Settings, de
     shown = transport.get_remote_server_key()
     key = HostKey(shown.get_name(), shown.asbytes())
     try:
-        known_hosts.verify(host, key, shown.public_blob.key_blob if shown.public_blob else None)
+        host.known_hosts.verify(host.known_as, key, shown.public_blob.key_blob if shown.public_blob else None)
     except UnknownHostKeyError:
-        if settings.ssh_host_key_policy != "accept-new":
+        if not host.accepts_new:
             raise
-        known_hosts.add(host, key)
+        host.known_hosts.add(host.known_as, key)
     return key
 
 
-def _no_banner(target: Target, wire: _Wire) -> Exception:
+def _no_banner(target: Target, wire: Wire) -> Exception:
     if wire.hung_up:
-        return _HungUpError()
+        return HungUpError()
     if wire.heard_at:
         return UnreachableError(f"{target}: what answers there is no SSH server; check the port")
     return _silent(target)
@@ -573,9 +650,10 @@ def _silent(target: Target) -> NoAnswerError:
     return NoAnswerError(f"{target} accepts connections but does not answer; is its SSH server overloaded?")
 
 
-def _authenticate(target: Target, transport: _Transport, keys: Keys, deadline: float) -> None:
+def _authenticate(host: Host, transport: _Transport, keys: Keys, deadline: float) -> None:
+    target = host.target
     tried: list[str] = []
-    with keys.offered() as offered:
+    with keys.offered(host.config, is_default=host.is_default) as offered:
         for name, key in offered:
             transport.auth_timeout = max(0.1, deadline - time.monotonic())
             try:
@@ -599,4 +677,4 @@ def _authenticate(target: Target, transport: _Transport, keys: Keys, deadline: f
                 break
     if time.monotonic() >= deadline:
         raise NoAnswerError(f"{target} does not answer the login; is its SSH server overloaded?")
-    raise LoginError(keys.advice(target, tried))
+    raise LoginError(keys.advice(target, tried, offered.unusable))

@@ -14,7 +14,7 @@ from paramiko.packet import Packetizer
 from conftest import Server, nobody_cancels, wait_for
 from ssh_commands import Commands
 from ssh_pool import Pool
-from ssh_transport import _Gate, _Transport, _Wire
+from ssh_transport import SocketWire, _Gate, _Transport
 
 
 def test_silent_reads_call_the_keepalive_check() -> None:
@@ -57,7 +57,7 @@ def test_end_of_a_stream_is_known_before_its_pipes_tell() -> None:
 
 def test_wire_is_read_ahead_to_its_end() -> None:
     ours, theirs = socket.socketpair()
-    with theirs, _Wire(fileno=ours.detach()) as wire:
+    with theirs, SocketWire(fileno=ours.detach()) as wire:
         theirs.send(b"abcdef")
         assert [wire.recv(2), wire.recv(3)] == [b"ab", b"cde"]
         theirs.close()
