@@ -33,6 +33,7 @@ from ssh_host_keys import read_certified_key
 
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
 _AGENT_SECONDS = 5.0
+_PUBLIC_BEGINS = (b"ssh-", b"ecdsa-", b"sk-")
 _OPENSSH_BEGIN = b"-----BEGIN OPENSSH PRIVATE KEY-----"
 _OPENSSH_MAGIC = b"openssh-key-v1\0"
 _DEFAULT_NAMES = ("id_ed25519", "id_ecdsa", "id_rsa")
@@ -120,6 +121,10 @@ class Keys:
             data = path.read_bytes()
         except OSError as error:
             raise LoginError(f"the key {path} ({source}) cannot be read: {error.strerror}") from None
+        if data.startswith(_PUBLIC_BEGINS):
+            raise LoginError(
+                f"the key {path} is a public one, and the SSH agent does not hold its private one; run: ssh-add"
+            )
         if os.name == "posix" and status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise LoginError(
                 f"the key {path} may be read by others, so it is not used; run: chmod 600 {path}"

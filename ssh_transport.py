@@ -107,6 +107,11 @@ class JumpWire(_ReadAhead):
         self.shutdown: Callable[[int], None] = channel.shutdown
         self.close: Callable[[], None] = channel.close
 
+    @property
+    def _closed(self) -> bool:
+        """Asked by Paramiko when a connection is closed, since sockets have it."""
+        return bool(self._channel.closed)
+
     def _receive(self, size: int) -> bytes:
         data: bytes = self._channel.recv(size)
         return data

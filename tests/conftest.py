@@ -105,6 +105,7 @@ class Server:
             "ssh_default_user": "tester",
             "ssh_key_path": self.key,
             "ssh_known_hosts": self.known_hosts,
+            "ssh_config": Path("none"),
         }
         return Settings(**(values | changes))
 

@@ -25,9 +25,17 @@ def test_writes_go_through_write_all() -> None:
     assert "self.write_all(out)" in inspect.getsource(Packetizer.send_message)
 
 
-@pytest.mark.parametrize("name", ["_preferred_ciphers", "_preferred_macs"])
-def test_algorithms_are_paramikos_own(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("_preferred_ciphers", "_cipher_info"),
+        ("_preferred_macs", "_mac_info"),
+        ("_preferred_kex", "_kex_info"),
+    ],
+)
+def test_algorithms_are_paramikos_own(name: str, table: str) -> None:
     assert set(getattr(_Transport, name)) <= set(getattr(paramiko.Transport, name))
+    assert set(getattr(_Transport, name)) <= set(getattr(_Transport, table))
 
 
 def test_handlers_are_looked_up_in_the_table() -> None:
