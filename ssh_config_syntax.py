@@ -9,6 +9,7 @@ import os
 import stat
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 
 from ssh_errors import ConfigError
@@ -33,7 +34,7 @@ class Line:
         return ConfigError(f"SSH_CONFIG: {self.path} line {self.number}: {what}")
 
 
-def read_lines(path: Path) -> list[Line]:
+def read_lines(path: Path) -> tuple[Line, ...]:
     """Return the lines that say something.
 
     Raises FileNotFoundError when the file is not there, and ConfigError when it, or a line of it, cannot be read, or
@@ -47,9 +48,14 @@ def read_lines(path: Path) -> list[Line]:
         raise
     except OSError as error:
         raise ConfigError(f"SSH_CONFIG: {path} cannot be read: {error.strerror}") from None
+    return _parsed(path, data)
+
+
+@lru_cache(maxsize=64)  # every call to a tool asks anew
+def _parsed(path: Path, data: bytes) -> tuple[Line, ...]:
     text = data.decode("utf-8", "surrogateescape")
     lines = (_line(path, number, line) for number, line in enumerate(text.split("\n"), 1))
-    return [line for line in lines if line is not None]
+    return tuple(line for line in lines if line is not None)
 
 
 def _refuse_foreign(path: Path, status: os.stat_result) -> None:
