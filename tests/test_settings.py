@@ -109,7 +109,6 @@ def test_bad_value_is_one_line_that_says_what_would_do(
 @pytest.mark.parametrize(
     "variable",
     [
-        "SSH_CONFIG",
         "SSH_SUDO",
         "ALLOWED_COMMANDS",
         "ALLOWED_PATHS",
