@@ -154,7 +154,9 @@ class Keys:
             for load in (serialization.load_ssh_private_key, serialization.load_pem_private_key):
                 try:
                     return load(data, passphrase)
-                except (ValueError, UnsupportedAlgorithm) as error:
+                except UnsupportedAlgorithm:
+                    raise _unused(path) from None
+                except ValueError as error:
                     encrypted |= "decrypt" in str(error) or "password" in str(error).lower()
                 except TypeError:
                     encrypted = True
@@ -175,9 +177,7 @@ def _paramiko_key(path: Path, key: object) -> paramiko.PKey:
     elif isinstance(key, rsa.RSAPrivateKey):
         kind = paramiko.RSAKey
     else:
-        raise LoginError(
-            f"the key {path} is of a type that is not used here; give an Ed25519, ECDSA or RSA key"
-        )
+        raise _unused(path)
     text = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
     )
@@ -281,3 +281,7 @@ def _public_in(data: bytes) -> bytes:
 
 def _type_of(blob: bytes) -> str:
     return bytes(paramiko.Message(blob).get_binary()).decode("utf-8", "replace")
+
+
+def _unused(path: Path) -> LoginError:
+    return LoginError(f"the key {path} is of a type that is not used here; give an Ed25519, ECDSA or RSA key")

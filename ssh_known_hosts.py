@@ -138,12 +138,13 @@ class KnownHosts:
         """
         lines = list(self._lines())
         _refuse_revoked(lines, host, key)
-        fault = None
+        preface = ""
         if certificate is not None:
             fault = _fault(lines, host, key, certificate)
             if fault is None:
                 return
-        self._verify_plain(lines, host, key, f"its certificate {fault}; " if fault else "")
+            preface = f"its certificate {fault}; "
+        self._verify_plain(lines, host, key, preface)
 
     def add(self, host: KnownAs, key: HostKey) -> None:
         """Append a key, as OpenSSH does under `StrictHostKeyChecking accept-new`.
@@ -193,7 +194,7 @@ class KnownHosts:
             except OSError as error:
                 raise HostKeyError(f"SSH_KNOWN_HOSTS: {path} cannot be read: {error.strerror}") from None
             for number, line in enumerate(text.split("\n"), 1):
-                fields = re.split(r"[ \t]+", line.removesuffix("\r").strip(" \t"))
+                fields = re.split(r"[ \t]+", line.removesuffix("\r").strip(" \t"), maxsplit=4)
                 marker = fields.pop(0) if fields[0].startswith("@") else ""
                 if len(fields) >= 3 and not fields[0].startswith("#"):
                     yield _Line(path, number, marker, *fields[:3])

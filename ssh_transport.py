@@ -441,7 +441,7 @@ class Session:
 
 
 class Connection:
-    """One connection to one target, verified and logged in. Thread-safe."""
+    """One connection to one target, verified by its `host_key` and logged in. Thread-safe."""
 
     def __init__(
         self, host: Host, transport: _Transport, wire: Wire, carrier: Carrier | None, host_key: HostKey

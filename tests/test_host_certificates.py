@@ -15,7 +15,7 @@ from paramiko.packet import Packetizer
 from conftest import Server, keygen, nobody_cancels, program
 from settings import Target
 from ssh_commands import Commands
-from ssh_errors import HostKeyError, UnreachableError
+from ssh_errors import HostKeyError, LoginError, UnreachableError
 from ssh_host_keys import HostKey, read_key
 from ssh_hosts import Hosts
 from ssh_keys import Keys
@@ -100,31 +100,36 @@ def test_certified_host_is_known_by_its_plain_key_where_no_authority_is_known(
     assert server.known_hosts.read_text() == f"[127.0.0.1]:{server.port} {key.text}\n"
 
 
-class _Thief(paramiko.Ed25519Key):  # type: ignore[misc]
-    """A key that signs for itself, and shows a certificate that belongs to another."""
+class _Shower(paramiko.Ed25519Key):  # type: ignore[misc]
+    """A key that shows a certificate, whoever that belongs to."""
 
-    stolen = b""
+    certificate = b""
 
     def asbytes(self) -> bytes:
-        return self.stolen
+        return self.certificate
 
 
+@pytest.mark.parametrize(
+    ("name", "error", "told"),
+    [("host_key", LoginError, "key"), ("thief", UnreachableError, "key exchange failed")],
+)
 def test_certificate_without_its_key_is_worth_nothing(
-    own_sshd: Callable[..., Server], authority: Path, tmp_path: Path
+    own_sshd: Callable[..., Server], authority: Path, name: str, error: type[Exception], told: str
 ) -> None:
     server = own_sshd()
     certify(server, authority, "-n", "127.0.0.1")
-    thief = _Thief.from_private_key_file(str(keygen(tmp_path / "thief")))
-    thief.stolen = base64.b64decode((server.folder / "host_key-cert.pub").read_text().split()[1])
+    keygen(server.folder / "thief")
+    key = _Shower.from_private_key_file(str(server.folder / name))
+    key.certificate = base64.b64decode((server.folder / "host_key-cert.pub").read_text().split()[1])
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
             accepted, _ = listener.accept()
             transport = paramiko.Transport(accepted)
-            transport.server_key_dict = {CERTIFICATE: thief}
+            transport.server_key_dict = {CERTIFICATE: key}
             transport.start_server(threading.Event(), paramiko.ServerInterface())
 
         threading.Thread(target=serve, daemon=True).start()
         target, settings = Target("tester", "127.0.0.1", listener.getsockname()[1]), server.settings()
-        with pytest.raises(UnreachableError, match="key exchange failed"):
+        with pytest.raises(error, match=told):
             connect(target, Hosts(settings), Keys(settings))

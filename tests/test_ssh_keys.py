@@ -1,6 +1,5 @@
 """Keys of every kind and form, and what is said of those that cannot be used."""
 
-import base64
 import contextlib
 import gc
 import os
@@ -386,38 +385,47 @@ def test_certificate_file_is_shown_with_its_key_alone(agent: Path, tmp_path: Pat
     assert certified == [True, False, True]
 
 
-def fido_key(path: Path, kind: str) -> Path:
-    """Make the file of a FIDO key as OpenSSH does: the public key, and something that says where it is."""
+def test_agents_of_paramiko_are_connected_as_before() -> None:
+    assert callable(AgentSSH._connect)
+    assert callable(AgentSSH._close)
 
-    def string(data: bytes) -> bytes:
-        return len(data).to_bytes(4, "big") + data
 
-    public = string(kind.encode()) + string(bytes(32)) + string(b"ssh:")
-    body = (
-        b"openssh-key-v1\0"
-        + string(b"none") * 2
-        + string(b"")
-        + b"\0\0\0\1"
-        + string(public)
-        + string(bytes(64))
-    )
-    text = base64.encodebytes(body).decode()
-    path.write_text(f"-----BEGIN OPENSSH PRIVATE KEY-----\n{text}-----END OPENSSH PRIVATE KEY-----\n")
+def security_key(path: Path) -> Path:
+    """Make the file that stands for a FIDO key (OpenSSH's PROTOCOL.key and PROTOCOL.u2f); no device is asked."""
+
+    def strings(*parts: bytes) -> bytes:
+        return b"".join(len(part).to_bytes(4) + part for part in parts)
+
+    public = strings(b"sk-ssh-ed25519@openssh.com", b"k" * 32, b"ssh:")
+    private = b"same" * 2 + public + b"\1" + strings(b"handle", b"", b"comment")
+    private += bytes(range(1, 1 + -len(private) % 8))
+    file = b"openssh-key-v1\0" + strings(b"none", b"none", b"") + b"\0\0\0\1" + strings(public, private)
+    lines = base64.encodebytes(file).decode()
+    path.write_text(f"-----BEGIN OPENSSH PRIVATE KEY-----\n{lines}-----END OPENSSH PRIVATE KEY-----\n")
     path.chmod(0o600)
     return path
 
 
-@pytest.mark.parametrize("kind", ["sk-ssh-ed25519@openssh.com", "sk-ecdsa-sha2-nistp256@openssh.com"])
-def test_fido_key_is_refused_in_a_clear_sentence(tmp_path: Path, kind: str) -> None:
-    path = fido_key(tmp_path / "id_sk", kind)
-    with pytest.raises(LoginError, match="FIDO key, which asks for a touch"):
-        offered(ssh_key_path=path)
+@pytest.mark.parametrize("passphrase", [None, "hunter2"])
+def test_fido_key_is_refused_as_such(tmp_path: Path, passphrase: str | None) -> None:
+    path = security_key(tmp_path / "key")
+    if passphrase:
+        subprocess.run(["ssh-keygen", "-q", "-p", "-P", "", "-N", passphrase, "-f", path], check=True)
+    shown = subprocess.run(["ssh-keygen", "-lf", path], check=True, capture_output=True, text=True)
+    assert "ED25519-SK" in shown.stdout
+    with pytest.raises(LoginError, match=r"FIDO.*Ed25519, ECDSA or RSA"):
+        offered(ssh_key_path=path, ssh_key_passphrase=passphrase)
+
+
+def test_fido_key_of_the_agent_is_passed_over(agent: Path, tmp_path: Path) -> None:
+    subprocess.run(["ssh-add", "-q", security_key(tmp_path / "fido"), keygen(tmp_path / "held")], check=True)
+    ((name, _),) = offered()
+    assert name == "the agent's ssh-ed25519 key"
+
+
+def test_fido_key_of_the_config_is_told_of(tmp_path: Path) -> None:
+    path = security_key(tmp_path / "id_sk")
     keys = Keys(Settings())
     with keys.offered(configured(tmp_path, f"IdentityFile {path}")) as offer:
         assert list(offer) == []
-        assert "FIDO" in keys.advice(TARGET, [], offer.unusable)
-
-
-def test_agents_of_paramiko_are_connected_as_before() -> None:
-    assert callable(AgentSSH._connect)
-    assert callable(AgentSSH._close)
+        assert "FIDO key, which asks for a touch" in keys.advice(TARGET, [], offer.unusable)
