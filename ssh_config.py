@@ -6,7 +6,7 @@
 - Only the file of SSH_CONFIG is read, and what it includes: as under `ssh -F`, not /etc/ssh/ssh_config.
 - Files are read anew at every question. `Match exec` runs only where OpenSSH would need its answer.
 
-What differs from OpenSSH on purpose stands in `tests/test_ssh_config.py`.
+What differs from OpenSSH on purpose stands in `tests/test_ssh_config_as_ssh.py`.
 """
 
 import os

@@ -24,7 +24,7 @@ from settings import Settings, Target
 from ssh_commands import Commands
 from ssh_pool import Pool
 
-pytest_plugins = ["oauth"]
+pytest_plugins = ["oauth", "ssh_client"]
 
 
 def program(name: str, package: str) -> str:

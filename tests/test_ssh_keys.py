@@ -1,5 +1,6 @@
 """Keys of every kind and form, and what is said of those that cannot be used."""
 
+import base64
 import contextlib
 import gc
 import os
