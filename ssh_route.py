@@ -16,7 +16,8 @@ from ssh_errors import ConfigError, UnreachableError
 from ssh_hosts import Host, Hosts
 from ssh_keys import Keys
 from ssh_local import Proxy
-from ssh_transport import Connection, HungUpError, SocketWire, jittered, log_in, tcp_wire
+from ssh_login import HungUpError, log_in
+from ssh_transport import Connection, SocketWire, jittered, tcp_wire
 
 
 def connect(target: Target, hosts: Hosts, keys: Keys) -> Connection:

@@ -1,8 +1,7 @@
-"""One verified, logged-in connection, and the sessions on it (RFC 4253, RFC 4252, RFC 4254).
+"""One connection and the sessions on it (RFC 4253, RFC 4254); `ssh_login` makes it of a wire.
 
 Invariants:
 
-- Nothing but the key exchange is sent before the host key was verified.
 - Every wait has a deadline, and ends at once when the connection is closed or found dead.
 - A silent peer is asked `keepalive@openssh.com` and must answer something: within `_PATIENCE_SECONDS` while the
   connection is in use. A socket that takes nothing for `_STALL_SECONDS` is dead too.
@@ -20,7 +19,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -34,13 +33,11 @@ from paramiko.common import (
 )
 from paramiko.packet import Packetizer
 
-from settings import Target
+from ssh_config import HostConfig
 from ssh_config_values import assembled
-from ssh_errors import ConnectionLostError, LoginError, NoAnswerError, UnreachableError
+from ssh_errors import ConnectionLostError, NoAnswerError, UnreachableError
 from ssh_host_keys import HostKey
 from ssh_hosts import Host
-from ssh_keys import Keys
-from ssh_known_hosts import UnknownHostKeyError
 
 logging.getLogger("paramiko").propagate = False  # it prints tracebacks for what our errors say in a sentence
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
@@ -53,7 +50,7 @@ _STALL_SECONDS = 12.0
 _BUSY_SILENCE_SECONDS = 4.0
 _IDLE_SILENCE_SECONDS = 30.0
 _PATIENCE_SECONDS = 8.0
-_SOCKET_ERRORS = (paramiko.SSHException, EOFError, OSError)
+SOCKET_ERRORS = (paramiko.SSHException, EOFError, OSError)
 
 
 class SessionRefusedError(Exception):
@@ -224,7 +221,7 @@ class _Gate:
             self._channel.eof_received = True  # so that reading what is left acknowledges nothing
         for ending in endings:
             with suppress(
-                *_SOCKET_ERRORS
+                *SOCKET_ERRORS
             ):  # whoever sent last need not know that another's CLOSE did not get out
                 ending()
 
@@ -238,7 +235,7 @@ def _close(channel: paramiko.Channel, message: paramiko.Message) -> None:
         gate.close(lambda: channel._handle_close(message))
 
 
-class _Transport(paramiko.Transport):  # type: ignore[misc]
+class Transport(paramiko.Transport):  # type: ignore[misc]
     _preferred_ciphers: tuple[str, ...] = (
         "aes128-gcm@openssh.com",
         "aes256-gcm@openssh.com",
@@ -252,12 +249,23 @@ class _Transport(paramiko.Transport):  # type: ignore[misc]
         "hmac-sha2-256",
         "hmac-sha2-512",
     )
+    _preferred_kex: tuple[str, ...] = paramiko.Transport._preferred_kex
     _channel_handler_table = {  # noqa: RUF012
         **paramiko.Transport._channel_handler_table,
         MSG_CHANNEL_CLOSE: _close,
         MSG_CHANNEL_REQUEST: _channel_request,
         MSG_CHANNEL_WINDOW_ADJUST: _window_adjust,
     }
+
+    @classmethod
+    def over(cls, wire: Wire) -> "Transport":
+        """Return one that is not started yet."""
+        return cls(
+            wire,
+            default_window_size=_WINDOW_BYTES,
+            default_max_packet_size=_PACKET_BYTES,
+            packetizer_class=_Packetizer,
+        )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -281,10 +289,32 @@ class _Transport(paramiko.Transport):  # type: ignore[misc]
         for message in held_back:
             self._send_user_message(message)
 
+    def offer(self, config: HostConfig, host_key_algorithms: Sequence[str]) -> dict[str, Sequence[str]]:
+        """Offer what an SSH config wants of what Paramiko has; return what is left, by keyword."""
+        self.host_key_algorithms = assembled(
+            config.host_key_algorithms, host_key_algorithms, host_key_algorithms
+        )
+        self._preferred_ciphers = _wanted(config.ciphers, self._preferred_ciphers, self._cipher_info)
+        self._preferred_macs = _wanted(config.macs, self._preferred_macs, self._mac_info)
+        self._preferred_kex = _wanted(config.kex_algorithms, self._preferred_kex, self._kex_info)
+        return {
+            "HostKeyAlgorithms": self.host_key_algorithms,
+            "Ciphers": self._preferred_ciphers,
+            "MACs": self._preferred_macs,
+            "KexAlgorithms": self._preferred_kex,
+        }
+
     @property
     def preferred_keys(self) -> tuple[str, ...]:
         """What is asked for: Paramiko would ask for certificates too where no authority is known."""
         return tuple(self.host_key_algorithms)
+
+
+def _wanted(spec: str | None, usual: tuple[str, ...], every: Iterable[str]) -> tuple[str, ...]:
+    """Apply a list of the SSH config to what Paramiko has."""
+    named = {name.removesuffix("@libssh.org"): name for name in every}  # curve25519 has two names
+    chosen = assembled(spec, usual, [*every, *(named.keys() - set(every))])
+    return tuple(dict.fromkeys(named.get(name, name) for name in chosen))
 
 
 class _Wake:
@@ -356,12 +386,12 @@ class Session:
         with self._gate as is_open:
             try:
                 return int(self._channel.send(data)) if is_open else 0
-            except _SOCKET_ERRORS:
+            except SOCKET_ERRORS:
                 return 0
 
     def send_eof(self) -> None:
         """Say that no more input comes."""
-        with self._gate as is_open, suppress(*_SOCKET_ERRORS):
+        with self._gate as is_open, suppress(*SOCKET_ERRORS):
             if is_open:
                 self._channel.shutdown_write()
 
@@ -435,7 +465,7 @@ class Session:
         message.add_string(kind)
         message.add_boolean(answered)
         message.add_string(argument)
-        with self._gate as is_open, suppress(*_SOCKET_ERRORS):
+        with self._gate as is_open, suppress(*SOCKET_ERRORS):
             if is_open:  # else the channel is closed, which says it all
                 self._channel.transport._send_user_message(message)
 
@@ -444,7 +474,7 @@ class Connection:
     """One connection to one target, verified by its `host_key` and logged in. Thread-safe."""
 
     def __init__(
-        self, host: Host, transport: _Transport, wire: Wire, carrier: Carrier | None, host_key: HostKey
+        self, host: Host, transport: Transport, wire: Wire, carrier: Carrier | None, host_key: HostKey
     ) -> None:
         self.target = host.target
         self.host_key = host_key
@@ -481,7 +511,7 @@ class Connection:
             return Session(self._transport.open_session(timeout=timeout))
         except paramiko.ChannelException:
             raise SessionRefusedError from None
-        except _SOCKET_ERRORS as error:
+        except SOCKET_ERRORS as error:
             if self.alive and "Timeout" not in str(error):
                 raise SessionRefusedError from None
             raise ConnectionLostError(f"{self.target}: the connection does not answer") from None
@@ -504,12 +534,12 @@ class Connection:
             raise UnreachableError(
                 f"the jump host {self.target} does not connect to {where}: it {why}"
             ) from None
-        except _SOCKET_ERRORS:
+        except SOCKET_ERRORS:
             raise NoAnswerError(f"the jump host {self.target} does not connect to {where} in time") from None
 
     def close(self) -> None:
         """Close the connection at once, and what it runs over; whoever waits on one of its sessions is woken."""
-        with suppress(*_SOCKET_ERRORS):
+        with suppress(*SOCKET_ERRORS):
             self._wire.shutdown(socket.SHUT_RDWR)
         self._transport.close()
         if self._carrier is not None:
@@ -544,10 +574,6 @@ def jittered(seconds: float) -> float:
     return seconds * (0.5 + random.random())  # noqa: S311 - no secret depends on it
 
 
-class HungUpError(Exception):
-    """The server closed the connection before it said who it is."""
-
-
 def tcp_wire(connected: socket.socket) -> SocketWire:
     """Take over a TCP socket and set what it needs; where it is gone already, the key exchange says so."""
     wire = SocketWire(fileno=connected.detach())
@@ -557,129 +583,3 @@ def tcp_wire(connected: socket.socket) -> SocketWire:
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(_STALL_SECONDS * 1000))
     return wire
-
-
-def log_in(host: Host, wire: Wire, carrier: Carrier | None, keys: Keys, deadline: float) -> Connection:
-    """Make a logged-in connection of a wire: key exchange, host key, login, by `deadline` (monotonic seconds).
-
-    Takes the wire and the carrier, which are closed when it fails. Raises UnreachableError and its kinds, HungUpError.
-    """
-    transport = _Transport(
-        wire,
-        default_window_size=_WINDOW_BYTES,
-        default_max_packet_size=_PACKET_BYTES,
-        packetizer_class=_Packetizer,
-    )
-    try:
-        host_key = _exchange_keys(host, transport, deadline)
-        _authenticate(host, transport, keys, deadline)
-        return Connection(host, transport, wire, carrier, host_key)
-    except BaseException:
-        transport.packetizer.complete_handshake()  # ends its timer, a thread that would hold up the process's end
-        transport.close()
-        wire.close()
-        if carrier is not None:
-            carrier.close()
-        raise
-
-
-def _choose_algorithms(host: Host, transport: _Transport) -> None:
-    """Offer what the SSH config wants of what there is. Raises UnreachableError when nothing is left."""
-    config = host.config
-    known = host.known_hosts.algorithms(host.known_as)
-    transport.host_key_algorithms = assembled(config.host_key_algorithms, known, known)
-    transport._preferred_ciphers = _wanted(
-        config.ciphers, transport._preferred_ciphers, transport._cipher_info
-    )
-    transport._preferred_macs = _wanted(config.macs, transport._preferred_macs, transport._mac_info)
-    transport._preferred_kex = _wanted(config.kex_algorithms, transport._preferred_kex, transport._kex_info)
-    for keyword, wanted, left in (
-        ("HostKeyAlgorithms", config.host_key_algorithms, transport.host_key_algorithms),
-        ("Ciphers", config.ciphers, transport._preferred_ciphers),
-        ("MACs", config.macs, transport._preferred_macs),
-        ("KexAlgorithms", config.kex_algorithms, transport._preferred_kex),
-    ):
-        if not left:
-            raise UnreachableError(
-                f"{host}: nothing that can be used here is left of {keyword} {wanted} in the SSH config; add to it"
-            )
-
-
-def _wanted(spec: str | None, usual: tuple[str, ...], every: Iterable[str]) -> tuple[str, ...]:
-    """Apply a list of the SSH config to what Paramiko has."""
-    named = {name.removesuffix("@libssh.org"): name for name in every}  # curve25519 has two names
-    chosen = assembled(spec, usual, [*every, *(named.keys() - set(every))])
-    return tuple(dict.fromkeys(named.get(name, name) for name in chosen))
-
-
-def _exchange_keys(host: Host, transport: _Transport, deadline: float) -> HostKey:
-    """Exchange keys, verify the host's key and return it."""
-    target = host.target
-    _choose_algorithms(host, transport)
-    left = max(0.1, deadline - time.monotonic())
-    transport.banner_timeout = transport.handshake_timeout = left
-    try:
-        transport.start_client(timeout=left)
-    except _SOCKET_ERRORS as error:
-        if not transport.remote_version:
-            raise _no_banner(target, transport.sock) from None
-        if isinstance(error, paramiko.ssh_exception.IncompatiblePeer):
-            raise UnreachableError(
-                f"{target} offers no key exchange, cipher or host key type that is still safe; update its SSH server"
-            ) from None
-        raise UnreachableError(
-            f"{target}: the SSH key exchange failed; try again, or see its sshd log"
-        ) from None
-    if not transport.initial_kex_done:
-        raise _silent(target)
-    shown = transport.get_remote_server_key()
-    key = HostKey(shown.get_name(), shown.asbytes())
-    try:
-        host.known_hosts.verify(host.known_as, key, shown.public_blob.key_blob if shown.public_blob else None)
-    except UnknownHostKeyError:
-        if not host.accepts_new:
-            raise
-        host.known_hosts.add(host.known_as, key)
-    return key
-
-
-def _no_banner(target: Target, wire: Wire) -> Exception:
-    if wire.hung_up:
-        return HungUpError()
-    if wire.heard_at:
-        return UnreachableError(f"{target}: what answers there is no SSH server; check the port")
-    return _silent(target)
-
-
-def _silent(target: Target) -> NoAnswerError:
-    return NoAnswerError(f"{target} accepts connections but does not answer; is its SSH server overloaded?")
-
-
-def _authenticate(host: Host, transport: _Transport, keys: Keys, deadline: float) -> None:
-    target = host.target
-    tried: list[str] = []
-    with keys.offered(host.config, is_default=host.is_default) as offered:
-        for name, key in offered:
-            transport.auth_timeout = max(0.1, deadline - time.monotonic())
-            try:
-                if not transport.auth_publickey(target.user, key):
-                    return
-                raise LoginError(
-                    f"{target} asks for more than a key (a second factor); this server can only show keys"
-                )
-            except paramiko.BadAuthenticationType:
-                raise LoginError(
-                    f"{target} takes no key logins; set PubkeyAuthentication yes in its sshd_config"
-                ) from None
-            except _SOCKET_ERRORS:
-                gone = transport.sock.hung_up or not transport.is_active()
-                if gone and not tried:  # else it may have had enough of keys (MaxAuthTries)
-                    raise UnreachableError(
-                        f"{target}: the connection went away during the login; try again, or see its sshd log"
-                    ) from None
-                tried.append(name)
-            if not transport.is_active():
-                break
-    if time.monotonic() >= deadline:
-        raise NoAnswerError(f"{target} does not answer the login; is its SSH server overloaded?")
-    raise LoginError(keys.advice(target, tried, offered.unusable))

@@ -411,7 +411,7 @@ def test_algorithms_of_the_config_are_used(
 )
 def test_algorithms_of_which_none_is_left_are_an_error(config: Config, sshd: Server, line: str) -> None:
     config.write(entry("web", sshd, line))
-    with pytest.raises(UnreachableError, match=f"nothing that can be used here is left of {line}"):
+    with pytest.raises(UnreachableError, match=f"nothing that can be used here is left of {line.split()[0]}"):
         config.connect("web")
 
 

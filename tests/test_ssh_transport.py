@@ -14,7 +14,7 @@ from paramiko.packet import Packetizer
 from conftest import Server, nobody_cancels, wait_for
 from ssh_commands import Commands
 from ssh_pool import Pool
-from ssh_transport import SocketWire, _Gate, _Transport
+from ssh_transport import SocketWire, Transport, _Gate
 
 
 def test_silent_reads_call_the_keepalive_check() -> None:
@@ -34,8 +34,8 @@ def test_writes_go_through_write_all() -> None:
     ],
 )
 def test_algorithms_are_paramikos_own(name: str, table: str) -> None:
-    assert set(getattr(_Transport, name)) <= set(getattr(paramiko.Transport, name))
-    assert set(getattr(_Transport, name)) <= set(getattr(_Transport, table))
+    assert set(getattr(Transport, name)) <= set(getattr(paramiko.Transport, name))
+    assert set(getattr(Transport, name)) <= set(getattr(Transport, table))
 
 
 def test_handlers_are_looked_up_in_the_table() -> None:
@@ -120,14 +120,14 @@ def test_nothing_is_sent_after_a_channel_was_closed(pool: Pool, sshd: Server) ->
 def test_channel_is_closed_behind_what_is_still_being_sent(
     pool: Pool, sshd: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    send = _Transport._send_user_message
+    send = Transport._send_user_message
 
-    def late(self: _Transport, message: paramiko.Message) -> None:
+    def late(self: Transport, message: paramiko.Message) -> None:
         if threading.current_thread() is not self and message.asbytes().startswith(cMSG_CHANNEL_EOF):
             time.sleep(1)  # the server's CLOSE comes meanwhile
         send(self, message)
 
-    monkeypatch.setattr(_Transport, "_send_user_message", late)
+    monkeypatch.setattr(Transport, "_send_user_message", late)
     with pool.session(sshd.target, time.monotonic() + 20, nobody_cancels) as session:
         session.exec("true")
         session.send_eof()
