@@ -505,16 +505,25 @@ def _content_bytes(content: str, encoding: Literal["utf-8", "base64"]) -> bytes:
         raise ArgumentError(f"content is not valid {encoding}; nothing was written") from None
 
 
+class _OneLine(logging.Formatter):
+    """Writes each message on one line of its own: libraries repeat what callers sent."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name that logging calls
+        line = super().formatMessage(record)
+        return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
+
+
 def _log_to_stderr(level: str) -> None:
     """Log to stderr: over stdio, stdout belongs to MCP."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
     _log.handlers = [handler]
     _log.setLevel(level)
     _log.propagate = False
     # below that they tell what calls hold, and what strangers call themselves
     for library in ("fastmcp.server", "mcp"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    logging.getLogger("mcp").handlers = [handler]
 
 
 try:

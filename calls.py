@@ -2,7 +2,7 @@
 
 A tool is a plain function that returns a model or raises an SSHError. `answers` makes of it what FastMCP calls: only
 a known caller gets in, the model becomes text and fields, and a failure becomes a tool error. The middlewares stand
-around that: one measures, one words what is wrong with arguments, one ends a call whose login has ended.
+around that: one measures, one words what is wrong with arguments, one ends a call whose login was taken back.
 """
 
 import asyncio
@@ -63,7 +63,7 @@ class Measured(Middleware):
 
 
 class EndWithLogin(Middleware):
-    """End a call soon after the login that it was made with has ended, as `in_force` tells."""
+    """End a call soon after its login was taken back, as `in_force` tells; a token that merely expires ends none."""
 
     def __init__(self, in_force: Callable[[AccessToken], Awaitable[bool]]) -> None:
         self._in_force = in_force
@@ -72,43 +72,23 @@ class EndWithLogin(Middleware):
         token = get_access_token()
         if token is None:
             return await call_next(context)
-        with anyio.CancelScope() as scope, _Watch(lambda: self._in_force(token), scope):
-            return await call_next(context)
+        with anyio.CancelScope() as scope:
+            watching = asyncio.create_task(self._watch(token, scope))
+            try:
+                return await call_next(context)
+            finally:
+                watching.cancel()
         raise _tool_error("the login of this call was taken back; what it ran was ended")
 
-
-class _Watch:
-    """Asks every few seconds whether a login is still in force, and cancels the scope unless it is."""
-
-    def __init__(self, in_force: Callable[[], Awaitable[bool]], scope: anyio.CancelScope) -> None:
-        self._in_force = in_force
-        self._scope = scope
-        self._asking: asyncio.Future[bool] | None = None
-
-    def __enter__(self) -> None:
-        self._wait()
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
-        if self._asking is not None:
-            self._asking.cancel()
-
-    def _wait(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(_LOGIN_SECONDS, self._begin)
-
-    def _begin(self) -> None:
-        self._asking = asyncio.ensure_future(self._in_force())
-        self._asking.add_done_callback(self._told)
-
-    def _told(self, asking: asyncio.Future[bool]) -> None:
-        if asking.cancelled():
-            return
-        if (error := asking.exception()) is not None:
-            _log.error("whether a login is in force cannot be told: %s", error)
-        if error is None and asking.result():
-            self._wait()
-        else:
-            self._scope.cancel()
+    async def _watch(self, token: AccessToken, scope: anyio.CancelScope) -> None:
+        """Cancel the scope once the login is not in force, or that cannot be told."""
+        in_force = True
+        try:
+            while in_force:
+                await asyncio.sleep(_LOGIN_SECONDS)
+                in_force = await self._in_force(token)
+        finally:
+            scope.cancel()
 
 
 def _argument_sentence(tool: str, error: ValidationError) -> str:

@@ -90,7 +90,7 @@ def http_app(
 
     async def in_force(token: Token) -> bool:
         try:
-            return await provider.verify_token(token.token) is not None
+            return await provider.stands(token.claims or {})
         except StateDown:
             return True  # until it is known better: new messages are refused meanwhile
 
@@ -418,6 +418,10 @@ class _Entrance:
     def _of(self, scope: Scope) -> ASGIApp:
         """Return who answers: the resources, what is open to all origins, what browsers see, or a refusal."""
         path, headers = scope["path"], Headers(scope=scope)
+        if (
+            not path.isprintable()
+        ):  # a route for /token serves "/token\n", too, and nobody would count its failures
+            return PlainTextResponse("Not Found", 404)
         if path in _OPEN_TO_ALL or path.startswith("/.well-known/"):
             return self._limited
         is_resource = path in ("/mcp", "/sse") or path.startswith("/messages/")

@@ -31,6 +31,7 @@ from oauth_tokens import (
     Request,
     Tokens,
     Unreadable,
+    family_of,
     new_id,
 )
 from settings import Login
@@ -86,9 +87,11 @@ class Grants:
             access = self._tokens.read_access(token, self.resources)
         except Unreadable:
             return None
-        if not self.may_enter(access.email) or not await self._state.alive(access.family, access.jti):
-            return None
-        return access
+        return access if await self.stands(access.email, access.jti) else None
+
+    async def stands(self, email: str, jti: str) -> bool:
+        """Tell whether an access token, verified before, was not taken back, and its owner may still enter."""
+        return self.may_enter(email) and await self._state.alive(family_of(jti), jti)
 
     def signed(self, text: str) -> bool:
         """Tell whether a code or a token was made here, whatever became of it since."""

@@ -16,7 +16,8 @@ RFC 6749 says 400, and know one resource; with endpoints of our own its methods 
 import hashlib
 import hmac
 import string
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 from fastmcp.server.auth.auth import AccessToken, AuthProvider
@@ -107,6 +108,10 @@ class Provider(AuthProvider):
             subject=access.sub,
             claims={"sub": access.sub, "email": access.email, "aud": access.audience, "jti": access.jti},
         )
+
+    async def stands(self, claims: Mapping[str, Any]) -> bool:
+        """Tell whether a token that was verified has not been taken back since, expired or not. Raises StateDown."""
+        return await self._grants.stands(claims["email"], claims["jti"])
 
     def opens(self, token: AccessToken, path: str) -> bool:
         """Tell whether a token was given for what stands at that path: `/sse` with `/messages/`, or `/mcp`."""

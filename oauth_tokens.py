@@ -109,7 +109,7 @@ class Access:
     @property
     def family(self) -> str:
         """The grant that the token came of."""
-        return self.jti.partition(".")[0]
+        return family_of(self.jti)
 
 
 class Tokens:
@@ -256,6 +256,11 @@ def _mark(key: bytes, purpose: str, *of: str) -> str:
 def new_id() -> str:
     """Return an identifier that nobody can guess, without a dot in it."""
     return secrets.token_urlsafe(16)
+
+
+def family_of(jti: str) -> str:
+    """Return the grant that an access token came of."""
+    return jti.partition(".")[0]
 
 
 def _ordered(keys: Keys) -> list[bytes]:

@@ -363,20 +363,41 @@ def env_file(named: Path | None = None) -> Path | None:
 
     Raises SettingsError when a file was named that is not there.
     """
+    path = _named_env_file(named)
+    if path is None:
+        return next((path for path in _usual_env_files() if path.is_file()), None)
+    if not path.is_file():
+        raise SettingsError(f"the settings file {path} does not exist; create it or name another one")
+    return path
+
+
+def new_env_file(named: Path | None = None) -> Path:
+    """Return where a settings file is to be made: where it was named, or where it is looked for first.
+
+    Raises SettingsError when one is there that would be hidden by the new one.
+    """
+    if (path := _named_env_file(named)) is not None:
+        return path
+    usual = _usual_env_files()
+    for path in usual:
+        if path.exists():
+            raise SettingsError(f"{path} is there already; nothing was written")
+    return usual[0]
+
+
+def _named_env_file(named: Path | None) -> Path | None:
     if named is None and (text := os.environ.get("SSH_MCP_ENV_FILE")):
         named = Path(text)
-    if named is not None:
-        try:
-            path = _expanded(named)
-        except ValueError:
-            path = named
-        if not path.is_file():
-            raise SettingsError(f"the settings file {path} does not exist; create it or name another one")
-        return path
+    try:
+        return named and _expanded(named)
+    except ValueError:
+        return named
+
+
+def _usual_env_files() -> list[Path]:
     here = Path(__file__).resolve().parent
     beside = [here / ".env"] if (here / "pyproject.toml").exists() else []
-    candidates = [*beside, user_config_path("ssh-mcp-server", appauthor=False) / ".env"]
-    return next((path for path in candidates if path.is_file()), None)
+    return [*beside, user_config_path("ssh-mcp-server", appauthor=False) / ".env"]
 
 
 def load(named_file: Path | None = None) -> Settings:

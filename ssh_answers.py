@@ -210,12 +210,12 @@ _LETTERS = {"file": "-", "directory": "d", "symlink": "l", "other": "?"}
 
 
 def _row(entry: Entry) -> str:
-    name = one_line(entry.name)
+    name, owner, group = (one_line(text or "-") for text in (entry.name, entry.owner, entry.group))
     arrow = f" -> {one_line(entry.link_target)}" if entry.link_target is not None else ""
     slash = "/" if entry.type == "directory" else ""
     size = "-" if entry.size is None else str(entry.size)
     return (
-        f"{_LETTERS[entry.type]} {entry.mode or '-':4} {entry.owner or '-'}:{entry.group or '-'} {size:>10} "
+        f"{_LETTERS[entry.type]} {entry.mode or '-':4} {owner}:{group} {size:>10} "
         f"{entry.mtime or '-':20} {name}{slash}{arrow}"
     )
 

@@ -106,7 +106,10 @@ def share(budget: int, out: Kept, err: Kept) -> tuple[Shown, Shown]:
 
 
 def visible(text: str) -> str:
-    """Make control characters visible, tab and newline excepted: a terminal or a model must not obey them."""
+    """Make control characters visible, tab and newline excepted: a terminal or a model must not obey them.
+
+    So are characters that turn the direction of text, part lines, or spell what only a model sees (tags).
+    """
     return text.translate(_VISIBLE)
 
 
@@ -115,12 +118,19 @@ def one_line(text: str) -> str:
     return visible(text).replace("\n", "\\x0a").replace("\t", "\\x09")
 
 
-_CONTROLS = (*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-_VISIBLE = {
-    code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
-    for code in _CONTROLS
-    if chr(code) not in "\t\n"
-}
+def _escape(code: int) -> str:
+    """Return a character as Python's literals write it."""
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+_CONTROLS = (
+    *range(0x20),
+    *range(0x7F, 0xA0),
+    *range(0x2028, 0x202F),
+    *range(0x2066, 0x206A),
+    *range(0xE0000, 0xE0080),
+)
+_VISIBLE = {code: _escape(code) for code in _CONTROLS if chr(code) not in "\t\n"}
 
 
 def _decoded(data: bytes) -> str:

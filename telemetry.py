@@ -1,8 +1,8 @@
 """What the server does, for OpenTelemetry: metrics of ours beside the spans of calls that FastMCP makes by itself.
 
 Without the extra `otel`, and OTEL_EXPORTER_OTLP_ENDPOINT to send to, all of it costs next to nothing and goes nowhere.
-Names are those of the semantic conventions for MCP, and for pools of database connections where those fit. No argument
-of a call and no output is ever an attribute. Thread-safe.
+Names are those of the semantic conventions for MCP, and for pools of database connections where those fit. No command,
+no file's content and no output ever goes out. Thread-safe.
 """
 
 import os
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-from fastmcp.exceptions import ToolError
+from fastmcp.exceptions import NotFoundError, ToolError
 from opentelemetry import metrics, trace
 from opentelemetry.metrics import CallbackOptions, Observation
 
@@ -37,19 +37,20 @@ def start() -> None:
         return
     try:
         from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.metrics import MeterProvider
         from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+        from telemetry_spans import DiscreetExporter
     except ImportError:
         raise SettingsError(
             f"{named} is set, but this installation lacks the extra `otel`; install ssh-mcp-server[otel]"
         ) from None
     resource = Resource.create({"service.name": os.environ.get("OTEL_SERVICE_NAME", _NAME)})
     spans, measures = TracerProvider(resource=resource), PeriodicExportingMetricReader(OTLPMetricExporter())
-    spans.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    spans.add_span_processor(BatchSpanProcessor(DiscreetExporter()))
     meters = MeterProvider([measures], resource=resource)
     trace.set_tracer_provider(spans)
     metrics.set_meter_provider(meters)
@@ -71,6 +72,8 @@ def call(tool: str) -> Iterator[None]:
         yield
     except Exception as error:
         attributes["error.type"] = "tool_error" if isinstance(error, ToolError) else type(error).__name__
+        if isinstance(error, NotFoundError):
+            del attributes["gen_ai.tool.name"]  # a caller's invention, of which there is no end
         raise
     finally:
         _calls.record(time.perf_counter() - started, attributes)

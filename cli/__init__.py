@@ -16,6 +16,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from cli.demo import demo
 
             raise SystemExit(demo())
+        if options.command == "secrets":
+            from cli import secrets
+
+            secrets.write(options.env_file)
+            return
         from cli.serve import serve
 
         serve(options.transport, options.env_file, options.host, options.port)
@@ -44,6 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", title="commands", metavar="")
     commands.add_parser(
         "demo", help="show every tool at work on a throwaway SSH server; needs no configuration"
+    )
+    commands.add_parser(
+        "secrets",
+        help="write a settings file with fresh signing keys; --env-file says where, if not the usual place",
     )
     return parser
 

@@ -66,6 +66,18 @@ def mcp_with(**headers: str) -> Move:
     return move
 
 
+def mcp_spelled(path: str, **headers: str) -> Move:
+    """The same at a path that is not the one that is guarded."""
+
+    def move(stage: Stage) -> httpx.Response:
+        app = stage.app()
+        headers["Authorization"] = f"Bearer {stage.tokens(app).access}"
+        headers["Accept"] = "application/json, text/event-stream"
+        return app.http.post(stage.remote.url + path, json=INITIALIZE, headers=headers)
+
+    return move
+
+
 def sse_with(**headers: str) -> Move:
     def move(stage: Stage) -> httpx.Response:
         app = stage.app()
@@ -202,6 +214,12 @@ def fail(
     if path == "/consent":
         return http.post(url, data={"request": "x", "decision": "approve"}, headers=headers)
     return http.get(url, params={"state": "x", "code": "y"}, headers=headers)
+
+
+def fails_where_nobody_counts(stage: Stage) -> httpx.Response:
+    """A path that the router takes for /token, and that is not literally the one whose failures count."""
+    form = {"grant_type": "refresh_token", "refresh_token": "made-up", "client_id": stage.app().client_id}
+    return stage.http().post(f"{stage.remote.url}/token%0a", data=form)
 
 
 def fails_with_forged_forwarding(stage: Stage) -> httpx.Response:
@@ -365,6 +383,9 @@ def log_lines_cannot_be_forged(stage: Stage) -> httpx.Response:
     http.post(f"{stage.remote.url}/register", json={"redirect_uris": ["javascript:1"], "client_name": forged})
     http.get(f"{stage.remote.url}/authorize", params={"client_id": forged})
     http.get(f"{stage.remote.url}/google/callback", params={"error": forged, "state": forged})
+    headers = {"Authorization": f"Bearer {stage.tokens(resource=None).access}"}
+    http.post(f"{stage.remote.url}/messages/", params={"session_id": forged}, json={}, headers=headers)
+    assert mark in stage.remote.log()
     assert not any(line.startswith(mark) for line in stage.remote.log().splitlines())
     return http.get(f"{stage.remote.url}/health")
 
@@ -383,6 +404,7 @@ def spelled_otherwise(stage: Stage) -> httpx.Response:
         "/mcp%2f",
         "/%6dcp",
         "/mcp;x",
+        "/mcp%0a",
         "/mcp?/health",
         "/mcp#x",
     ):

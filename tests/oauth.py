@@ -36,6 +36,7 @@ from conftest import Server, free_port, wait_for
 ME, YOU, KISS, STRANGER = "me@example.com", "you@example.com", "kiss@example.com", "stranger@example.com"
 BIN, HERE = Path(sys.executable).parent, Path(__file__).parent
 CALLBACK = "http://127.0.0.1:39999/callback"
+LONG_AGO, FAR_AHEAD = 1_000_000_000, 4_000_000_000
 """Where the applications of the tests are sent; nothing listens there, the tests read the URL."""
 
 _addresses = (f"127.0.{third}.{last}" for third, last in itertools.product(range(1, 255), range(1, 255)))

@@ -276,6 +276,20 @@ def test_command_ends_when_its_login_is_revoked(stage: Stage, way: str) -> None:
     wait_for(lambda: not running(long))
 
 
+def test_command_outlives_the_token_that_it_was_called_with(stage: Stage) -> None:
+    """Its client has a newer one by then; only a login that is taken back ends what runs."""
+    app = stage.app()
+    short = living(stage, stage.tokens(app).access, 4)
+    session = app.call(short).headers["Mcp-Session-Id"]
+    headers = {
+        "Authorization": f"Bearer {short}",
+        "Accept": "application/json, text/event-stream",
+        "Mcp-Session-Id": session,
+    }
+    answer = app.http.post(f"{stage.remote.url}/mcp", json=echo(2, "; sleep 7; echo done"), headers=headers)
+    assert "done" in answer.text
+
+
 def test_stream_lives_on_with_the_newest_token_seen_on_it(
     stage: Stage, stream_of: Callable[..., Stream]
 ) -> None:

@@ -359,6 +359,29 @@ def test_revoked_authority_or_key_is_refused_as_by_ssh(
     assert not shown.accepted_by_ssh([known], host)
 
 
+@pytest.mark.parametrize("names", ["web2", "*,!*web1*"])
+def test_authority_of_other_hosts_is_refused_where_another_one_is_known(
+    tmp_path: Path, keys: dict[str, Path], server: Callable[..., Shown], names: str
+) -> None:
+    shown, host, known = server("ed25519", arguments=[]), KnownAs("web1", 22), tmp_path / "known"
+    known.write_text(known_by(keys["rsa_authority"]) + known_by(keys["ed25519_authority"], names))
+    with pytest.raises(UnknownHostKeyError, match="by an authority that is not known for it"):
+        KnownHosts(known).verify(host, *shown.answer(KnownHosts(known).algorithms(host)))
+    assert not shown.accepted_by_ssh([known], host)
+
+
+@pytest.mark.parametrize(
+    ("length", "end", "accepted"), [(1022, "\n", True), (1023, "\n", False), (1, "\r\n", True)]
+)
+def test_long_pattern_and_line_end_of_windows_are_read_as_by_ssh(
+    tmp_path: Path, keys: dict[str, Path], server: Callable[..., Shown], length: int, end: str, accepted: bool
+) -> None:
+    shown, host, known = server("ed25519"), KnownAs("web1", 22), tmp_path / "known"
+    known.write_bytes(f"{'x' * length},web1 {public(keys['ed25519']).text}{end}".encode())
+    assert shown.accepts(KnownHosts(known), host) is accepted
+    assert shown.accepted_by_ssh([known], host) is accepted
+
+
 def test_certificate_for_another_key_than_signed_the_exchange_is_refused(
     tmp_path: Path, keys: dict[str, Path], server: Callable[..., Shown]
 ) -> None:

@@ -16,6 +16,7 @@ from fastmcp.server.auth.ssrf import SSRFFetchError, SSRFFetchResponse
 from jwt.algorithms import RSAAlgorithm
 from jwt.api_jws import PyJWS
 
+from oauth import FAR_AHEAD, LONG_AGO
 from oauth_clients import (
     ASSERTION_TYPE,
     Client,
@@ -278,7 +279,8 @@ def test_ten_redirect_uris_and_a_name_of_200_characters_are_taken(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "client_id", ["", "x", "x" * 20_000, "http://app.example/client.json", TOKENS.browser()]
+    "client_id",
+    ["", "x", "x" * 20_000, "http://app.example/client.json", pytest.param(TOKENS.browser(), id="a cookie")],
 )
 def test_a_client_id_that_is_none_of_ours_is_unknown(tmp_path: Path, client_id: str) -> None:
     with pytest.raises(UnknownClient):
@@ -569,8 +571,8 @@ def test_a_public_client_shows_nothing(tmp_path: Path, web: Web) -> None:
         {"iss": "https://other.example/client.json"},
         {"sub": "https://other.example/client.json"},
         {"aud": "https://other.example/token"},
-        {"exp": int(time.time()) - 60},
-        {"exp": int(time.time()) + 100_000},
+        {"exp": LONG_AGO},
+        {"exp": FAR_AHEAD},
         {"exp": None},
         {"jti": None},
         {"exp": "soon"},

@@ -672,6 +672,24 @@ def test_a_refresh_token_is_revoked_with_all_of_its_family(here: Here) -> None:
     refused(here.refresh(tokens), "invalid_grant")
 
 
+def test_what_was_given_stands_beyond_its_hour_until_it_is_taken_back(here: Here, login: Login) -> None:
+    tokens = here.tokens()
+    access = here.verified(tokens["access_token"])
+    assert access is not None
+
+    def stands() -> bool:
+        return asyncio.run(here.provider.stands(access.claims))
+
+    with time_machine.travel(time.time() + 3700):
+        assert here.verified(tokens["access_token"]) is None
+        assert stands()
+        here.become(replace(login, allowed_emails=frozenset({KISS})))
+        assert not stands()
+        here.become(login)
+        here.send("POST", "/revoke", data={"client_id": here.client_id, "token": tokens["refresh_token"]})
+        assert not stands()
+
+
 def test_a_token_of_another_client_is_not_revoked(here: Here) -> None:
     tokens, other = here.tokens(), here.register(client_name="other")
     for kind in ("access_token", "refresh_token"):

@@ -11,6 +11,7 @@ import time_machine
 from itsdangerous import URLSafeSerializer
 from jwt.api_jws import PyJWS
 
+from oauth import FAR_AHEAD, LONG_AGO
 from oauth_tokens import (
     ACCESS_SECONDS,
     CODE_SECONDS,
@@ -273,10 +274,10 @@ def unsigned(token: str) -> str:
         pytest.param(signed({"aud": ISSUER}), id="audience is the origin"),
         pytest.param(signed({"aud": ["https://other.example/mcp"]}), id="other audience"),
         pytest.param(signed({"aud": [f"{ISSUER}/mcp", 7]}), id="audience with a number"),
-        pytest.param(signed({"exp": int(time.time()) - 60}), id="expired"),
+        pytest.param(signed({"exp": LONG_AGO}), id="expired"),
         pytest.param(signed({"exp": "never"}), id="expiry is text"),
-        pytest.param(signed({"iat": int(time.time()) + 86_400}), id="issued in the future"),
-        pytest.param(signed({"nbf": int(time.time()) + 86_400}), id="not valid yet"),
+        pytest.param(signed({"iat": FAR_AHEAD}), id="issued in the future"),
+        pytest.param(signed({"nbf": FAR_AHEAD}), id="not valid yet"),
         pytest.param(signed({}, typ="JWT"), id="type JWT"),
         pytest.param(signed({}, typ=None), id="no type"),
         pytest.param(signed({}, algorithm="HS384"), id="HS384 with our key"),

@@ -3,6 +3,7 @@
 import re
 import unicodedata
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -123,6 +124,20 @@ def test_visible_text_holds_no_control_character(text: str) -> None:
     assert {char for char in visible(text) if unicodedata.category(char) == "Cc"} <= {"\t", "\n"}
 
 
-@given(st.text(alphabet=st.characters(exclude_categories=["C"]) | st.sampled_from("\t\n")))
+@pytest.mark.parametrize(
+    ("hidden", "shown"),
+    [
+        ("\x1b", "\\x1b"),
+        ("\x9b", "\\x9b"),
+        ("\u202e", "\\u202e"),
+        ("\u2028", "\\u2028"),
+        ("\U000e0041", "\\U000e0041"),
+    ],
+)
+def test_what_is_hidden_from_people_is_spelt_out(hidden: str, shown: str) -> None:
+    assert visible(f"a{hidden}b") == f"a{shown}b"
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["C", "Zl", "Zp"]) | st.sampled_from("\t\n")))
 def test_text_without_controls_stays_as_it_is(text: str) -> None:
     assert visible(text) == text

@@ -1,5 +1,6 @@
 """What goes out to OpenTelemetry: by its SDK in memory, and by OTLP to a collector on loopback."""
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastmcp import Client, FastMCP
 from fastmcp.exceptions import ToolError
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 import telemetry
+from calls import Measured
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,6 +61,19 @@ def test_calls_are_measured_by_tool_and_by_how_they_ended(measured: InMemoryMetr
     }
 
 
+def test_names_that_callers_make_up_are_not_kept(measured: InMemoryMetricReader) -> None:
+    server = FastMCP("test", middleware=[Measured()])
+
+    async def make_up() -> None:
+        async with Client(server) as client:
+            for number in range(5):
+                await client.call_tool(f"tool-{number}", raise_on_error=False)
+
+    asyncio.run(make_up())
+    (point,) = points(measured)["mcp.server.operation.duration"]
+    assert (point.count, point.attributes["error.type"]) == (5, "NotFoundError")
+
+
 def test_a_pools_counters_are_read_when_they_are_wanted(measured: InMemoryMetricReader) -> None:
     counted = {"connected": 1}
     telemetry.observe(lambda: counted, lambda: 7)
@@ -70,14 +86,13 @@ def test_a_pools_counters_are_read_when_they_are_wanted(measured: InMemoryMetric
 
 
 @pytest.fixture
-def collector() -> Iterator[tuple[str, list[str]]]:
-    """A collector that takes everything, and the paths that it was sent to."""
-    paths: list[str] = []
+def collector() -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
+    """A collector that takes everything, and what it was sent to which path."""
+    sent: list[tuple[str, bytes]] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            paths.append(self.path)
+            sent.append((self.path, self.rfile.read(int(self.headers["Content-Length"]))))
             self.send_response(200)
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -88,7 +103,7 @@ def collector() -> Iterator[tuple[str, list[str]]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", paths
+    yield f"http://127.0.0.1:{server.server_port}", sent
     server.shutdown()
     thread.join()
     server.server_close()
@@ -105,8 +120,8 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_what_is_measured_reaches_a_collector(collector: tuple[str, list[str]]) -> None:
-    url, paths = collector
+def test_what_is_measured_reaches_a_collector(collector: tuple[str, list[tuple[str, bytes]]]) -> None:
+    url, sent = collector
     work = """
 import settings, telemetry
 telemetry.start()
@@ -116,7 +131,28 @@ telemetry.stop()
 """
     done = run(work, OTEL_EXPORTER_OTLP_ENDPOINT=url)
     assert done.returncode == 0, done.stderr
-    assert {"/v1/traces", "/v1/metrics"} <= set(paths)
+    assert {"/v1/traces", "/v1/metrics"} <= {path for path, _ in sent}
+
+
+def test_arguments_that_an_error_quotes_stay_here(
+    collector: tuple[str, list[tuple[str, bytes]]], tmp_path: Path
+) -> None:
+    url, sent = collector
+    work = """
+import asyncio, app
+from fastmcp import Client
+
+async def call():
+    async with Client(app.mcp) as client:
+        await client.call_tool("ssh_execute", {"command": ["SECRET"]}, raise_on_error=False)
+
+asyncio.run(call())
+"""
+    done = run(work, OTEL_EXPORTER_OTLP_ENDPOINT=url, HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    spans = b"".join(body for path, body in sent if path == "/v1/traces")
+    assert b"tools/call ssh_execute" in spans
+    assert b"SECRET" not in b"".join(body for _, body in sent)
 
 
 def test_without_an_endpoint_nothing_is_imported_or_sent() -> None:

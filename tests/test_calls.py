@@ -1,0 +1,72 @@
+"""What stands around every call: how long it is watched, and what ends it."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from fastmcp.exceptions import ToolError
+from fastmcp.server.auth import AccessToken
+
+import calls
+from calls import EndWithLogin
+
+NEVER: Any = None
+"""The context of a call, which is only passed on."""
+
+
+@pytest.fixture(autouse=True)
+def login(monkeypatch: pytest.MonkeyPatch) -> None:
+    token = AccessToken(token="t", client_id="c", scopes=[], expires_at=0)
+    monkeypatch.setattr(calls, "get_access_token", lambda: token)
+    monkeypatch.setattr(calls, "_LOGIN_SECONDS", 0.01)
+
+
+async def endless(context: object) -> None:
+    await asyncio.Event().wait()
+
+
+def watch_endless_call(in_force: Callable[[AccessToken], Awaitable[bool]]) -> None:
+    asyncio.run(EndWithLogin(in_force).on_call_tool(NEVER, endless))
+
+
+def test_call_ends_when_its_login_is_taken_back() -> None:
+    answers = iter([True, True, False])
+
+    async def in_force(_: AccessToken) -> bool:
+        return next(answers)
+
+    with pytest.raises(ToolError, match="taken back"):
+        watch_endless_call(in_force)
+    assert next(answers, None) is None
+
+
+def test_call_ends_when_nobody_can_tell_whether_its_login_is_in_force() -> None:
+    async def in_force(_: AccessToken) -> bool:
+        raise RuntimeError
+
+    with pytest.raises(ToolError, match="taken back"):
+        watch_endless_call(in_force)
+
+
+def test_nobody_asks_for_a_call_that_has_ended() -> None:
+    """Not even if it ended in the very moment in which the answer came."""
+    asked = 0
+
+    async def play() -> None:
+        answered = asyncio.Event()
+
+        async def in_force(_: AccessToken) -> bool:
+            nonlocal asked
+            asked += 1
+            answered.set()
+            return True
+
+        async def call(context: object) -> None:
+            await answered.wait()
+
+        await EndWithLogin(in_force).on_call_tool(NEVER, call)
+        await asyncio.sleep(0.2)  # twenty times as long as it takes to ask again
+
+    asyncio.run(play())
+    assert asked == 1
