@@ -47,7 +47,7 @@ class Hosts:
         path = settings.ssh_config
         self._settings = settings
         self._config = SshConfig(
-            None if str(path) == "none" else path,
+            None if str(path) in ("none", os.devnull) else path,
             may_be_missing="ssh_config" not in settings.model_fields_set,
             exec_seconds=settings.ssh_connect_timeout,
         )

@@ -40,6 +40,7 @@ class _Way:
         self._passed: set[Target] = set()
 
     def to(self, host: Host) -> Connection:
+        """Connect to a host as its entry in the SSH config says."""
         if host.config.proxy_jump:
             return self._over(self._jump(host), host)
         if host.config.proxy_command:
@@ -76,9 +77,12 @@ class _Way:
     def _jump(self, host: Host) -> Connection:
         """Connect to a host's jump hosts: to the first in its own way, to each other over the one before."""
         first, *others = [self._passing(host, hop) for hop in host.config.proxy_jump]
-        connection = self.to(first)
-        for jump_host in others:
-            connection = self._over(connection, jump_host)
+        try:
+            connection = self.to(first)
+            for jump_host in others:
+                connection = self._over(connection, jump_host)
+        except UnreachableError as error:
+            raise type(error)(f"on the way to {host.target}: {error}") from None
         return connection
 
     def _passing(self, host: Host, hop: Hop) -> Host:

@@ -5,6 +5,7 @@ import shlex
 import socket
 import subprocess
 from hashlib import sha1
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
@@ -147,6 +148,16 @@ def test_missing_file_is_an_error_unless_it_may_be_missing(home: Home) -> None:
         home.read()
     assert SshConfig(home.config, may_be_missing=True).lookup("web").hostname == "web"
     assert SshConfig(None).lookup("web").port == 22
+
+
+def test_config_may_be_none(home: Home) -> None:
+    home.write("Host web\n User bob\n")
+    for none in ("none", os.devnull):
+        settings = Settings(ssh_config=Path(none), ssh_allowed_hosts="*", ssh_default_user="ann")
+        assert Reach(settings).target("web", None, None).user == "ann"
+    assert (
+        Reach(Settings(ssh_config=home.config, ssh_allowed_hosts="*")).target("web", None, None).user == "bob"
+    )
 
 
 def test_include_that_leads_nowhere_is_an_error(home: Home) -> None:

@@ -6,7 +6,8 @@ What differs from OpenSSH on purpose, tested in `test_ssh_config.py`:
 
 - Host patterns are compared without case: calls name hosts in lower case.
 - A user name, a host and a jump host that are no tokens (`settings`) are refused.
-- Files that others may write to are refused also when they are named, not only in their usual place.
+- Files that others may write to are refused also when they are named, not only in their usual place; and by a group
+  also where Debian's ssh finds nobody else in it.
 - An unclosed quote in the keyword, a value that a flag does not know, a NUL byte: refused, never passed over.
 - A backslash in Match or Include is refused: versions of OpenSSH read it differently.
 - `Match exec` in a file that is included where it cannot apply is not run.

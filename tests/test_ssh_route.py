@@ -154,8 +154,9 @@ def test_changed_key_on_the_way_is_refused(
     entries[changed] = entries[changed].replace(str(server.known_hosts), str(wrong))
     config.write(*entries.values())
     before = logins(server)
-    with pytest.raises(HostKeyError, match="changed"):
+    with pytest.raises(HostKeyError, match="changed") as raised:
         config.connect("inner")
+    assert str(raised.value).startswith("on the way to tester@inner") == (changed == "jump")
     assert logins(server) == before
 
 
