@@ -2,12 +2,17 @@
 
 A tool is a plain function that returns a model or raises an SSHError. `answers` makes of it what FastMCP calls: only
 a known caller gets in, the model becomes text and fields, and a failure becomes a tool error. The middlewares stand
-around that: one measures, one words what is wrong with arguments, one ends a call whose login was taken back.
+around that: one measures, one counts the calls of each identity, one words what is wrong with arguments, one ends a
+call whose login was taken back.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -17,15 +22,16 @@ from fastmcp.exceptions import ToolError, ValidationError
 from fastmcp.server.auth import AccessToken
 from fastmcp.server.dependencies import get_access_token, get_context
 from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
-from fastmcp.tools.base import ToolResult
+from fastmcp.tools.base import Tool, ToolResult
 from pydantic import ValidationError as PydanticValidationError
 
 import telemetry
-from ssh_errors import SSHError
+from ssh_errors import RefusedError, SSHError
 from ssh_output import visible
 
 _ERROR_CHARACTERS = 1000
 _LOGIN_SECONDS = 5.0
+_RATE_SECONDS = 60.0
 
 P = ParamSpec("P")
 A = TypeVar("A", bound="Answer")
@@ -60,6 +66,75 @@ class Measured(Middleware):
     async def on_call_tool(self, context: MiddlewareContext[Any], call_next: CallNext[Any, Any]) -> Any:
         with telemetry.call(context.message.name):
             return await call_next(context)
+
+
+class Rate:
+    """Lets one identity make at most `most` calls in any 60 seconds, None: as many as it likes. Thread-safe.
+
+    What was refused does not count, so whoever keeps asking still gets `most` a minute. Memory holds the times of the
+    last minute's calls only.
+    """
+
+    def __init__(self, most: int | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most = most
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._calls: dict[str, deque[float]] = {}
+
+    def take(self, identity: str) -> None:
+        """Count a call. Raises RefusedError, which says when to try again, if there were too many."""
+        if self._most is None:
+            return
+        with self._lock:
+            now = self._clock()
+            if identity not in self._calls:
+                self._forget(now - _RATE_SECONDS)
+            times = self._calls.setdefault(identity, deque())
+            while times and times[0] <= now - _RATE_SECONDS:
+                times.popleft()
+            if len(times) >= self._most:
+                seconds = math.ceil(times[0] + _RATE_SECONDS - now)
+                raise RefusedError(
+                    f"RATE_LIMIT allows {self._most} calls a minute; nothing was done. Try again in {seconds} s"
+                )
+            times.append(now)
+
+    @property
+    def identities(self) -> int:
+        """How many identities are remembered."""
+        with self._lock:
+            return len(self._calls)
+
+    def _forget(self, before: float) -> None:
+        """Drop identities that have not called since; the caller holds the lock."""
+        self._calls = {who: times for who, times in self._calls.items() if times[-1] > before}
+
+
+class RateLimited(Middleware):
+    """Refuse calls of an identity that makes too many, before their arguments are looked at; `take` raises then."""
+
+    def __init__(self, take: Callable[[str], None]) -> None:
+        self._take = take
+
+    async def on_call_tool(self, context: MiddlewareContext[Any], call_next: CallNext[Any, Any]) -> Any:
+        try:
+            self._take(identity())
+        except SSHError as error:
+            raise _tool_error(str(error)) from None
+        return await call_next(context)
+
+
+class Hiding(Middleware):
+    """Leave out of the list of tools those that `hidden` names; what they do is refused by themselves."""
+
+    def __init__(self, hidden: Callable[[], Collection[str]]) -> None:
+        self._hidden = hidden
+
+    async def on_list_tools(
+        self, context: MiddlewareContext[Any], call_next: CallNext[Any, Sequence[Tool]]
+    ) -> Sequence[Tool]:
+        hidden = self._hidden()
+        return [tool for tool in await call_next(context) if tool.name not in hidden]
 
 
 class EndWithLogin(Middleware):

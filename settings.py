@@ -148,6 +148,17 @@ def _emails(text: str) -> str:
     return text
 
 
+def _directories(text: str) -> str:
+    """Return colon-separated directories as they stand if all can be meant, else raise ValueError."""
+    entries = [entry for part in text.split(":") if (entry := part.strip())]
+    if not entries:
+        raise ValueError("directories")
+    for entry in entries:
+        if not entry.isprintable() or "*" in entry or (entry.startswith("~") and entry[1:2] not in ("", "/")):
+            raise ValueError("directories without wildcards, in the login directory of the account alone")
+    return text
+
+
 def _os_user() -> str:
     try:
         return getpass.getuser()
@@ -203,6 +214,14 @@ class Settings(BaseSettings):
         None,
         description="comma-separated patterns [user@]host[:port], such as web1,deploy@*.example.com:2222",
     )
+    allowed_paths: Annotated[str, AfterValidator(_directories)] | None = Field(
+        None,
+        description="colon-separated directories without wildcards, such as /srv/app:~/notes",
+    )
+    allowed_commands: str | None = Field(
+        None, description="the first words of commands, with commas between them, such as ls,systemctl status"
+    )
+    read_only: bool = Field(False, description="true or false")
     ssh_max_connections: int = Field(10, ge=1, le=100, description="a whole number from 1 to 100")
     ssh_max_total_connections: int = Field(
         500, ge=1, le=100_000, description="a whole number from 1 to 100000"
@@ -214,6 +233,9 @@ class Settings(BaseSettings):
     )
     ssh_max_read_bytes: int = Field(
         65_536, ge=1_000, le=10_000_000, description="bytes, from 1000 to 10000000"
+    )
+    rate_limit: int | None = Field(
+        None, ge=1, le=100_000, description="tool calls a minute, a whole number from 1 to 100000"
     )
     http_host: Annotated[str, AfterValidator(host_token)] = Field(
         "127.0.0.1", description="an address or a name of this machine to listen on"
@@ -250,10 +272,6 @@ class Settings(BaseSettings):
     ] = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
 
     ssh_sudo: NotBuiltSwitch = None
-    allowed_commands: NotBuilt = None
-    allowed_paths: NotBuilt = None
-    read_only: NotBuiltSwitch = None
-    rate_limit: NotBuilt = None
     confirm: NotBuiltSwitch = None
     audit_log: NotBuilt = None
 

@@ -141,7 +141,8 @@ def test_unknown_option_is_exit_status_two() -> None:
     [
         ("SSH_MAX_CONNECTIONS", "many"),
         ("SSH_ALLOWED_HOSTS", "a b"),
-        ("READ_ONLY", "true"),
+        ("READ_ONLY", "perhaps"),
+        ("ALLOWED_COMMANDS", "ls,,cat"),
         ("LOG_LEVEL", "loud"),
     ],
 )
@@ -321,3 +322,20 @@ def test_settings_of_the_working_directory_are_not_read(environment: dict[str, s
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
+    assert b"ALLOWED_PATHS" not in done.stderr
+
+
+def test_paths_that_commands_go_around_are_told_at_the_start(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        WAYS["ssh-mcp-server"],
+        env=environment | {"ALLOWED_PATHS": "/srv"},
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert "without ALLOWED_COMMANDS ssh_execute goes anywhere" in done.stderr

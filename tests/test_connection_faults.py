@@ -21,6 +21,7 @@ from settings import Settings, Target
 from ssh_commands import Commands
 from ssh_errors import ConnectionLostError, NoAnswerError, SSHError, UnreachableError
 from ssh_files import Files
+from ssh_hosts import Hosts
 from ssh_pool import Pool
 
 Serve = Callable[..., Server]
@@ -299,9 +300,15 @@ def test_other_targets_are_served_while_one_is_silent(down: User, sshd: Server) 
     assert down.commands.run(sshd.target, "echo x", cancelled=nobody_cancels).stdout == "x\n"
 
 
+def allow_connecting(user: User, seconds: float) -> None:
+    """Let connections that are opened from now on take that long."""
+    settings = user.pool._settings.model_copy(update={"ssh_connect_timeout": seconds})
+    user.pool._hosts = Hosts(settings)
+
+
 @pytest.mark.usefixtures("short_pause")
 def test_one_probe_at_a_time_asks_a_silent_target_again(down: User, way: Way) -> None:
-    down.pool._settings = down.pool._settings.model_copy(update={"ssh_connect_timeout": 8})
+    allow_connecting(down, 8)
     time.sleep(0.3)
     with ThreadPoolExecutor(10) as threads:
         errors = set(threads.map(lambda _: fail(down), range(10)))
@@ -312,7 +319,7 @@ def test_one_probe_at_a_time_asks_a_silent_target_again(down: User, way: Way) ->
 def come_back(user: User, way: Way) -> None:
     """Let a silent target answer, and wait until a call got through."""
     way.relay.forget(new=False)
-    user.pool._settings = user.pool._settings.model_copy(update={"ssh_connect_timeout": 20})
+    allow_connecting(user, 20)
 
     def answers() -> bool:
         try:
