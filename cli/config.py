@@ -75,8 +75,7 @@ def _show(client: Client, name: str, entry: Entry) -> None:
     _say(f"For {client.title}, in {client.file()} (--write puts it there):")
     print(_snippet(client, name, entry), end="")
     if client.adds:
-        entry_text = entries.compact(entry)
-        _say(f"Or: {shlex.join([*client.adds, name, entry_text])}")
+        _say(f"Or: {shlex.join([*client.adds, name, entries.compact(entry)])}")
     _say(f"Then {client.then}.")
 
 
@@ -161,18 +160,12 @@ def _install(path: Path, client: Client, name: str, entry: Entry, *, replace: bo
 
 
 def _back_up(path: Path, content: bytes) -> Path:
-    for number in itertools.count():
-        backup = path.with_name(f"{path.name}.bak{number or ''}")
-        try:
-            descriptor = os.open(
-                backup, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600
-            )
-        except FileExistsError:
-            continue
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        return backup
-    raise AssertionError("there is always a next number")
+    names = (path.with_name(f"{path.name}.bak{number or ''}") for number in itertools.count())
+    backup = next(name for name in names if not os.path.lexists(name))
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    with os.fdopen(os.open(backup, flags, 0o600), "wb") as file:
+        file.write(content)
+    return backup
 
 
 def _replace(target: Path, content: bytes) -> None:

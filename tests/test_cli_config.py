@@ -1,6 +1,7 @@
 """`ssh-mcp-server config`: what it shows for each client, and what it does to a client's file."""
 
 import asyncio
+import errno
 import json
 import os
 import platform
@@ -287,6 +288,23 @@ def test_file_that_cannot_be_replaced_is_told_and_nothing_is_left_behind(tell: T
     assert (status, "mcpServers" in out) == (1, True)
     assert "directory" in err
     assert len(list((home / ".cursor").iterdir())) == 1
+
+
+def test_write_that_fails_halfway_leaves_the_old_file_and_no_part_of_the_new(
+    tell: Tell, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = home / ".cursor" / "mcp.json"
+    path.parent.mkdir()
+    path.write_text("{}")
+    monkeypatch.setattr(os, "fsync", full)
+    status, _, err = tell("config", "cursor", *ENV, "--write")
+    assert status == 1
+    assert "No space left" in err
+    assert path.read_text() == "{}"
+    assert {file.name for file in path.parent.iterdir()} == {"mcp.json", "mcp.json.bak"}
 
 
 @pytest.mark.parametrize(

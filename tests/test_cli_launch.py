@@ -2,6 +2,7 @@
 
 import json
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def test_environment_that_stays_is_started_by_its_script_even_under_uv(
 
 def test_environment_without_the_script_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("UV", raising=False)
-    monkeypatch.setattr(launch.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
     with pytest.raises(SettingsError, match=str(tmp_path)):
         launch.command()
 
