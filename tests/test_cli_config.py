@@ -372,7 +372,8 @@ def test_the_server_is_not_loaded(home: Path) -> None:
     assert done.stderr.endswith("\nset()\n"), done.stderr
 
 
-def test_help_says_what_the_options_do(tell: Tell) -> None:
+def test_help_says_what_the_options_do(tell: Tell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     status, out, _ = tell("config", "--help")
     assert status == 0
     for word in (
