@@ -1,31 +1,41 @@
 """What every call goes through: its caller's identity, its answer's two forms, its errors, its progress, its end.
 
 A tool is a plain function that returns a model or raises an SSHError. `answers` makes of it what FastMCP calls: only
-a known caller gets in, the model becomes text and fields, and a failure becomes a tool error. The middlewares stand
-around that: one measures, one words what is wrong with arguments, one ends a call whose login was taken back.
+a known caller gets in, the model becomes text and fields, a failure becomes a tool error, and how it ended goes on
+record. The middlewares stand around that: one measures, one opens the record, one counts the calls of each identity,
+one words what is wrong with arguments, one ends a call whose login was taken back.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
 from functools import wraps
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import anyio
 import anyio.from_thread
-from fastmcp.exceptions import ToolError, ValidationError
+import anyio.to_thread
+from fastmcp.exceptions import NotFoundError, ToolError, ValidationError
 from fastmcp.server.auth import AccessToken
 from fastmcp.server.dependencies import get_access_token, get_context
 from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
-from fastmcp.tools.base import ToolResult
+from fastmcp.tools.base import Tool, ToolResult
 from pydantic import ValidationError as PydanticValidationError
 
+import audit
 import telemetry
-from ssh_errors import SSHError
+from settings import os_user
+from ssh_errors import AuditError, RefusedError, SSHError
 from ssh_output import visible
 
 _ERROR_CHARACTERS = 1000
 _LOGIN_SECONDS = 5.0
+_RATE_SECONDS = 60.0
 
 P = ParamSpec("P")
 A = TypeVar("A", bound="Answer")
@@ -60,6 +70,119 @@ class Measured(Middleware):
     async def on_call_tool(self, context: MiddlewareContext[Any], call_next: CallNext[Any, Any]) -> Any:
         with telemetry.call(context.message.name):
             return await call_next(context)
+
+
+class Recorded(Middleware):
+    """Open each call's record; `answers` closes it, or else this does, if the call never got to its tool."""
+
+    def __init__(self, trail: Callable[[], audit.Trail]) -> None:
+        self._trail = trail
+
+    async def on_call_tool(self, context: MiddlewareContext[Any], call_next: CallNext[Any, Any]) -> Any:
+        try:
+            trail = self._trail()
+        except SSHError as error:
+            raise _tool_error(str(error)) from None
+        call = audit.Call(trail, *_caller(), context.message.name, context.message.arguments or {})
+        with call.current():
+            try:
+                return await call_next(context)
+            except (ToolError, NotFoundError) as error:
+                if not call.ended:
+                    await _recorded(call, "refused", str(error))
+                raise
+            finally:
+                if not call.ended:
+                    with suppress(ToolError):  # nobody listens any more
+                        await _recorded(call, "cancelled", None)
+
+
+def _caller() -> tuple[str | None, str | None]:
+    """Return who calls, as the trail names them, and their application; nobody is whoever has no login over HTTP."""
+    token = get_access_token()
+    try:
+        name = identity()
+    except SSHError:
+        return None, None
+    return (os_user(), None) if token is None else (name, token.client_id)
+
+
+async def _recorded(call: audit.Call, status: audit.Status, error: str | None) -> None:
+    """Record that a call ended before it got to its tool; nobody can cancel that."""
+    with anyio.CancelScope(shield=True):
+        try:
+            await anyio.to_thread.run_sync(call.end, status, error)
+        except AuditError as failure:
+            raise _tool_error(str(failure)) from None
+
+
+class Rate:
+    """Lets one identity make at most `most` calls in any 60 seconds, None: as many as it likes. Thread-safe.
+
+    What was refused does not count, so whoever keeps asking still gets `most` a minute. Memory holds the times of the
+    last minute's calls only.
+    """
+
+    def __init__(self, most: int | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most = most
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._calls: dict[str, deque[float]] = {}
+
+    def take(self, identity: str) -> None:
+        """Count a call. Raises RefusedError, which says when to try again, if there were too many."""
+        if self._most is None:
+            return
+        with self._lock:
+            now = self._clock()
+            if identity not in self._calls:
+                self._forget(now - _RATE_SECONDS)
+            times = self._calls.setdefault(identity, deque())
+            while times and times[0] <= now - _RATE_SECONDS:
+                times.popleft()
+            if len(times) >= self._most:
+                seconds = math.ceil(times[0] + _RATE_SECONDS - now)
+                raise RefusedError(
+                    f"RATE_LIMIT allows {self._most} calls a minute; nothing was done. Try again in {seconds} s"
+                )
+            times.append(now)
+
+    @property
+    def identities(self) -> int:
+        """How many identities are remembered."""
+        with self._lock:
+            return len(self._calls)
+
+    def _forget(self, before: float) -> None:
+        """Drop identities that have not called since; the caller holds the lock."""
+        self._calls = {who: times for who, times in self._calls.items() if times[-1] > before}
+
+
+class RateLimited(Middleware):
+    """Refuse calls of an identity that makes too many, before their arguments are looked at; `take` raises then."""
+
+    def __init__(self, take: Callable[[str], None]) -> None:
+        self._take = take
+
+    async def on_call_tool(self, context: MiddlewareContext[Any], call_next: CallNext[Any, Any]) -> Any:
+        try:
+            self._take(identity())
+        except SSHError as error:
+            raise _tool_error(str(error)) from None
+        return await call_next(context)
+
+
+class Hiding(Middleware):
+    """Leave out of the list of tools those that `hidden` names; what they do is refused by themselves."""
+
+    def __init__(self, hidden: Callable[[], Collection[str]]) -> None:
+        self._hidden = hidden
+
+    async def on_list_tools(
+        self, context: MiddlewareContext[Any], call_next: CallNext[Any, Sequence[Tool]]
+    ) -> Sequence[Tool]:
+        hidden = self._hidden()
+        return [tool for tool in await call_next(context) if tool.name not in hidden]
 
 
 class EndWithLogin(Middleware):
@@ -107,16 +230,18 @@ def _tool_error(sentence: str) -> ToolError:
 
 
 def answers(tool: Callable[P, A]) -> Callable[P, A]:
-    """Let only known callers use a tool, give its answer both forms, and turn failures into tool errors.
+    """Let only known callers use a tool, record it, give its answer both forms, and turn failures into tool errors.
 
-    This is the one place for all three: whoever serves `mcp` inside another server, without its login, gets nothing.
+    This is the one place for all four: whoever serves `mcp` inside another server, without its login, gets nothing.
     """
 
     @wraps(tool)
     def call(*args: P.args, **kwargs: P.kwargs) -> Any:
         try:
-            identity()
-            answer = tool(*args, **kwargs)
+            with audit.current() as record:
+                identity()
+                answer = tool(*args, **kwargs)
+                record.answered(answer)
         except SSHError as error:
             raise _tool_error(str(error)) from None
         except Exception:

@@ -148,7 +148,31 @@ def _emails(text: str) -> str:
     return text
 
 
-def _os_user() -> str:
+def _audit_log(text: str) -> str:
+    kind, colon, rest = text.partition(":")
+    if colon and kind == "fd" and rest.isascii() and rest.isdecimal() and int(rest[:9]) >= 2:
+        return text  # 0 and 1 belong to MCP
+    if colon and kind == "syslog" and (not rest or rest.startswith("/")):
+        return text
+    path = _expanded(Path(text))
+    if not path.is_absolute():
+        raise ValueError("an absolute path")
+    return str(path)
+
+
+def _directories(text: str) -> str:
+    """Return colon-separated directories as they stand if all can be meant, else raise ValueError."""
+    entries = [entry for part in text.split(":") if (entry := part.strip())]
+    if not entries:
+        raise ValueError("directories")
+    for entry in entries:
+        if not entry.isprintable() or "*" in entry or (entry.startswith("~") and entry[1:2] not in ("", "/")):
+            raise ValueError("directories without wildcards, in the login directory of the account alone")
+    return text
+
+
+def os_user() -> str:
+    """Return the name of the account that this process runs as, an empty one if it has none."""
     try:
         return getpass.getuser()
     except (OSError, KeyError):
@@ -188,7 +212,7 @@ class Settings(BaseSettings):
     )
     ssh_default_port: Port = Field(22, description="a port from 1 to 65535")
     ssh_default_user: Annotated[str, AfterValidator(user_token)] = Field(
-        default_factory=_os_user, description="an account name: letters, digits and . _ - @ +"
+        default_factory=os_user, description="an account name: letters, digits and . _ - @ +"
     )
     ssh_key_path: ExpandedPath | None = Field(None, description="the path of a private key")
     ssh_key_passphrase: SecretStr | None = Field(None, description="the key's passphrase")
@@ -200,6 +224,14 @@ class Settings(BaseSettings):
         None,
         description="comma-separated patterns [user@]host[:port], such as web1,deploy@*.example.com:2222",
     )
+    allowed_paths: Annotated[str, AfterValidator(_directories)] | None = Field(
+        None,
+        description="colon-separated directories without wildcards, such as /srv/app:~/notes",
+    )
+    allowed_commands: str | None = Field(
+        None, description="the first words of commands, with commas between them, such as ls,systemctl status"
+    )
+    read_only: bool = Field(False, description="true or false")
     ssh_max_connections: int = Field(10, ge=1, le=100, description="a whole number from 1 to 100")
     ssh_max_total_connections: int = Field(
         500, ge=1, le=100_000, description="a whole number from 1 to 100000"
@@ -211,6 +243,9 @@ class Settings(BaseSettings):
     )
     ssh_max_read_bytes: int = Field(
         65_536, ge=1_000, le=10_000_000, description="bytes, from 1000 to 10000000"
+    )
+    rate_limit: int | None = Field(
+        None, ge=1, le=100_000, description="tool calls a minute, a whole number from 1 to 100000"
     )
     http_host: Annotated[str, AfterValidator(host_token)] = Field(
         "127.0.0.1", description="an address or a name of this machine to listen on"
@@ -241,6 +276,9 @@ class Settings(BaseSettings):
     forwarded_allow_ips: Annotated[str, AfterValidator(_networks)] = Field(
         "127.0.0.1", description="addresses or networks of proxies, with commas between them"
     )
+    audit_log: Annotated[str, AfterValidator(_audit_log)] | None = Field(
+        None, description="the absolute path of a file, syslog:, or fd: and the number of an open descriptor"
+    )
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR"],
         BeforeValidator(lambda v: v.upper() if isinstance(v, str) else v),
@@ -248,12 +286,7 @@ class Settings(BaseSettings):
 
     ssh_config: NotBuilt = None
     ssh_sudo: NotBuiltSwitch = None
-    allowed_commands: NotBuilt = None
-    allowed_paths: NotBuilt = None
-    read_only: NotBuiltSwitch = None
-    rate_limit: NotBuilt = None
     confirm: NotBuiltSwitch = None
-    audit_log: NotBuilt = None
 
     @classmethod
     def settings_customise_sources(

@@ -6,6 +6,9 @@ in a plain exec request. Which of these a target needs is found out once: at fir
 greeting of a shell that can read it, so that none that cannot has got it. Only a target of which that is known gets
 warm shells.
 
+Where `ALLOWED_COMMANDS` is set `/bin/sh` reads every line, also beside a POSIX login shell: that one gets a constant,
+and no option or alias of its rc files has a say in what the line means. An account without `/bin/sh` is refused.
+
 Invariants:
 
 - What is found out rests on a session that ended by itself and got nothing; silence, or a wire that is cut, is an
@@ -18,7 +21,7 @@ from collections.abc import Callable
 from functools import partial
 
 from settings import Target
-from ssh_errors import ArgumentError, ConnectionLostError, SSHError
+from ssh_errors import ArgumentError, ConnectionLostError, RefusedError, SSHError
 from ssh_exchange import Exchange, Outcome
 from ssh_pool import Cancelled, Pool
 from ssh_shells import Dialect, Task, start_ahead, start_reader
@@ -41,8 +44,9 @@ AHEAD: dict[Dialect, Prepare] = {
 class Accounts:
     """What is known of the accounts that commands were run in. Thread-safe."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, *, by_sh_alone: bool = False) -> None:
         self._pool = pool
+        self.by_sh_alone = by_sh_alone
         self._dialects: dict[Target, tuple[Dialect, float]] = {}
 
     def dialect(self, target: Target) -> Dialect | None:
@@ -78,7 +82,7 @@ class Accounts:
         without input, and what waits for the end of its input gets that after `_PATIENCE_SECONDS`.
         """
         patience, silent = _PATIENCE_SECONDS, True
-        dialects: tuple[Dialect, ...] = ("posix", "foreign")
+        dialects: tuple[Dialect, ...] = ("foreign",) if self.by_sh_alone else ("posix", "foreign")
         for dialect in dialects:
             exchange = attempt(dialect, patience=patience)
             outcome = exchange.outcome
@@ -97,9 +101,27 @@ class Accounts:
                 f"{target} is an account for SFTP alone (ForceCommand internal-sftp or the like in its sshd_config); "
                 "no command can be run there, the file tools work"
             )
-        refuse_unless_carried(target, task, "plain")
+        self.refuse_unless_carried(target, task, "plain")
         _log.info("%s: no shell reads a line there; commands go as plain exec requests", target)
         return "plain", attempt("plain")
+
+    def refuse_unless_carried(self, target: Target, task: Task, dialect: Dialect) -> None:
+        """Raise ArgumentError when a task needs more than a plain exec request can carry.
+
+        Raises RefusedError when no plain exec request may be sent.
+        """
+        if dialect != "plain":
+            return
+        if self.by_sh_alone:
+            raise RefusedError(
+                f"{target} takes only plain commands (a forced command, or a restricted shell); what ALLOWED_COMMANDS "
+                "approves is run by /bin/sh alone, which cannot be had there, so nothing was run"
+            )
+        if more := task.plainly():
+            raise ArgumentError(
+                f"{target} takes only plain commands (a forced command, or a restricted shell); {more} cannot be had "
+                "there, so nothing was run"
+            )
 
     def _speaks_sftp(self, target: Target, deadline: float, cancelled: Cancelled) -> bool:
         """Whether an exec request, whatever it asks for, is answered by an SFTP server.
@@ -116,12 +138,3 @@ class Accounts:
                 said += session.read()[0]
             said += session.read()[0]
         return said[:2] == b"\0\0" and said[4:5] == b"\2"
-
-
-def refuse_unless_carried(target: Target, task: Task, dialect: Dialect) -> None:
-    """Raise ArgumentError when a task needs more than a plain exec request can carry."""
-    if dialect == "plain" and (more := task.plainly()):
-        raise ArgumentError(
-            f"{target} takes only plain commands (a forced command, or a restricted shell); {more} cannot be had "
-            "there, so nothing was run"
-        )

@@ -15,6 +15,7 @@ from typing import Literal
 
 from ssh_kill import Signal
 from ssh_output import Kept
+from ssh_words import quoted
 
 FOLDER = ".cache/ssh-mcp/jobs"
 
@@ -308,8 +309,3 @@ def _filled(program: str, name: str, **values: object) -> str:
     for word, value in values.items():
         text = text.replace(word, str(value))
     return text
-
-
-def quoted(text: str) -> str:
-    """Quote for a POSIX shell (XCU 2.2.2)."""
-    return "'" + text.replace("'", "'\\''") + "'"

@@ -20,11 +20,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ssh_background
 from settings import Settings, Target
-from ssh_accounts import AHEAD, Accounts, refuse_unless_carried
+from ssh_accounts import AHEAD, Accounts
 from ssh_answers import CommandResult, Status
 from ssh_errors import ArgumentError, ConnectionLostError, SSHError
 from ssh_exchange import Exchange, Progress, Pulse, untold
@@ -54,7 +54,7 @@ class Commands:
     def __init__(self, pool: Pool, settings: Settings) -> None:
         self._pool = pool
         self.budget = settings.ssh_max_output_bytes
-        self._accounts = Accounts(pool)
+        self._accounts = Accounts(pool, by_sh_alone=settings.allowed_commands is not None)
         self._stopping = threading.Event()
         self._running = _Count()
 
@@ -189,6 +189,8 @@ class Commands:
         detach: bool = False,
     ) -> Exchange:
         pulse = Pulse(progress)
+        if self._accounts.by_sh_alone:
+            task = replace(task, by_sh=True)
 
         def attempt(dialect: Dialect, *, warm: bool = False, patience: float | None = None) -> Exchange:
             return self._attempt(
@@ -210,7 +212,7 @@ class Commands:
             if dialect is None:
                 dialect, exchange = self._accounts.meet(target, task, attempt, deadline, cancelled)
             else:
-                refuse_unless_carried(target, task, dialect)
+                self._accounts.refuse_unless_carried(target, task, dialect)
                 exchange = attempt(dialect, warm=True)
             if exchange.outcome.unread:
                 exchange = attempt(dialect)

@@ -17,6 +17,10 @@ class ArgumentError(SSHError):
     """An argument makes no sense; nothing was sent."""
 
 
+class AuditError(SSHError):
+    """The audit trail could not be written; the message says whether anything was done."""
+
+
 class UnreachableError(SSHError):
     """No connection could be made: name look-up, TCP, key exchange or a time-out. Nothing was run."""
 

@@ -8,6 +8,7 @@ Invariants:
 - A call that fails leaves no temporary file, as long as the server still answers.
 - Only regular files are opened: a FIFO or a device would hold up everybody on the channel. So would those of the
   kernel's files that pass for regular ones, and whose end does not come until something happens.
+- Within `ALLOWED_PATHS`: a path is judged by where it leads, before anything else is said of it (ssh_bounds).
 - Calls of this process that change the same file go one after the other.
 """
 
@@ -26,11 +27,13 @@ from typing import Final, Literal, cast
 import ssh_sftp
 from settings import Settings, Target
 from ssh_answers import EditedFile, FileContent, Listing, WrittenFile, iso_time, octal
+from ssh_bounds import Bounds
 from ssh_edits import Edit, apply_edits
 from ssh_errors import ArgumentError, BusyError, ConnectionLostError, FileError
 from ssh_exchange import Progress, untold
 from ssh_lines import Lines, Window, tail_start
 from ssh_listing import Found, Walk, entry
+from ssh_policy import AllowedPaths
 from ssh_pool import Cancelled, Pool
 from ssh_sftp import SFTP, Attributes, NoSFTPError, StatusError, path_bytes, shown_name
 from ssh_writes import Place, Temporaries, Writer, bytes_of, make_folders, new_path
@@ -88,6 +91,7 @@ class Files:
         self._pool = pool
         self._answer_seconds = settings.ssh_connect_timeout + 5
         self._most_read = settings.ssh_max_read_bytes
+        self._allowed = AllowedPaths(settings)
         self._changed = threading.Condition()
         self._changing: set[tuple[Target, bytes]] = set()
         self._temporaries = Temporaries()
@@ -106,16 +110,16 @@ class Files:
 
         Raises FileError for what is missing, forbidden, no regular file, or binary.
         """
-        with self._sftp(target, path, "read", cancelled) as sftp:
-            place = self._regular(sftp, target, path)
+        with self._bounds(target, path, "read", cancelled) as bounds:
+            place = self._regular(bounds, target, path)
             size = place.found.size or 0
             far = start_line < 1 and size > _COUNTED_BYTES
-            with sftp.reading(place.real, 0, 0 if far else None, size) as (handle, bare):
+            with bounds.reading(place.real, 0, 0 if far else None, size) as (handle, bare):
                 chunks = _Transfer(cancelled, progress).passing(bare, path)
                 if start_line >= 1:
                     window, seen = _forward(chunks, Lines(start_line, max_lines, self._most_read))
                 elif far:
-                    window, seen = self._far_end(sftp, handle, size, -start_line, max_lines)
+                    window, seen = self._far_end(bounds.sftp, handle, size, -start_line, max_lines)
                 else:
                     window, seen = self._from_end(b"".join(chunks), -start_line, max_lines)
         return self._content(target, place, window, seen)
@@ -131,10 +135,10 @@ class Files:
         max_bytes: int = 49_152,
     ) -> FileContent:
         """Read a part of any regular file as base64. Raises FileError."""
-        with self._sftp(target, path, "read", cancelled) as sftp:
-            place = self._regular(sftp, target, path)
+        with self._bounds(target, path, "read", cancelled) as bounds:
+            place = self._regular(bounds, target, path)
             size, last = place.found.size or 0, offset + max_bytes
-            with sftp.reading(place.real, offset, last + 1, min(size, last)) as (_, chunks):
+            with bounds.reading(place.real, offset, last + 1, min(size, last)) as (_, chunks):
                 asked = b"".join(_Transfer(cancelled, progress).passing(chunks, path))
         data, rest = asked[:max_bytes], asked[max_bytes:]
         end = offset + len(data)
@@ -173,17 +177,17 @@ class Files:
         """Write a file whole, or append to it. Raises FileError; the file is then what it was."""
         if len(content) > MOST_WRITTEN_BYTES:
             raise ArgumentError(f"{path}: content is over 32 MiB; write it in parts with append")
-        with self._sftp(target, path, "write", cancelled) as sftp:
-            place = self._place(sftp, target, path)
+        with self._bounds(target, path, "write", cancelled) as bounds:
+            place = self._place(bounds, target, path)
             with self._alone(target, place.real, cancelled) as waited:
                 if waited:
-                    place = _same(self._place(sftp, target, path), place, target)
+                    place = _same(self._place(bounds, target, path), place, target)
                 before = self._check_before(
-                    sftp, target, place, expected_sha256, overwrite=overwrite or append
+                    bounds, target, place, expected_sha256, overwrite=overwrite or append
                 )
                 if place.existing is None and create_parents:
-                    make_folders(sftp, place.folder)
-                writer = Writer(sftp, self._temporaries, _Transfer(cancelled, progress))
+                    make_folders(bounds.sftp, place.folder)
+                writer = Writer(bounds, self._temporaries, _Transfer(cancelled, progress))
                 if append:
                     atomic, attributes = False, writer.append(place, content, mode)
                 else:
@@ -193,7 +197,7 @@ class Files:
                 size = attributes.size or 0
                 whole = content
                 if append and size <= MOST_WRITTEN_BYTES:
-                    whole = bytes_of(sftp, place.real, size=size)
+                    whole = bytes_of(bounds, place.real, size=size)
         return WrittenFile(
             path=place.shown,
             bytes_written=len(content),
@@ -216,17 +220,18 @@ class Files:
         expected_sha256: str | None = None,
     ) -> EditedFile:
         """Apply all edits or none. Raises EditError for edits that do not fit, else FileError."""
-        with self._sftp(target, path, "edit", cancelled) as sftp:
-            place = self._regular(sftp, target, path)
+        with self._bounds(target, path, "edit", cancelled) as bounds:
+            place = self._regular(bounds, target, path, written=not dry_run)
             with self._alone(target, place.real, cancelled) as waited:
                 if waited:
-                    place = _same(self._regular(sftp, target, path), place, target)
-                before = self._whole(sftp, target, place)
+                    again = self._regular(bounds, target, path, written=not dry_run)
+                    place = _same(again, place, target)
+                before = self._whole(bounds, target, place)
                 _check_hash(target, place, before, expected_sha256)
                 edited = apply_edits(before, edits, place.shown)
                 atomic = None
                 if not dry_run:
-                    writer = Writer(sftp, self._temporaries, _Transfer(cancelled, progress))
+                    writer = Writer(bounds, self._temporaries, _Transfer(cancelled, progress))
                     atomic, _ = writer.replace(place, edited.content, None, before=before)
         return EditedFile(
             path=place.shown,
@@ -252,10 +257,12 @@ class Files:
         offset: int = 0,
     ) -> Listing:
         """List a directory, `depth` levels deep. Raises FileError."""
-        with self._sftp(target, path, "list", cancelled) as sftp:
-            asked = path_bytes(path)
+        with self._bounds(target, path, "list", cancelled) as bounds:
+            sftp, asked = bounds.sftp, path_bytes(path)
             resolving, asking = sftp.real_path(asked), sftp.stat(asked)
-            walk = Walk(sftp, asked, depth, show_hidden, pattern, cancelled)
+            bounds.vouch(asked, resolving)
+            start = resolving.path() if bounds.limited else asked
+            walk = Walk(bounds, start, depth, show_hidden, pattern, cancelled)
             try:
                 walk.run()
             except StatusError:
@@ -267,7 +274,7 @@ class Files:
             root = resolving.path()
             page = _sorted(walk.found, sort_by)[offset : offset + limit]
             links = [
-                sftp.read_link(posixpath.join(asked, found.relative)) if found.is_link else None
+                sftp.read_link(posixpath.join(start, found.relative)) if found.is_link else None
                 for found in page
             ]
             entries = [entry(found, link) for found, link in zip(page, links, strict=True)]
@@ -285,12 +292,12 @@ class Files:
         )
 
     @contextmanager
-    def _sftp(self, target: Target, path: str, verb: str, cancelled: Cancelled) -> Iterator[SFTP]:
-        """Lend the target's SFTP channel, and say in plain words what fails on it."""
+    def _bounds(self, target: Target, path: str, verb: str, cancelled: Cancelled) -> Iterator[Bounds]:
+        """Lend the target's SFTP channel and what may be touched on it; say in plain words what fails."""
         deadline = time.monotonic() + self._answer_seconds
         try:
             with self._pool.standing(target, SFTP, deadline, cancelled) as standing:
-                yield cast("SFTP", standing)
+                yield Bounds(cast("SFTP", standing), self._allowed, target, path)
         except NoSFTPError:
             raise FileError(
                 f"{target} offers no file transfer (SFTP); set Subsystem sftp in its sshd_config, or use ssh_execute"
@@ -327,11 +334,12 @@ class Files:
                 self._changing.discard((target, real))
                 self._changed.notify_all()
 
-    def _place(self, sftp: SFTP, target: Target, path: str) -> Place:
+    def _place(self, bounds: Bounds, target: Target, path: str) -> Place:
         """Follow links to the file that is meant, also to one that is not there yet."""
-        current = path_bytes(path)
+        sftp, current = bounds.sftp, path_bytes(path)
         for _ in range(_MOST_LINKS):
             resolving, asking, looking = sftp.real_path(current), sftp.stat(current), sftp.lstat(current)
+            bounds.vouch(current, resolving, written=True)
             try:
                 existing = asking.attributes()
             except StatusError as error:
@@ -343,19 +351,21 @@ class Files:
                 _demand_an_end(real, target, path)
                 return Place(shown_name(real), real, existing)
             try:
-                dangling = stat.S_ISLNK(looking.attributes().mode or 0)
+                dangling = looking.attributes().is_link
             except StatusError:
                 dangling = False
             if not dangling:
                 real = new_path(sftp, current)
+                bounds.demand(real, written=True)
                 return Place(shown_name(real), real, None)
             current = posixpath.join(posixpath.dirname(current), sftp.read_link(current).path())
         raise FileError(f"{path} on {target} is a chain of links without an end")
 
-    def _regular(self, sftp: SFTP, target: Target, path: str) -> Place:
+    def _regular(self, bounds: Bounds, target: Target, path: str, *, written: bool = False) -> Place:
         """Return the place of a regular file that is there."""
         asked = path_bytes(path)
-        resolving, asking = sftp.real_path(asked), sftp.stat(asked)
+        resolving, asking = bounds.sftp.real_path(asked), bounds.sftp.stat(asked)
+        bounds.vouch(asked, resolving, written=written)
         existing = asking.attributes()
         _demand_regular(existing, target, path)
         real = resolving.path()
@@ -418,14 +428,14 @@ class Files:
             note=note,
         )
 
-    def _whole(self, sftp: SFTP, target: Target, place: Place) -> bytes:
-        data = bytes_of(sftp, place.real, MOST_WRITTEN_BYTES + 1, place.found.size or 0)
+    def _whole(self, bounds: Bounds, target: Target, place: Place) -> bytes:
+        data = bytes_of(bounds, place.real, MOST_WRITTEN_BYTES + 1, place.found.size or 0)
         if len(data) > MOST_WRITTEN_BYTES:
             raise FileError(f"{place.shown} on {target} is over 32 MiB; change it with a command (sed, awk)")
         return data
 
     def _check_before(
-        self, sftp: SFTP, target: Target, place: Place, expected_sha256: str | None, *, overwrite: bool
+        self, bounds: Bounds, target: Target, place: Place, expected_sha256: str | None, *, overwrite: bool
     ) -> bytes | None:
         """Return what the file holds, if it must have a certain hash. Raises FileError if it may not be written."""
         if place.existing is not None and not overwrite:
@@ -434,7 +444,7 @@ class Files:
             return None
         if place.existing is None:
             raise FileError(f"{place.shown} is not there on {target}, so it has not the expected_sha256")
-        before = self._whole(sftp, target, place)
+        before = self._whole(bounds, target, place)
         _check_hash(target, place, before, expected_sha256)
         return before
 

@@ -1,7 +1,8 @@
 """The keys that are shown at a login: the configured one, else the agent's, else the usual default keys.
 
 Ed25519, ECDSA and RSA in OpenSSH and PEM form, with a passphrase or without. A certificate beside a key
-(`KEY-cert.pub`) is shown with it. A key file that others may read is refused, as OpenSSH does.
+(`KEY-cert.pub`) is shown with it. A key file that others may read is refused, as OpenSSH does. FIDO keys (`sk-`) are
+not used.
 """
 
 import io
@@ -52,7 +53,7 @@ class Keys:
             return
         try:
             yield chain(
-                ((f"the agent's {key.get_name()} key", key) for key in agent.get_keys()), self._default_keys()
+                ((f"the agent's {key.get_name()} key", key) for key in _usable(agent)), self._default_keys()
             )
         finally:
             agent.close()
@@ -113,7 +114,9 @@ class Keys:
             for load in (serialization.load_ssh_private_key, serialization.load_pem_private_key):
                 try:
                     return load(data, passphrase)
-                except (ValueError, UnsupportedAlgorithm) as error:
+                except UnsupportedAlgorithm:
+                    raise _unused(path) from None
+                except ValueError as error:
                     encrypted |= "decrypt" in str(error) or "password" in str(error).lower()
                 except TypeError:
                     encrypted = True
@@ -126,6 +129,11 @@ class Keys:
         )
 
 
+def _usable(agent: paramiko.Agent) -> list[paramiko.PKey]:
+    """Return the agent's keys but those of FIDO, each login with which waits for somebody's touch."""
+    return [key for key in agent.get_keys() if not key.get_name().startswith("sk-")]
+
+
 def _paramiko_key(path: Path, key: object) -> paramiko.PKey:
     if isinstance(key, ed25519.Ed25519PrivateKey):
         kind: type[paramiko.PKey] = paramiko.Ed25519Key
@@ -134,10 +142,15 @@ def _paramiko_key(path: Path, key: object) -> paramiko.PKey:
     elif isinstance(key, rsa.RSAPrivateKey):
         kind = paramiko.RSAKey
     else:
-        raise LoginError(
-            f"the key {path} is of a type that is not used here; give an Ed25519, ECDSA or RSA key"
-        )
+        raise _unused(path)
     text = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
     )
     return kind.from_private_key(io.StringIO(text.decode()))
+
+
+def _unused(path: Path) -> LoginError:
+    return LoginError(
+        f"the key {path} is of a type that is not used here, such as a FIDO security key; "
+        "give an Ed25519, ECDSA or RSA key"
+    )

@@ -15,9 +15,10 @@ from re import compile as compile_pattern
 from typing import Final, Literal, Self
 
 from ssh_answers import Entry, iso_time, octal
+from ssh_bounds import Bounds, Opened
 from ssh_errors import ConnectionLostError, FileError
 from ssh_pool import Cancelled
-from ssh_sftp import SFTP, Name, Reply, StatusError, shown_name
+from ssh_sftp import SFTP, Name, Opening, Reply, StatusError, shown_name
 
 MOST_ENTRIES: Final = 200_000
 _WALK_SECONDS: Final = 60.0
@@ -38,7 +39,7 @@ class Found:
     @property
     def is_link(self) -> bool:
         """Whether it is a symbolic link."""
-        return stat.S_ISLNK(self.name.attributes.mode or 0)
+        return self.name.attributes.is_link
 
     @property
     def is_folder(self) -> bool:
@@ -50,7 +51,7 @@ class Found:
 class Walk:
     """A walk of `depth` levels from `root`."""
 
-    sftp: SFTP
+    bounds: Bounds
     root: bytes
     depth: int
     show_hidden: bool
@@ -91,11 +92,10 @@ class Walk:
 
     def _entries(self, folders: list[bytes]) -> Iterator[Found]:
         with ExitStack() as opened:
-            opening = [
-                (folder, opened.enter_context(Directory(self.sftp, _join(self.root, folder))))
-                for folder in folders
-            ]
-            for folder, directory in opening:
+            directories = open_folders(self.bounds, [_join(self.root, folder) for folder in folders])
+            for directory in directories:
+                opened.enter_context(directory)
+            for folder, directory in zip(folders, directories, strict=True):
                 self.cancelled()
                 try:
                     yield from self._shown(folder, directory.names())
@@ -115,13 +115,15 @@ class Walk:
 class Directory:
     """A directory that is being read: the requests are under way when it is made. A context manager: it is closed."""
 
-    def __init__(self, sftp: SFTP, path: bytes) -> None:
+    def __init__(self, sftp: SFTP, path: bytes, opening: Opening, opened: Opened) -> None:
         self._sftp = sftp
+        self._path = path
+        self._opening = opening
+        self._opened = opened
         self._ahead: deque[Reply] = deque()
-        with sftp.together():
-            self._opening = sftp.open_directory(path)
-            if self._opening.guess is not None:
-                self._ask(self._opening.guess, _READS_AHEAD)
+        self._asked: bytes | None = None
+        if opening.guess is not None:
+            self._ask(opening.guess, _READS_AHEAD)
 
     def __enter__(self) -> Self:
         return self
@@ -133,18 +135,22 @@ class Directory:
     def ask(self) -> None:
         """Send requests for its first names, if none are under way, once it is open. Raises StatusError."""
         handle = self._opening.handle()
-        if handle != self._opening.guess:
+        if handle != self._asked:
             self._ahead.clear()
-        if not self._ahead:
             self._ask(handle, _READS_AHEAD)
 
+    def confirmed(self) -> bytes:
+        """Return the path to use for it while it is open. Raises RefusedError for one that is not within the bounds."""
+        return self._opened.confirm(self._path, None)
+
     def names(self) -> Iterator[Name]:
-        """Yield each of its names once. Raises StatusError.
+        """Yield each of its names once. Raises StatusError, or RefusedError like `confirmed`.
 
         A directory that changes may show a name twice, and one that is read past its end was seen to begin anew
         (OpenSSH 9.2 on ext4, under load).
         """
         self.ask()
+        self.confirmed()
         handle, window = self._opening.handle(), _READS_AHEAD
         seen: set[bytes] = set()
         while names := [name for name in self._ahead.popleft().names() if name.name not in seen]:
@@ -154,7 +160,16 @@ class Directory:
             self._ask(handle, window - len(self._ahead))
 
     def _ask(self, handle: bytes, count: int) -> None:
+        self._asked = handle
         self._ahead += [self._sftp.read_directory(handle) for _ in range(count)]
+
+
+def open_folders(bounds: Bounds, paths: list[bytes]) -> list[Directory]:
+    """Begin to read directories; each is to be closed, as a context manager."""
+    sftp = bounds.sftp
+    with sftp.together():
+        openings, opened = bounds.opening(paths, sftp.open_directory)
+        return [Directory(sftp, path, opening, opened) for path, opening in zip(paths, openings, strict=True)]
 
 
 def entry(found: Found, link: Reply | None) -> Entry:

@@ -1,14 +1,27 @@
-"""What may be reached. Pure: what a call names goes in, a target or a refusal comes out.
+"""What may be reached, run and touched. Pure: what a call names goes in, a target, a verdict or a refusal comes out.
 
 A pattern of `SSH_ALLOWED_HOSTS` is `[user@]host[:port]`. Without `user@` or `:port` it allows only the user and the
 port that the settings give; `*` and `?` are wildcards in every part.
+
+A path is judged by its components and as bytes, once its links have been resolved. One that is not absolute, or still
+holds `.` or `..`, lies nowhere.
+
+A prefix of `ALLOWED_COMMANDS` is words, read as those of a command line are. A command line is approved when each
+simple command in it begins with the words of a prefix, and is then rebuilt from its words, each one quoted.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import ssh_words
 from settings import Settings, SettingsError, Target, host_token, user_token
 from ssh_errors import ArgumentError, RefusedError
+from ssh_words import UnreadableError
+
+WRITING_TOOLS = frozenset({"ssh_write_file", "ssh_edit_file"})
+
+_SHOWN_CHARACTERS = 300
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,77 @@ class Reach:
         return target
 
 
+class AllowedCommands:
+    """Which command lines calls may run. Immutable, so thread-safe."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Read the prefixes. Raises SettingsError when one cannot be read."""
+        listed = settings.allowed_commands
+        self._prefixes = () if listed is None else tuple(_prefix(text) for text in listed.split(","))
+        self._listed = listed or ""
+
+    def approved(self, command: str, env: Mapping[str, str] | None = None) -> str:
+        """Return the line to be run: the one that was given without a list, and with one its words, each quoted.
+
+        With a list only `/bin/sh` may read the line, since fish and tcsh quote otherwise. Raises RefusedError, which
+        says what of the line is not allowed.
+        """
+        if not self._prefixes:
+            return command
+        if env:
+            raise RefusedError(
+                "env cannot be set while ALLOWED_COMMANDS is: variables change what a command does; nothing was run"
+            )
+        try:
+            line = ssh_words.read(command)
+        except UnreadableError as error:
+            raise RefusedError(
+                f"ALLOWED_COMMANDS allows plain words only, and in this command line {error}; nothing was run"
+            ) from None
+        for words in line.commands:
+            if not any(words[: len(prefix)] == prefix for prefix in self._prefixes):
+                raise RefusedError(
+                    f"ALLOWED_COMMANDS does not allow {_shown(' '.join(words))!r}; nothing was run. A command must "
+                    f"begin with one of: {_shown(self._listed)}"
+                )
+        return line.quoted()
+
+
+def no_running(settings: Settings) -> str | None:
+    """Return why no command may be run at all, None when some may."""
+    if settings.read_only and settings.allowed_commands is None:
+        return "READ_ONLY is set, and ALLOWED_COMMANDS names no commands that only read; nothing was run"
+    return None
+
+
+def no_writing(settings: Settings) -> str | None:
+    """Return why no file may be written, None when some may. Then the writing tools are hidden as well."""
+    if settings.read_only:
+        return "READ_ONLY is set, so no file can be written or edited"
+    if settings.allowed_commands is not None and settings.allowed_paths is None:
+        return (
+            "ALLOWED_COMMANDS is set and ALLOWED_PATHS is not, so no file can be written or edited: a file that a "
+            "login reads is a command too"
+        )
+    return None
+
+
+def _prefix(text: str) -> tuple[str, ...]:
+    try:
+        line = ssh_words.read(text)
+    except UnreadableError as error:
+        raise SettingsError(f"ALLOWED_COMMANDS holds {text[:100]!r}, and {error}") from None
+    if line.joins:
+        raise SettingsError(
+            f"ALLOWED_COMMANDS holds {text[:100]!r}; give the first words of one command, with commas between commands"
+        )
+    return line.commands[0]
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
+
+
 def _port_token(port: int) -> int:
     if not 1 <= port <= 65535:
         raise ValueError("a port from 1 to 65535")
@@ -117,3 +201,51 @@ def _split_port(text: str) -> tuple[str, str | None]:
         host, _, port = text.partition(":")
         return host, port
     return text, None
+
+
+class AllowedPaths:
+    """Which directories the file tools may touch: `ALLOWED_PATHS`. Immutable, so thread-safe.
+
+    `entries` are as the server takes them, absolute or relative to the login directory; none: no bounds. With
+    `guards_logins` nothing hidden in the login directory may be written: a file that a login reads is a command too,
+    and `ALLOWED_COMMANDS` says which commands there are.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        texts = (text.strip() for text in (settings.allowed_paths or "").split(":"))
+        self.entries = tuple(_entry(text) for text in texts if text)
+        self.guards_logins = bool(self.entries and settings.allowed_commands)
+
+
+def is_within(path: bytes, folder: bytes) -> bool:
+    """Whether a path lies in a folder, or is the folder."""
+    inside, around = _components(path), _components(folder)
+    return inside is not None and around is not None and inside[: len(around)] == around
+
+
+def is_hidden(path: bytes, home: bytes) -> bool:
+    """Whether a path is, or lies in, something directly in a folder whose name begins with a dot."""
+    inside, around = _components(path), _components(home)
+    if inside is None or around is None or inside[: len(around)] != around:
+        return False
+    return any(name.startswith(b".") for name in inside[len(around) :][:1])
+
+
+def below(path: bytes, folder: bytes) -> list[bytes]:
+    """Return the paths on the way from a folder, which `path` lies in, to the path itself, which comes last."""
+    inside, around = _components(path) or [], _components(folder) or []
+    steps = [b"/" + b"/".join(inside[:count]) for count in range(len(around) + 1, len(inside) + 1)]
+    return steps or [path]
+
+
+def _components(path: bytes) -> list[bytes] | None:
+    """Return the names in an absolute path, None for a path that is none or that leads up."""
+    if not path.startswith(b"/") or b"\0" in path:
+        return None
+    names = [name for name in path.split(b"/") if name]
+    return None if b"." in names or b".." in names else names
+
+
+def _entry(text: str) -> bytes:
+    entry = text.encode()
+    return b"." if entry == b"~" else entry.removeprefix(b"~/") or b"."

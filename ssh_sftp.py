@@ -16,6 +16,7 @@ Invariants:
 """
 
 import re
+import stat
 import struct
 import threading
 import time
@@ -107,6 +108,11 @@ class Attributes:
     gid: int | None = None
     mode: int | None = None
     mtime: int | None = None
+
+    @property
+    def is_link(self) -> bool:
+        """Whether it is a symbolic link."""
+        return stat.S_ISLNK(self.mode or 0)
 
     def packed(self) -> bytes:
         """Return the ATTRS structure that sets size, owner and mode, those that are not None."""
@@ -235,6 +241,12 @@ class _Handles:
         self._open: set[bytes] = set()
         self._expected = 0
         self._wrong = 0
+
+    @property
+    def count(self) -> int:
+        """How many handles are open, those included that are under way."""
+        with self._lock:
+            return len(self._open) + self._expected
 
     def expect(self) -> bytes | None:
         """Return what the next handle will be, or None; called in the order in which requests are sent."""
@@ -394,6 +406,16 @@ class SFTP:
         _, most_read, most_written = limits.uint64(), limits.uint64(), limits.uint64()
         return max(_CHUNK_BYTES, min(_LARGE_CHUNK_BYTES, most_read, most_written))
 
+    @property
+    def open_handles(self) -> int:
+        """How many handles are open, or soon will be."""
+        return self._handles.count
+
+    @property
+    def expands_paths(self) -> bool:
+        """Whether `expand_path` can be asked."""
+        return "expand-path@openssh.com" in self.extensions
+
     def close(self) -> None:
         """End the channel; every pending reply fails."""
         self._end()
@@ -459,6 +481,10 @@ class SFTP:
         """REALPATH: the absolute path, links resolved where the server does that."""
         return self._request(_REALPATH, _string(path))
 
+    def expand_path(self, path: bytes) -> Reply:
+        """`expand-path@openssh.com`: REALPATH that knows `~`."""
+        return self._extended("expand-path@openssh.com", _string(path))
+
     def read_link(self, path: bytes) -> Reply:
         """READLINK: the link's target."""
         return self._request(_READLINK, _string(path))
@@ -484,10 +510,12 @@ class SFTP:
 
     @contextmanager
     def reading(
-        self, path: bytes, offset: int = 0, end: int | None = None, size: int = 0
+        self, opening: Opening, offset: int = 0, end: int | None = None, size: int = 0
     ) -> Iterator[tuple[bytes, Iterator[bytes]]]:
-        """Open a file, and yield its handle and its bytes as `chunks` does; the first are asked for along with it."""
-        opening = self.open(path, READ)
+        """Yield the handle of a file that is being opened, and its bytes as `chunks` does; close it afterwards.
+
+        The first bytes are asked for before the answer to the opening is there, if its handle can be foretold.
+        """
         reads = None
         if opening.guess is not None:
             reads = _Reads(self, opening.guess, offset, end, size)

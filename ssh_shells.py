@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import ssh_background
-from ssh_background import quoted
 from ssh_errors import ArgumentError
 from ssh_transport import Session
+from ssh_words import quoted
 
 Dialect = Literal["posix", "foreign", "plain"]
 """Who reads the line: the login shell, which is a POSIX shell; `/bin/sh`, started by another; or nobody."""

@@ -10,7 +10,7 @@ Invariants:
 
 Borrowed from Paramiko's private parts, checked with 5.1.0 (`tests/test_ssh_transport.py` fails when one moves):
 `Packetizer._check_keepalive` (called while the peer is silent), `Transport._preferred_ciphers`,
-`._preferred_macs`, `._preferred_keys`, `._channel_handler_table`, `._send_user_message`, `._parse_newkeys`;
+`._preferred_macs`, `._channel_handler_table`, `._send_user_message`, `._parse_newkeys`;
 `Channel._handle_close`, `.eof_received`, `.in_buffer`, `.in_stderr_buffer`, `.status_event`, `.remote_chanid`;
 `Message.packet`.
 """
@@ -37,8 +37,9 @@ from paramiko.packet import Packetizer
 from settings import Settings, Target
 from ssh_dial import dial
 from ssh_errors import ConnectionLostError, LoginError, NoAnswerError, UnreachableError
+from ssh_host_keys import HostKey
 from ssh_keys import Keys
-from ssh_known_hosts import HostKey, KnownHosts, UnknownHostKeyError
+from ssh_known_hosts import KnownAs, KnownHosts, UnknownHostKeyError
 
 logging.getLogger("paramiko").propagate = False  # it prints tracebacks for what our errors say in a sentence
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
@@ -220,6 +221,7 @@ class _Transport(paramiko.Transport):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._held_back: list[paramiko.Message] = []
+        self.host_key_algorithms: list[str] = []
 
     def _send_user_message(self, data: paramiko.Message) -> None:
         """Send, or hold back until a key exchange is over what its own reading thread would send.
@@ -240,19 +242,8 @@ class _Transport(paramiko.Transport):  # type: ignore[misc]
 
     @property
     def preferred_keys(self) -> tuple[str, ...]:
-        """Plain host keys only: certificates would need their authorities checked."""
-        return tuple(self._preferred_keys)
-
-    def prefer_keys(self, types: list[str]) -> None:
-        """Ask first for the host key types that are known, so that a known host shows the known key."""
-        known = [
-            name
-            for kind in types
-            for name in (("rsa-sha2-512", "rsa-sha2-256") if kind == "ssh-rsa" else (kind,))
-        ]
-        self._preferred_keys: tuple[str, ...] = tuple(
-            sorted(paramiko.Transport._preferred_keys, key=lambda name: name not in known)
-        )
+        """What is asked for: Paramiko would ask for certificates too where no authority is known."""
+        return tuple(self.host_key_algorithms)
 
 
 class _Wake:
@@ -409,10 +400,11 @@ class Session:
 
 
 class Connection:
-    """One connection to one target, verified and logged in. Thread-safe."""
+    """One connection to one target, verified by its `host_key` and logged in. Thread-safe."""
 
-    def __init__(self, target: Target, transport: _Transport, wire: _Wire) -> None:
+    def __init__(self, target: Target, transport: _Transport, wire: _Wire, host_key: HostKey) -> None:
         self.target = target
+        self.host_key = host_key
         self.in_use = False
         self._transport = transport
         self._wire = wire
@@ -527,9 +519,9 @@ def _log_in(target: Target, wire: _Wire, settings: Settings, keys: Keys, deadlin
         packetizer_class=_Packetizer,
     )
     try:
-        _exchange_keys(target, transport, settings, deadline)
+        host_key = _exchange_keys(target, transport, settings, deadline)
         _authenticate(target, transport, keys, deadline)
-        return Connection(target, transport, wire)
+        return Connection(target, transport, wire, host_key)
     except BaseException:
         transport.packetizer.complete_handshake()  # ends its timer, a thread that would hold up the process's end
         transport.close()
@@ -537,9 +529,11 @@ def _log_in(target: Target, wire: _Wire, settings: Settings, keys: Keys, deadlin
         raise
 
 
-def _exchange_keys(target: Target, transport: _Transport, settings: Settings, deadline: float) -> None:
+def _exchange_keys(target: Target, transport: _Transport, settings: Settings, deadline: float) -> HostKey:
+    """Exchange keys, verify the host's key and return it."""
     known_hosts = KnownHosts(settings.ssh_known_hosts)
-    transport.prefer_keys(known_hosts.key_types(target.host, target.port))
+    host = KnownAs(target.host, target.port)
+    transport.host_key_algorithms = known_hosts.algorithms(host)
     left = max(0.1, deadline - time.monotonic())
     transport.banner_timeout = transport.handshake_timeout = left
     try:
@@ -559,11 +553,12 @@ def _exchange_keys(target: Target, transport: _Transport, settings: Settings, de
     shown = transport.get_remote_server_key()
     key = HostKey(shown.get_name(), shown.asbytes())
     try:
-        known_hosts.verify(target.host, target.port, key)
+        known_hosts.verify(host, key, shown.public_blob.key_blob if shown.public_blob else None)
     except UnknownHostKeyError:
         if settings.ssh_host_key_policy != "accept-new":
             raise
-        known_hosts.add(target.host, target.port, key)
+        known_hosts.add(host, key)
+    return key
 
 
 def _no_banner(target: Target, wire: _Wire) -> Exception:

@@ -19,8 +19,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import ssh_sftp
-from ssh_errors import ConnectionLostError, FileError
-from ssh_listing import MOST_ENTRIES, Directory, hard_links
+from ssh_bounds import Bounds
+from ssh_errors import ConnectionLostError, FileError, RefusedError
+from ssh_listing import MOST_ENTRIES, Directory, hard_links, open_folders
 from ssh_sftp import SFTP, Attributes, Name, Reply, StatusError
 
 _MOST_KEPT_BYTES = 256 * 1024 * 1024
@@ -92,11 +93,12 @@ class Writer:
     overwritten where it stands is never left half way.
     """
 
-    def __init__(self, sftp: SFTP, temporaries: Temporaries, written: Callable[[int], None]) -> None:
-        self._sftp = sftp
+    def __init__(self, bounds: Bounds, temporaries: Temporaries, written: Callable[[int], None]) -> None:
+        self._bounds = bounds
+        self._sftp = bounds.sftp
         self._written = written
         self._temporaries = temporaries
-        self._can_replace = "posix-rename@openssh.com" in sftp.extensions
+        self._can_replace = "posix-rename@openssh.com" in self._sftp.extensions
 
     def replace(
         self,
@@ -126,8 +128,10 @@ class Writer:
         overwrite: bool,
         before: bytes | None,
     ) -> tuple[bool, Attributes]:
-        temporary = posixpath.join(place.folder, name)
-        with Directory(self._sftp, place.folder) as folder:
+        (opening,) = open_folders(self._bounds, [place.folder])
+        with opening as folder:
+            path = folder.confirmed()
+            temporary = posixpath.join(path, name)
             handle = self._new_file(temporary, place, mode)
             if handle is None:
                 return False, self._write_in_place(place, content, mode, None, before)
@@ -137,8 +141,8 @@ class Writer:
                 filled = self._filling(handle, content, place.existing, mode)
                 self._must_hold(place, before)
                 attributes = filled()
-                if attributes is not None and self._look_around(folder, place, attributes) == 1:
-                    self._rename(temporary, place.real, overwrite=overwrite)
+                if attributes is not None and self._look_around(folder, path, place, attributes) == 1:
+                    self._rename(temporary, posixpath.join(path, place.name), overwrite=overwrite)
                     return True, attributes
             except BaseException:
                 self._remove(temporary)
@@ -151,7 +155,12 @@ class Writer:
         private = place.existing is not None or mode is not None
         flags = ssh_sftp.WRITE | ssh_sftp.CREATE | ssh_sftp.EXCLUSIVE
         try:
-            return self._sftp.open(path, flags, Attributes(mode=0o600 if private else 0o666)).handle()
+            return self._bounds.open(
+                path, flags, Attributes(mode=0o600 if private else 0o666), name=place.name
+            )
+        except RefusedError:
+            self._remove(path)
+            raise
         except StatusError as error:
             if place.existing is None or error.code != ssh_sftp.PERMISSION_DENIED:
                 raise
@@ -198,13 +207,13 @@ class Writer:
     def _must_hold(self, place: Place, before: bytes | None) -> None:
         if before is None:
             return
-        if bytes_of(self._sftp, place.real, len(before) + 1, len(before)) != before:
+        if bytes_of(self._bounds, place.real, len(before) + 1, len(before)) != before:
             raise FileError(
                 f"{place.shown} was changed by somebody else in the meantime; nothing was written. Read it again "
                 "and repeat the change"
             )
 
-    def _look_around(self, folder: Directory, place: Place, made: Attributes | None) -> int:
+    def _look_around(self, folder: Directory, path: bytes, place: Place, made: Attributes | None) -> int:
         """Return the file's number of hard links; remove stale temporaries that stand beside it."""
         links, removing = 1, []
         now = made.mtime if made is not None and made.mtime is not None else 0
@@ -214,7 +223,7 @@ class Writer:
                 if found.name == place.name:
                     links = hard_links(found)
                 elif self._temporaries.is_stale(found, now):
-                    removing.append(self._sftp.remove(posixpath.join(place.folder, found.name)))
+                    removing.append(self._sftp.remove(posixpath.join(path, found.name)))
         except StatusError:
             return links  # a folder that may be written but not read
         for reply in removing:
@@ -226,10 +235,9 @@ class Writer:
         self, place: Place, content: bytes, mode: int | None, name: bytes | None, before: bytes | None
     ) -> Attributes:
         """Overwrite a file where it stands; put the old bytes back when that fails."""
-        sftp = self._sftp
-        handle = sftp.open(place.real, ssh_sftp.WRITE).handle()
+        handle = self._bounds.open(place.real, ssh_sftp.WRITE, Attributes())
         try:
-            old = bytes_of(sftp, place.real, _MOST_KEPT_BYTES + 1, place.found.size or 0)
+            old = bytes_of(self._bounds, place.real, _MOST_KEPT_BYTES + 1, place.found.size or 0)
             if len(old) > _MOST_KEPT_BYTES:
                 raise FileError(
                     f"{place.shown} can only be overwritten in place (it has several names, another owner, or a "
@@ -261,7 +269,7 @@ class Writer:
         When the connection ends meanwhile the copy stays, and the error names it.
         """
         copy = None if name is None else posixpath.join(place.folder, name.removesuffix(_SUFFIX) + b".old")
-        if copy is not None and not self._is_kept(copy, old):
+        if copy is not None and not self._is_kept(copy, old, place.name):
             copy = None
         try:
             yield
@@ -271,15 +279,15 @@ class Writer:
             raise ConnectionLostError(
                 f"{error} (what it held before is in {ssh_sftp.shown_name(copy)})"
             ) from None
-        except (StatusError, FileError):
+        except (StatusError, FileError, RefusedError):
             self._remove(copy)
             raise
         self._remove(copy)
 
-    def _is_kept(self, copy: bytes, old: bytes) -> bool:
+    def _is_kept(self, copy: bytes, old: bytes, name: bytes) -> bool:
         flags = ssh_sftp.WRITE | ssh_sftp.CREATE | ssh_sftp.EXCLUSIVE
         try:
-            handle = self._sftp.open(copy, flags, Attributes(mode=0o600)).handle()
+            handle = self._bounds.open(copy, flags, Attributes(mode=0o600), name=name)
         except StatusError:
             return False
         try:
@@ -299,7 +307,8 @@ class Writer:
     def append(self, place: Place, content: bytes, mode: int | None) -> Attributes:
         """Add at the file's end and return its attributes; take it back when that fails."""
         sftp = self._sftp
-        handle = sftp.open(place.real, ssh_sftp.WRITE | ssh_sftp.APPEND | ssh_sftp.CREATE).handle()
+        made = ssh_sftp.CREATE | ssh_sftp.EXCLUSIVE if place.existing is None else 0
+        handle = self._bounds.open(place.real, ssh_sftp.WRITE | ssh_sftp.APPEND | made, Attributes())
         try:
             before = sftp.fstat(handle).attributes().size or 0
             writing = sftp.write_all(handle, content, before)
@@ -337,9 +346,9 @@ def _all_done(replies: list[Reply | None]) -> None:
         raise failure
 
 
-def bytes_of(sftp: SFTP, path: bytes, limit: int | None = None, size: int = 0) -> bytes:
+def bytes_of(bounds: Bounds, path: bytes, limit: int | None = None, size: int = 0) -> bytes:
     """Return a file's content, `limit` bytes at most; `size` is how large it probably is."""
-    with sftp.reading(path, 0, limit, size) as (_, chunks):
+    with bounds.reading(path, 0, limit, size) as (_, chunks):
         return b"".join(chunks)
 
 

@@ -277,6 +277,33 @@ def test_fifty_calls_at_once_all_answer(environment: None) -> None:
     assert with_client(work) == [f"{n}\n" for n in range(50)]
 
 
+def test_calls_over_the_rate_are_refused_whatever_they_ask_for(
+    environment: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RATE_LIMIT", "3")
+
+    async def work(client: Client[Any]) -> list[str]:
+        asked = ["ssh_close_connection", "ssh_read_file", "ssh_close_connection", "ssh_close_connection"]
+        return [text(await client.call_tool(name, {}, raise_on_error=False)) for name in asked]
+
+    told = with_client(work)
+    assert not any("RATE_LIMIT" in answer for answer in told[:3])
+    assert re.fullmatch(
+        r"RATE_LIMIT allows 3 calls a minute; nothing was done. Try again in (60|[1-5]?\d) s", told[3]
+    )
+
+
+def test_path_that_is_not_allowed_is_a_tool_error(
+    environment: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ALLOWED_PATHS", str(tmp_path))
+
+    async def work(client: Client[Any]) -> str:
+        return text(await client.call_tool("ssh_read_file", {"path": "/etc/passwd"}, raise_on_error=False))
+
+    assert "ALLOWED_PATHS" in with_client(work)
+
+
 @pytest.mark.parametrize("transport", ["sse", "http"])
 def test_http_is_refused_without_a_login(
     environment: None, transport: str, capsys: pytest.CaptureFixture[str]
@@ -305,8 +332,9 @@ def test_call_over_http_without_a_token_has_no_identity(transport: str) -> None:
 
 @pytest.mark.parametrize("served", ["mounted", "proxied", "without its login"])
 def test_no_tool_works_when_another_server_serves_them_without_the_login(
-    environment: None, served: str
+    environment: None, served: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("AUDIT_LOG", str(tmp_path / "audit.jsonl"))
     arguments: dict[str, dict[str, Any]] = {
         "ssh_execute": {"command": "true"},
         "ssh_read_file": {"path": "/etc/passwd"},
@@ -344,6 +372,9 @@ def test_no_tool_works_when_another_server_serves_them_without_the_login(
         thread.join()
     assert sorted(told) == NAMES
     assert all("came without a login" in answer for answer in told.values()), told
+    trail = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    outcomes = [record for record in trail if record["event"] == "outcome"]
+    assert [(record["identity"], record["status"]) for record in outcomes] == [(None, "refused")] * 7
 
 
 def test_command_over_its_time_is_waited_for_with_its_job_id(call: Call) -> None:

@@ -17,11 +17,14 @@ import pytest
 import ssh_files
 from conftest import ORDINARY_UID, Server, nobody_cancels, wait_for
 from relay import Relay
+from settings import Settings, Target
 from ssh_answers import EditedFile, FileContent, Listing, WrittenFile
+from ssh_bounds import Bounds
 from ssh_edits import Edit
 from ssh_errors import ArgumentError, ConnectionLostError, EditError, FileError, SSHError
 from ssh_files import Files
-from ssh_listing import Directory
+from ssh_listing import open_folders
+from ssh_policy import AllowedPaths
 from ssh_pool import Pool
 from ssh_sftp import Attributes, Name
 
@@ -741,5 +744,7 @@ class _Repeating:
 
 
 def test_name_that_a_server_repeats_is_listed_once() -> None:
-    with Directory(_Repeating(), b".") as directory:  # type: ignore[arg-type]
+    bounds = Bounds(_Repeating(), AllowedPaths(Settings()), Target("u", "h", 22), "")  # type: ignore[arg-type]
+    (opening,) = open_folders(bounds, [b"."])
+    with opening as directory:
         assert [name.name for name in directory.names()] == [b"a", b"b", b"c"]

@@ -1,5 +1,6 @@
 """Keys of every kind and form, and what is said of those that cannot be used."""
 
+import base64
 import contextlib
 import gc
 import os
@@ -15,10 +16,11 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, x25519
 from paramiko import SSHException
 
-from conftest import keygen, program, wait_for
+from conftest import Server, keygen, program, wait_for
 from settings import Settings, Target
 from ssh_errors import LoginError
 from ssh_keys import Keys
+from ssh_transport import connect
 
 TARGET = Target("me", "web1", 22)
 KINDS = {
@@ -265,3 +267,51 @@ def test_agent_that_hangs_up_leaves_the_default_keys(monkeypatch: pytest.MonkeyP
         hanging_up.join(10)
     gc.collect()  # the leaked socket warns in here, not in the next test
     assert names == ["id_ed25519"]
+
+
+@pytest.mark.parametrize("kind", ["ed25519", "ecdsa384", "rsa"])
+def test_encrypted_key_with_a_certificate_logs_in_where_only_its_authority_is_trusted(
+    own_sshd: Callable[..., Server], tmp_path: Path, kind: str
+) -> None:
+    authority, path = keygen(tmp_path / "authority"), keygen(tmp_path / "key", *KINDS[kind], "-N", "hunter2")
+    server = own_sshd(f"TrustedUserCAKeys {authority}.pub")
+    settings = server.settings(ssh_key_path=path, ssh_key_passphrase="hunter2")
+    with pytest.raises(LoginError, match="does not accept"):
+        connect(server.target, settings, Keys(settings))
+    signing = ["-s", str(authority), "-I", "me", "-n", "tester", f"{path}.pub"]
+    subprocess.run(["ssh-keygen", "-q", *signing], check=True)
+    connect(server.target, settings, Keys(settings)).close()
+    assert "CERT" in (server.folder / "log").read_text()
+
+
+def security_key(path: Path) -> Path:
+    """Make the file that stands for a FIDO key (OpenSSH's PROTOCOL.key and PROTOCOL.u2f); no device is asked."""
+
+    def strings(*parts: bytes) -> bytes:
+        return b"".join(len(part).to_bytes(4) + part for part in parts)
+
+    public = strings(b"sk-ssh-ed25519@openssh.com", b"k" * 32, b"ssh:")
+    private = b"same" * 2 + public + b"\1" + strings(b"handle", b"", b"comment")
+    private += bytes(range(1, 1 + -len(private) % 8))
+    file = b"openssh-key-v1\0" + strings(b"none", b"none", b"") + b"\0\0\0\1" + strings(public, private)
+    lines = base64.encodebytes(file).decode()
+    path.write_text(f"-----BEGIN OPENSSH PRIVATE KEY-----\n{lines}-----END OPENSSH PRIVATE KEY-----\n")
+    path.chmod(0o600)
+    return path
+
+
+@pytest.mark.parametrize("passphrase", [None, "hunter2"])
+def test_fido_key_is_refused_as_such(tmp_path: Path, passphrase: str | None) -> None:
+    path = security_key(tmp_path / "key")
+    if passphrase:
+        subprocess.run(["ssh-keygen", "-q", "-p", "-P", "", "-N", passphrase, "-f", path], check=True)
+    shown = subprocess.run(["ssh-keygen", "-lf", path], check=True, capture_output=True, text=True)
+    assert "ED25519-SK" in shown.stdout
+    with pytest.raises(LoginError, match=r"FIDO.*Ed25519, ECDSA or RSA"):
+        offered(ssh_key_path=path, ssh_key_passphrase=passphrase)
+
+
+def test_fido_key_of_the_agent_is_passed_over(agent: Path, tmp_path: Path) -> None:
+    subprocess.run(["ssh-add", "-q", security_key(tmp_path / "fido"), keygen(tmp_path / "held")], check=True)
+    ((name, _),) = offered()
+    assert name == "the agent's ssh-ed25519 key"

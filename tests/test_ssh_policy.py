@@ -1,6 +1,9 @@
-"""What calls may name."""
+"""What calls may name, run and touch."""
 
+import itertools
+import os
 import string
+from pathlib import PurePosixPath
 from typing import Any
 
 import pytest
@@ -9,7 +12,17 @@ from hypothesis import strategies as st
 
 from settings import Settings, SettingsError, Target
 from ssh_errors import ArgumentError, RefusedError
-from ssh_policy import Reach
+from ssh_policy import (
+    AllowedCommands,
+    AllowedPaths,
+    Reach,
+    below,
+    is_hidden,
+    is_within,
+    no_running,
+    no_writing,
+)
+from ssh_words import MOST_CHARACTERS
 
 
 def reach(allowed: str | None = None, **values: Any) -> Reach:
@@ -181,3 +194,233 @@ def test_only_harmless_pieces_get_through(host: str, user: str) -> None:
     assert set(target.host + target.user) <= HARMLESS | {"%"}
     assert not target.host.startswith(("-", "."))
     assert not target.user.startswith("-")
+
+
+# Paths
+
+
+@pytest.mark.parametrize(
+    ("path", "folder", "within"),
+    [
+        (b"/srv", b"/srv", True),
+        (b"/srv/a", b"/srv", True),
+        (b"/srv/a/", b"/srv/", True),
+        (b"//srv//a", b"/srv", True),
+        (b"/srv/..a", b"/srv", True),
+        (b"/srv/...", b"/srv", True),
+        (b"/srv/\xff", b"/srv", True),
+        (b"/a", b"/", True),
+        (b"/", b"/", True),
+        (b"/srv2", b"/srv", False),
+        (b"/srv-a/x", b"/srv", False),
+        (b"/sr", b"/srv", False),
+        (b"/", b"/srv", False),
+        (b"/SRV/a", b"/srv", False),
+        (b"/x/srv/a", b"/srv", False),
+        (b"/srv/../etc", b"/srv", False),
+        (b"/srv/..", b"/srv", False),
+        (b"/srv/./a", b"/srv", False),
+        (b"/srv/a/../../srv/b", b"/srv", False),
+        (b"srv/a", b"/srv", False),
+        (b"srv/a", b"srv", False),
+        (b"", b"/", False),
+        (b"/srv/a\0", b"/srv", False),
+        (b"/srv (deleted)", b"/srv", False),
+        (b"pipe:[1]", b"/", False),
+        (b"/srv/a", b"", False),
+        (b"/srv/a", b"/srv/..", False),
+    ],
+)
+def test_path_lies_in_a_folder_by_its_components(path: bytes, folder: bytes, within: bool) -> None:
+    assert is_within(path, folder) is within
+
+
+@pytest.mark.parametrize(
+    ("path", "hidden"),
+    [
+        (b"/home/u/.bashrc", True),
+        (b"/home/u/.ssh/authorized_keys", True),
+        (b"/home/u/.config/fish/config.fish", True),
+        (b"/home/u//.profile", True),
+        (b"/home/u/...", True),
+        (b"/home/u/.", False),
+        (b"/home/u", False),
+        (b"/home/u/notes/.hidden", False),
+        (b"/home/u/a.b", False),
+        (b"/home/u2/.bashrc", False),
+        (b"/home/.u", False),
+        (b"/srv/.env", False),
+    ],
+)
+def test_hidden_is_what_begins_with_a_dot_directly_in_the_folder(path: bytes, hidden: bool) -> None:
+    assert is_hidden(path, b"/home/u") is hidden
+
+
+_NAMES = st.binary(min_size=1, max_size=6).filter(
+    lambda name: b"/" not in name and b"\0" not in name and name not in (b".", b"..")
+)
+_PATHS = st.lists(_NAMES | st.sampled_from([b"a", b"b", b"ab", b".a"]), max_size=5).map(
+    lambda parts: b"/" + b"/".join(parts)
+)
+
+
+@given(_PATHS, _PATHS)
+def test_what_lies_within_is_what_the_folder_leads_to(path: bytes, folder: bytes) -> None:
+    inside = PurePosixPath(os.fsdecode(path)).is_relative_to(PurePosixPath(os.fsdecode(folder)))
+    assert is_within(path, folder) is inside
+
+
+@given(_PATHS, st.lists(_NAMES, min_size=1, max_size=4), st.sampled_from([b"/", b"//", b"/./", b"/../"]))
+def test_detours_lead_nowhere(folder: bytes, parts: list[bytes], joint: bytes) -> None:
+    path = folder.rstrip(b"/") + joint + joint.join(parts)
+    assert is_within(path, folder) is (joint.strip(b"/") == b"")
+
+
+@given(_PATHS, st.lists(_NAMES, min_size=1, max_size=4))
+def test_way_from_a_folder_names_every_step_and_ends_at_the_path(folder: bytes, parts: list[bytes]) -> None:
+    path = folder.rstrip(b"/") + b"/" + b"/".join(parts)
+    steps = below(path, folder)
+    assert len(steps) == len(parts)
+    assert steps[-1] == path
+    assert all(later.startswith(earlier + b"/") for earlier, later in itertools.pairwise(steps))
+
+
+@pytest.mark.parametrize(
+    ("text", "entries"),
+    [
+        (None, ()),
+        ("/srv", (b"/srv",)),
+        (" /srv : ~/notes :", (b"/srv", b"notes")),
+        ("~", (b".",)),
+        ("~/", (b".",)),
+        ("notes:.", (b"notes", b".")),
+        ("/srv/with space:/é", (b"/srv/with space", "/é".encode())),
+        ("/a~b", (b"/a~b",)),
+    ],
+)
+def test_entries_begin_at_the_root_or_at_the_login_directory(
+    text: str | None, entries: tuple[bytes, ...]
+) -> None:
+    allowed = AllowedPaths(Settings(allowed_paths=text))
+    assert allowed.entries == entries
+    assert not allowed.guards_logins
+
+
+@pytest.mark.parametrize("paths", [None, "/srv"])
+@pytest.mark.parametrize("commands", [None, "ls"])
+def test_logins_are_guarded_where_commands_and_paths_are_both_limited(
+    paths: str | None, commands: str | None
+) -> None:
+    current = Settings(allowed_paths=paths).model_copy(update={"allowed_commands": commands})
+    assert AllowedPaths(current).guards_logins is (paths is not None and commands is not None)
+
+
+def allowed(prefixes: str | None) -> AllowedCommands:
+    return AllowedCommands(Settings(allowed_commands=prefixes))
+
+
+def test_without_a_list_any_command_line_goes_as_it_is() -> None:
+    line = "for i in *; do echo $i >x; done & #"
+    assert allowed(None).approved(line, {"A": "b"}) == line
+
+
+@pytest.mark.parametrize(
+    ("line", "rebuilt"),
+    [
+        ("ls", "'ls'"),
+        ("ls -l /tmp", "'ls' '-l' '/tmp'"),
+        ("git log -1", "'git' 'log' '-1'"),
+        ("git   'log'", "'git' 'log'"),
+        ("systemctl status nginx", "'systemctl' 'status' 'nginx'"),
+        ("ls|cat -n && ls; cat || ls", "'ls' | 'cat' '-n' && 'ls' ; 'cat' || 'ls'"),
+        ('cat "it\'s"', "'cat' 'it'\\''s'"),
+        ("cat ''", "'cat' ''"),
+        ("\\l\\s \\$x", "'ls' '$x'"),
+        ("'my tool' x", "'my tool' 'x'"),
+    ],
+)
+def test_what_is_allowed_is_rebuilt_with_each_word_quoted(line: str, rebuilt: str) -> None:
+    assert allowed("ls, cat,git log,\tsystemctl  'status' ,my\\ tool").approved(line) == rebuilt
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("touch /tmp/x", "touch /tmp/x"),
+        ("git push", "git push"),
+        ("git", "'git'"),
+        ("git -c x log", "git -c x log"),
+        ("git 'log x'", "git log x"),
+        ("/bin/ls", "/bin/ls"),
+        ("./ls", "./ls"),
+        ("LS", "LS"),
+        ("lsx", "lsx"),
+        ("'ls '", "'ls '"),
+        ("'ls -l'", "ls -l"),
+        ("'' ls", "ls"),
+        ("ls; touch x", "touch x"),
+        ("ls | touch x", "touch x"),
+        ("ls && touch x", "touch x"),
+        ("touch x || ls", "touch x"),
+        ("exec ls", "exec ls"),
+        ("'A=b' ls", "A=b ls"),
+    ],
+)
+def test_command_that_begins_with_no_allowed_prefix_is_refused(line: str, part: str) -> None:
+    with pytest.raises(RefusedError) as raised:
+        allowed("ls,cat,git log").approved(line)
+    assert "ALLOWED_COMMANDS" in str(raised.value)
+    assert part in str(raised.value)
+    assert "ls,cat,git log" in str(raised.value)
+
+
+def test_refusal_says_which_part_of_a_line_cannot_be_read_and_why() -> None:
+    with pytest.raises(RefusedError, match=r"ALLOWED_COMMANDS .*'\*\.log'.*single quotes"):
+        allowed("ls").approved("ls *.log")
+
+
+def test_variables_are_refused_while_a_list_is_set() -> None:
+    with pytest.raises(RefusedError, match=r"^env .*ALLOWED_COMMANDS"):
+        allowed("ls").approved("ls", {"LD_PRELOAD": "/tmp/x"})
+    assert allowed("ls").approved("ls", {}) == "'ls'"
+
+
+@pytest.mark.parametrize("line", ["touch " + "a" * 5000, "ls " * 5000 + "$", "a" * (MOST_CHARACTERS + 1)])
+def test_refusal_of_a_long_line_fits_an_error(line: str) -> None:
+    with pytest.raises(RefusedError, match="ALLOWED_COMMANDS") as raised:
+        allowed("ls," * 5000 + "ls").approved(line)
+    assert len(str(raised.value)) <= 1000
+
+
+@pytest.mark.parametrize(
+    "prefixes",
+    [
+        *(",", "ls,", ",ls", "ls,,cat", " ", "ls,  ,cat", "'a,b'"),
+        *("ls;cat", "ls|cat", "ls;", "ls >x", "A=b ls", "if", "# ls"),
+        *("ls *", "$SHELL", "~/bin/x", "'ls", "ls\ncat", "\ud800"),
+    ],
+)
+def test_list_that_cannot_be_read_stops_the_start(prefixes: str) -> None:
+    with pytest.raises(SettingsError, match=r"^ALLOWED_COMMANDS holds ") as raised:
+        allowed(prefixes)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("read_only", "commands", "runs", "writes"),
+    [
+        (False, None, True, True),
+        (True, None, False, False),
+        (False, "ls", True, False),
+        (True, "ls", True, False),
+    ],
+)
+def test_what_the_settings_leave(read_only: bool, commands: str | None, runs: bool, writes: bool) -> None:
+    settings = Settings(read_only=read_only, allowed_commands=commands)
+    assert (no_running(settings) is None, no_writing(settings) is None) == (runs, writes)
+
+
+def test_what_is_refused_names_the_setting() -> None:
+    for why in (no_running(Settings(read_only=True)), no_writing(Settings(read_only=True))):
+        assert "READ_ONLY" in (why or "")
+    assert "ALLOWED_PATHS" in (no_writing(Settings(allowed_commands="ls")) or "")
