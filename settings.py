@@ -486,9 +486,13 @@ def _sentence(error: ValidationError) -> str:
     if first["msg"].endswith("unset it"):
         return f"{name.upper()} is set, and {first['msg'].removeprefix('Value error, ')}"
     shown = str(first["input"])
-    hidden = name in _SECRETS or ("://" in shown and "@" in shown)  # a URL may hold a password
-    held = "a value that cannot be used" if hidden else repr(shown[:100])
+    held = "a value that cannot be used" if is_secret(name, shown) else repr(shown[:100])
     return f"{name.upper()} is {held}; give {Settings.model_fields[name].description}"
+
+
+def is_secret(name: str, value: str) -> bool:
+    """Tell whether a variable's value is to be kept out of what people see; a URL may hold a password."""
+    return name.lower() in _SECRETS or ("://" in value and "@" in value)
 
 
 def exit_for(error: SettingsError) -> NoReturn:
