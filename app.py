@@ -26,13 +26,17 @@ from pydantic import Field
 
 import settings
 import telemetry
+from audit import RecordedReach, Trail
+from audit_log import open_log
 from calls import (
     EndWithLogin,
     Hiding,
+    HidingParameter,
     Measured,
     PlainErrors,
     Rate,
     RateLimited,
+    Recorded,
     Telling,
     answers,
     identity,
@@ -49,6 +53,7 @@ from ssh_output import visible
 from ssh_policy import WRITING_TOOLS, AllowedCommands, Reach, no_running, no_writing
 from ssh_pool import Pool
 from ssh_shells import Task
+from ssh_sudo import Sudo
 from ssh_system import SystemInfo, SystemReports
 
 if TYPE_CHECKING:
@@ -65,17 +70,28 @@ class Services:
     """What the tools work with, made from one set of settings."""
 
     def __init__(self, current: Settings, job_key: Callable[[], str | Sequence[bytes]]) -> None:
-        self.reach = Reach(current)
+        self.reach = RecordedReach(Reach(current))
         self.rate = Rate(current.rate_limit)
         self.allowed = AllowedCommands(current)
         self.no_running = no_running(current)
         self.no_writing = no_writing(current)
         self.pool = Pool(current)
+        self.trail = Trail(open_log(current.audit_log) if current.audit_log else None, self.pool.host_key)
         telemetry.observe(self.pool.counters, lambda: sum(self.pool.open_targets().values()))
         self.commands = Commands(self.pool, current)
         self.jobs = Jobs(self.commands, job_key)
         self.files = Files(self.pool, current)
         self.systems = SystemReports(self.commands.script)
+        self.sudo = Sudo(current.ssh_sudo_password) if current.ssh_sudo else None
+
+    def through_sudo(self, asked: bool) -> Sudo | None:
+        """Return how to run a command through sudo, None if that is not asked for.
+
+        Raises RefusedError where it is not allowed.
+        """
+        if asked and self.sudo is None:
+            raise RefusedError("sudo is not allowed: SSH_SUDO is not true; nothing was run")
+        return self.sudo if asked else None
 
     def target_to_write(self, host: str | None, user: str | None, port: int | None) -> Target:
         """Return the target of a call that writes. Raises what `Reach.target` raises, RefusedError where none may."""
@@ -84,10 +100,11 @@ class Services:
         return self.reach.target(host, user, port)
 
     def close(self) -> None:
-        """End what waiting calls run, let files be finished for a moment, then close all connections."""
+        """End what waiting calls run, let files be finished for a moment, then close connections and trail."""
         self.commands.stop()
         self.jobs.close()
         self.pool.close(_FINISH_SECONDS)
+        self.trail.close(_FINISH_SECONDS)
 
 
 _services: Services | None = None
@@ -102,6 +119,10 @@ def _ssh() -> Services:
 def _hidden_tools() -> Collection[str]:
     """Return the tools that are not listed; before the server runs, by the settings that were there at its import."""
     return WRITING_TOOLS if (_services.no_writing if _services else no_writing(_checked)) else ()
+
+
+def _sudo_is_hidden() -> bool:
+    return not (_services.sudo if _services else _checked.ssh_sudo)
 
 
 @asynccontextmanager
@@ -252,7 +273,9 @@ mcp: _Server = _Server(
     lifespan=_lifespan,
     middleware=[
         Hiding(_hidden_tools),
+        HidingParameter("ssh_execute", "sudo", _sudo_is_hidden),
         Measured(),
+        Recorded(lambda: _ssh().trail),
         RateLimited(lambda identity: _ssh().rate.take(identity)),
         PlainErrors(),
         EndWithLogin(lambda token: mcp.in_force(token)),
@@ -290,6 +313,9 @@ def ssh_execute(
     background: Annotated[
         bool, Field(description="Start it and return; it survives the connection and this server")
     ] = False,
+    sudo: Annotated[
+        bool, Field(description="Run it as root through sudo; /bin/sh then reads command")
+    ] = False,
     job_id: Annotated[str | None, Field(description="Instead of command: wait on for a running job")] = None,
     cursor: Annotated[str | None, Field(description="Only what came after that answer of the job")] = None,
     signal: Annotated[Signal | None, Field(description="Send it to the job first")] = None,
@@ -308,14 +334,15 @@ def ssh_execute(
     ssh = _ssh()
     if ssh.no_running:
         raise RefusedError(ssh.no_running)
-    begins = command is not None or cwd is not None or env is not None or bool(input) or background
+    begins = command is not None or cwd is not None or env is not None or bool(input) or background or sudo
     if job_id is None:
         if command is None or cursor is not None or signal is not None:
             raise ArgumentError(
                 "give a command, or the job_id of a running one; cursor and signal need job_id"
             )
         target = ssh.reach.target(host, user, port)
-        task = Task.of(ssh.allowed.approved(command, env), cwd, env, input)
+        through = ssh.through_sudo(sudo)
+        task = Task.of(ssh.allowed.approved(command, env), cwd, env, input, sudo=through)
         if not background:
             return ssh.jobs.execute(
                 identity(),
@@ -330,10 +357,15 @@ def ssh_execute(
             raise ArgumentError(
                 "a command in the background has no time-out: leave on_timeout out, or background; nothing was run"
             )
+        if sudo:
+            raise ArgumentError(
+                "background and sudo do not go together: without background it runs on as a job after its timeout, and "
+                "systemd-run (with sudo) starts what must outlive the connection; nothing was run"
+            )
         return ssh.jobs.start_background(identity(), target, task, timeout=timeout, cancelled=_cancelled)
     if begins:
         raise ArgumentError(
-            "give a command or a job_id, not both; command, cwd, env, input and background begin a new command"
+            "give a command or a job_id, not both; command, cwd, env, input, background and sudo begin a new command"
         )
     if host is not None or user is not None or port is not None:
         raise ArgumentError("a job_id says where its job runs; leave host, user and port out")
@@ -526,6 +558,8 @@ def ssh_close_connection(
     Rarely needed: idle ones close by themselves and dead ones are replaced. Use it when group membership or the
     SSH server's settings have changed. Running commands go on, and their connections close after them.
     """
+    if all:
+        _ssh().reach.every()
     targets = None if all else [_ssh().reach.target(host, user, port)]
     closed, still_open = _ssh().pool.close_idle(targets)
     return Closed(closed=[str(target) for target in closed], open=[str(target) for target in still_open])
@@ -563,6 +597,8 @@ try:
     _checked = settings.load()
     Reach(_checked)
     AllowedCommands(_checked)
+    if _checked.audit_log:
+        open_log(_checked.audit_log).close()
     telemetry.start()
     _log_to_stderr(_checked.log_level)
     if _checked.allowed_paths and not _checked.allowed_commands:

@@ -1,9 +1,9 @@
 """What every call goes through: its caller's identity, its answer's two forms, its errors, its progress, its end.
 
 A tool is a plain function that returns a model or raises an SSHError. `answers` makes of it what FastMCP calls: only
-a known caller gets in, the model becomes text and fields, and a failure becomes a tool error. The middlewares stand
-around that: one measures, one counts the calls of each identity, one words what is wrong with arguments, one ends a
-call whose login was taken back.
+a known caller gets in, the model becomes text and fields, a failure becomes a tool error, and how it ended goes on
+record. The middlewares stand around that: one measures, one opens the record, one counts the calls of each identity,
+one words what is wrong with arguments, one ends a call whose login was taken back.
 """
 
 import asyncio
@@ -13,20 +13,24 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
 from functools import wraps
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import anyio
 import anyio.from_thread
-from fastmcp.exceptions import ToolError, ValidationError
+import anyio.to_thread
+from fastmcp.exceptions import NotFoundError, ToolError, ValidationError
 from fastmcp.server.auth import AccessToken
 from fastmcp.server.dependencies import get_access_token, get_context
 from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
 from fastmcp.tools.base import Tool, ToolResult
 from pydantic import ValidationError as PydanticValidationError
 
+import audit
 import telemetry
-from ssh_errors import RefusedError, SSHError
+from settings import os_user
+from ssh_errors import AuditError, RefusedError, SSHError
 from ssh_output import visible
 
 _ERROR_CHARACTERS = 1000
@@ -66,6 +70,50 @@ class Measured(Middleware):
     async def on_call_tool(self, context: MiddlewareContext[Any], call_next: CallNext[Any, Any]) -> Any:
         with telemetry.call(context.message.name):
             return await call_next(context)
+
+
+class Recorded(Middleware):
+    """Open each call's record; `answers` closes it, or else this does, if the call never got to its tool."""
+
+    def __init__(self, trail: Callable[[], audit.Trail]) -> None:
+        self._trail = trail
+
+    async def on_call_tool(self, context: MiddlewareContext[Any], call_next: CallNext[Any, Any]) -> Any:
+        try:
+            trail = self._trail()
+        except SSHError as error:
+            raise _tool_error(str(error)) from None
+        call = audit.Call(trail, *_caller(), context.message.name, context.message.arguments or {})
+        with call.current():
+            try:
+                return await call_next(context)
+            except (ToolError, NotFoundError) as error:
+                if not call.ended:
+                    await _recorded(call, "refused", str(error))
+                raise
+            finally:
+                if not call.ended:
+                    with suppress(ToolError):  # nobody listens any more
+                        await _recorded(call, "cancelled", None)
+
+
+def _caller() -> tuple[str | None, str | None]:
+    """Return who calls, as the trail names them, and their application; nobody is whoever has no login over HTTP."""
+    token = get_access_token()
+    try:
+        name = identity()
+    except SSHError:
+        return None, None
+    return (os_user(), None) if token is None else (name, token.client_id)
+
+
+async def _recorded(call: audit.Call, status: audit.Status, error: str | None) -> None:
+    """Record that a call ended before it got to its tool; nobody can cancel that."""
+    with anyio.CancelScope(shield=True):
+        try:
+            await anyio.to_thread.run_sync(call.end, status, error)
+        except AuditError as failure:
+            raise _tool_error(str(failure)) from None
 
 
 class Rate:
@@ -137,6 +185,27 @@ class Hiding(Middleware):
         return [tool for tool in await call_next(context) if tool.name not in hidden]
 
 
+class HidingParameter(Middleware):
+    """Leave a parameter out of a tool's schema while `hidden` says so; where it is given, the tool refuses."""
+
+    def __init__(self, tool: str, parameter: str, hidden: Callable[[], bool]) -> None:
+        self._tool = tool
+        self._parameter = parameter
+        self._hidden = hidden
+
+    async def on_list_tools(
+        self, context: MiddlewareContext[Any], call_next: CallNext[Any, Sequence[Tool]]
+    ) -> Sequence[Tool]:
+        tools = await call_next(context)
+        if not self._hidden():
+            return tools
+        return [self._without(tool) if tool.name == self._tool else tool for tool in tools]
+
+    def _without(self, tool: Tool) -> Tool:
+        shown = {name: of for name, of in tool.parameters["properties"].items() if name != self._parameter}
+        return tool.model_copy(update={"parameters": tool.parameters | {"properties": shown}})
+
+
 class EndWithLogin(Middleware):
     """End a call soon after its login was taken back, as `in_force` tells; a token that merely expires ends none."""
 
@@ -182,16 +251,18 @@ def _tool_error(sentence: str) -> ToolError:
 
 
 def answers(tool: Callable[P, A]) -> Callable[P, A]:
-    """Let only known callers use a tool, give its answer both forms, and turn failures into tool errors.
+    """Let only known callers use a tool, record it, give its answer both forms, and turn failures into tool errors.
 
-    This is the one place for all three: whoever serves `mcp` inside another server, without its login, gets nothing.
+    This is the one place for all four: whoever serves `mcp` inside another server, without its login, gets nothing.
     """
 
     @wraps(tool)
     def call(*args: P.args, **kwargs: P.kwargs) -> Any:
         try:
-            identity()
-            answer = tool(*args, **kwargs)
+            with audit.current() as record:
+                identity()
+                answer = tool(*args, **kwargs)
+                record.answered(answer)
         except SSHError as error:
             raise _tool_error(str(error)) from None
         except Exception:

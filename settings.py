@@ -36,6 +36,7 @@ _USER_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWX
 
 _GOOGLE = "https://accounts.google.com/.well-known/openid-configuration"
 _SECRET_BYTES = 32
+_PASSWORD_BYTES = 255
 _MAKE_SECRET = "make a good one with: openssl rand -hex 32"  # noqa: S105 - a command, not a secret
 _PLACEHOLDERS = (
     "change-me",
@@ -148,6 +149,18 @@ def _emails(text: str) -> str:
     return text
 
 
+def _audit_log(text: str) -> str:
+    kind, colon, rest = text.partition(":")
+    if colon and kind == "fd" and rest.isascii() and rest.isdecimal() and int(rest[:9]) >= 2:
+        return text  # 0 and 1 belong to MCP
+    if colon and kind == "syslog" and (not rest or rest.startswith("/")):
+        return text
+    path = _expanded(Path(text))
+    if not path.is_absolute():
+        raise ValueError("an absolute path")
+    return str(path)
+
+
 def _directories(text: str) -> str:
     """Return colon-separated directories as they stand if all can be meant, else raise ValueError."""
     entries = [entry for part in text.split(":") if (entry := part.strip())]
@@ -159,7 +172,16 @@ def _directories(text: str) -> str:
     return text
 
 
-def _os_user() -> str:
+def _one_line(secret: SecretStr) -> SecretStr:
+    """Return a password that sudo reads whole, else raise ValueError: what it left would be the command's stdin."""
+    text = secret.get_secret_value()
+    if len(text.encode()) > _PASSWORD_BYTES or not {*"\r\n\0"}.isdisjoint(text):
+        raise ValueError("a password of one line")
+    return secret
+
+
+def os_user() -> str:
+    """Return the name of the account that this process runs as, an empty one if it has none."""
     try:
         return getpass.getuser()
     except (OSError, KeyError):
@@ -184,7 +206,6 @@ def _not_built(*off: str) -> BeforeValidator:
 
 
 ExpandedPath = Annotated[Path, AfterValidator(_expanded)]
-NotBuilt = Annotated[None, _not_built()]
 NotBuiltSwitch = Annotated[None, _not_built("false", "0", "no", "off", "never")]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
@@ -199,7 +220,7 @@ class Settings(BaseSettings):
     )
     ssh_default_port: Port = Field(22, description="a port from 1 to 65535")
     ssh_default_user: Annotated[str, AfterValidator(user_token)] = Field(
-        default_factory=_os_user, description="an account name: letters, digits and . _ - @ +"
+        default_factory=os_user, description="an account name: letters, digits and . _ - @ +"
     )
     ssh_key_path: ExpandedPath | None = Field(None, description="the path of a private key")
     ssh_key_passphrase: SecretStr | None = Field(None, description="the key's passphrase")
@@ -222,6 +243,10 @@ class Settings(BaseSettings):
         None, description="the first words of commands, with commas between them, such as ls,systemctl status"
     )
     read_only: bool = Field(False, description="true or false")
+    ssh_sudo: bool = Field(False, description="true or false")
+    ssh_sudo_password: Annotated[SecretStr, AfterValidator(_one_line)] | None = Field(
+        None, description="the password that sudo asks for: one line of 255 bytes at most"
+    )
     ssh_max_connections: int = Field(10, ge=1, le=100, description="a whole number from 1 to 100")
     ssh_max_total_connections: int = Field(
         500, ge=1, le=100_000, description="a whole number from 1 to 100000"
@@ -266,14 +291,15 @@ class Settings(BaseSettings):
     forwarded_allow_ips: Annotated[str, AfterValidator(_networks)] = Field(
         "127.0.0.1", description="addresses or networks of proxies, with commas between them"
     )
+    audit_log: Annotated[str, AfterValidator(_audit_log)] | None = Field(
+        None, description="the absolute path of a file, syslog:, or fd: and the number of an open descriptor"
+    )
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR"],
         BeforeValidator(lambda v: v.upper() if isinstance(v, str) else v),
     ] = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
 
-    ssh_sudo: NotBuiltSwitch = None
     confirm: NotBuiltSwitch = None
-    audit_log: NotBuilt = None
 
     @classmethod
     def settings_customise_sources(
@@ -466,9 +492,13 @@ def _sentence(error: ValidationError) -> str:
     if first["msg"].endswith("unset it"):
         return f"{name.upper()} is set, and {first['msg'].removeprefix('Value error, ')}"
     shown = str(first["input"])
-    hidden = name in _SECRETS or ("://" in shown and "@" in shown)  # a URL may hold a password
-    held = "a value that cannot be used" if hidden else repr(shown[:100])
+    held = "a value that cannot be used" if is_secret(name, shown) else repr(shown[:100])
     return f"{name.upper()} is {held}; give {Settings.model_fields[name].description}"
+
+
+def is_secret(name: str, value: str) -> bool:
+    """Tell whether a variable's value is to be kept out of what people see; a URL may hold a password."""
+    return name.lower() in _SECRETS or ("://" in value and "@" in value)
 
 
 def exit_for(error: SettingsError) -> NoReturn:

@@ -171,7 +171,9 @@ class Commands:
         pid = running.exchange.outcome.pid
         if pid is None or pid <= 1:
             raise SSHError(f"{running.target}: the job's process id is unknown; no signal was sent")
-        said = self._by_sh(running.target, signalling(pid, signal), running.exchange.dialect)
+        through_sudo = running.exchange.sudo is not None
+        program = signalling(pid, signal, through_sudo=through_sudo)
+        said = self._by_sh(running.target, program, running.exchange)
         if said != [signal]:
             raise SSHError(
                 f"{running.target}: SIG{signal} was not delivered; the job may just have ended. Ask again"
@@ -230,12 +232,7 @@ class Commands:
                 f"the working directory {task.cwd} cannot be entered on {target}; nothing was run"
             )
         if not (outcome.started or outcome.lost):
-            said = visible((outcome.out.shown(300).text + outcome.err.shown(300).text).strip())
-            raise SSHError(
-                f"{target} ended the session without a sign that the command was run (exit status "
-                f"{outcome.exit_status}); look before you try again"
-                + (f": {said[:300]}" if said else "; see the account's login shell and rc files")
-            )
+            raise _not_run(target, exchange)
         return exchange
 
     def _attempt(
@@ -305,7 +302,11 @@ class Commands:
             _kill_plainly(exchange, over)
             return
         if not outcome.started:
-            exchange.finish(time.monotonic() + _START_SECONDS, lambda: None, until_started=True)
+            if exchange.dialogue is not None:
+                exchange.dialogue.end()
+            ended = exchange.finish(time.monotonic() + _START_SECONDS, lambda: None, until_started=True)
+            if ended and outcome.at_sudo and not outcome.started:  # sudo never started it
+                return
         said = self._killed(target, exchange) if (outcome.pid or 0) > 1 else []
         if not said:
             outcome.lost = True
@@ -320,20 +321,38 @@ class Commands:
 
     def _killed(self, target: Target, exchange: Exchange) -> list[str]:
         """Return the signal that ended the group and the processes that none did; nothing when that is unknown."""
-        return self._by_sh(target, ending(exchange.outcome.pid or 0), exchange.dialect)
+        program = ending(exchange.outcome.pid or 0, through_sudo=exchange.sudo is not None)
+        return self._by_sh(target, program, exchange)
 
-    def _by_sh(self, target: Target, text: str, dialect: Dialect) -> list[str]:
-        """Return the words that a program prints which must not wait for what it is to end; none if it failed."""
-        task = Task(text, None, {}, b"", by_sh=True)
+    def _by_sh(self, target: Target, text: str, reached: Exchange) -> list[str]:
+        """Return the words that a program prints which acts on a command, through sudo if that runs so.
+
+        The program must not wait for what it is to end. It prints none if it failed.
+        """
+        task = Task(text, None, {}, b"", by_sh=True, sudo=reached.sudo)
         deadline = time.monotonic() + _KILL_SECONDS
         try:
             with self._pool.session(target, deadline, lambda: None, control=True) as session:
-                killer = Exchange(session, task, dialect, 4096)
+                killer = Exchange(session, task, reached.dialect, 4096)
                 done = killer.finish(deadline, lambda: None)
         except SSHError as error:
             _log.warning("%s: a running command was not reached: %s", target, error)
             return []
         return killer.outcome.out.shown(4096).text.split() if done else []
+
+
+def _not_run(target: Target, exchange: Exchange) -> SSHError:
+    """Return what to say of a session that ended without the mark."""
+    outcome = exchange.outcome
+    if exchange.dialogue is not None and outcome.at_sudo:
+        why = exchange.dialogue.failure(outcome.err.shown(4000).text)
+        return SSHError(f"{target}: nothing was run: {visible(why)}")
+    said = visible((outcome.out.shown(300).text + outcome.err.shown(300).text).strip())
+    return SSHError(
+        f"{target} ended the session without a sign that the command was run (exit status "
+        f"{outcome.exit_status}); look before you try again"
+        + (f": {said[:300]}" if said else "; see the account's login shell and rc files")
+    )
 
 
 def _kill_plainly(exchange: Exchange, over: Callable[[float], bool]) -> None:

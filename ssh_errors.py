@@ -21,6 +21,10 @@ class ConfigError(SSHError):
     """The SSH config cannot be used; the message names file and line. Nothing was sent."""
 
 
+class AuditError(SSHError):
+    """The audit trail could not be written; the message says whether anything was done."""
+
+
 class UnreachableError(SSHError):
     """No connection could be made: name look-up, TCP, key exchange or a time-out. Nothing was run."""
 

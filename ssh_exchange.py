@@ -5,6 +5,7 @@ Invariants:
 - Bytes kept in memory are bounded, whatever a command prints; bytes counted are true.
 - What comes before the mark on a stream is not the command's. A plain exec has no mark: all is the command's.
 - A patient exchange sends nothing before it was greeted.
+- Through sudo, `ssh_sudo.Dialogue` decides what goes to stdin until the command has started.
 - The command has ended when its own process has: what it left in the background does not hold the exchange.
 """
 
@@ -19,6 +20,7 @@ from typing import Literal
 from ssh_lending import Cancelled
 from ssh_output import Kept
 from ssh_shells import Dialect, Task
+from ssh_sudo import Dialogue
 from ssh_transport import Session
 
 _TICK_SECONDS = 0.25
@@ -37,6 +39,7 @@ class Outcome:
     pid: int | None = None
     started: bool = False
     refused: bool = False
+    at_sudo: bool = False  # a shell has made way for sudo
     exit_status: int | None = None
     exit_signal: str | None = None
     killed: bool = False
@@ -55,8 +58,8 @@ class Outcome:
 
     @property
     def answered(self) -> bool:
-        """Whether a shell has read what was sent, and run it or said why not."""
-        return self.started or self.refused
+        """Whether a shell has read what was sent, and run it, said why not, or left that to sudo."""
+        return self.started or self.refused or self.at_sudo
 
 
 Progress = Callable[[float, int, str], None]
@@ -106,6 +109,8 @@ class Exchange:
         else:
             stdin = task.line(dialect) if patient else task.line_ahead(dialect)
         self.dialect = dialect
+        self.sudo = task.sudo
+        self.dialogue = Dialogue(task.sudo, task.mark, task.stdin_after_sudo) if task.sudo else None
         self.outcome = Outcome(Kept(budget), Kept(budget), unsent=patient)
         self.signal_sent: str | None = None
         self.books = threading.Lock()
@@ -114,6 +119,7 @@ class Exchange:
         self._greeting = greeting
         self._input = memoryview(stdin)
         self._fed = False
+        self._sudo_said = task.sudo_said
         mark = None if dialect == "plain" else task.mark
         self._out = _Marked(mark, _OUT_MARKED, self.outcome.out)
         self._err = _Marked(mark, _ERR_MARKED, self.outcome.err)
@@ -130,8 +136,13 @@ class Exchange:
             check()
             if not moved:
                 left = max(0.0, deadline - time.monotonic())
-                first = until_started or self.outcome.unsent
+                first = until_started or self.outcome.unsent or self._at_dialogue
                 self._session.wait(min(_TICK_SECONDS, left), packets=1 if first else _PACKETS)
+
+    @property
+    def _at_dialogue(self) -> bool:
+        """Whether somebody may ask for an answer."""
+        return self.dialogue is not None and not self.dialogue.over
 
     def ends_within(self, seconds: float) -> bool:
         """Go on for so many seconds at most, and return whether the command has ended."""
@@ -176,11 +187,13 @@ class Exchange:
             if self._fed or not self.outcome.greeted:
                 return 0
             self.outcome.unsent = False
+        if self.dialogue is not None and not self._input:
+            self._input = memoryview(self.dialogue.due(self._err.before, started=self.outcome.started))
         sent = 0
         while self._input and (count := self._session.send(self._input)):
             self._input = self._input[count:]
             sent += count
-        if not self._input and not self._fed:
+        if not (self._input or self._fed or self._at_dialogue):
             self._input = memoryview(b"")  # lets go of the bytes
             self._session.send_eof()
             self._fed = True
@@ -192,7 +205,9 @@ class Exchange:
             self._out.feed(out)
             self._err.feed(err)
         if self.outcome.unsent and self._greeting is not None:
-            self.outcome.greeted |= self._out.was_greeted(self._greeting)
+            self.outcome.greeted |= self._greeting in self._out.before
+        if self.dialogue is not None and not self.outcome.at_sudo:
+            self.outcome.at_sudo = self._sudo_said in self._out.before
         said = self._out.said or b""
         self.outcome.refused = said == b"no"
         self.outcome.pid = int(said) if said.isdigit() else None
@@ -289,9 +304,10 @@ class _Marked:
             at = self._before.find(self._mark, at + 1)
         return None
 
-    def was_greeted(self, greeting: bytes) -> bool:
-        """Whether this line has come."""
-        return greeting in self._before
+    @property
+    def before(self) -> bytes:
+        """What came before the mark, as long as there is none."""
+        return bytes(self._before)
 
     def greeted_with(self, greeting: bytes) -> bool:
         """Whether all that came, without a mark, ends in this line: what reads the streams shows what is printed."""
@@ -301,3 +317,4 @@ class _Marked:
         """Without a mark at the end of a command that was not run, what there is explains why."""
         if not started_or_lost and self.said is None:
             self._kept.add(bytes(self._before))
+            self._before.clear()

@@ -50,6 +50,7 @@ class Pool:
         self._keys = Keys(settings)
         self._changed = threading.Condition()
         self._targets: dict[Target, TargetPool] = {}
+        self._host_keys: dict[Target, str] = {}
         self._closed = False
         self._janitor: threading.Thread | None = None
 
@@ -161,7 +162,15 @@ class Pool:
     def connect(self, target: Target) -> Connection:
         """Open a connection; for the target's pool."""
         with telemetry.connecting(target):
-            return connect(target, self._hosts, self._keys)
+            connection = connect(target, self._hosts, self._keys)
+        with self._changed:
+            self._host_keys[target] = connection.host_key.fingerprint
+        return connection
+
+    def host_key(self, target: Target) -> str | None:
+        """Return the fingerprint that a target's host key had when a connection was last made."""
+        with self._changed:
+            return self._host_keys.get(target)
 
     def changed(self) -> None:
         """Note that a connection was closed; for the targets' pools."""

@@ -10,6 +10,8 @@ it apart from one whose rc files end it or send its output elsewhere. Each shell
 
 An account that has no shell to read a line (a forced command, a restricted shell) gets the command line as it is in
 the exec request, as `ssh` would send it: no mark, no `cwd`, no `env`.
+
+Through sudo (`ssh_sudo`) the shell makes way for sudo, and `/bin/sh` behind it takes these steps.
 """
 
 import secrets
@@ -19,6 +21,7 @@ from typing import Literal
 
 import ssh_background
 from ssh_errors import ArgumentError
+from ssh_sudo import Sudo
 from ssh_transport import Session
 from ssh_words import quoted
 
@@ -87,6 +90,7 @@ class Task:
     stdin: bytes
     by_sh: bool = False
     job: str | None = None
+    sudo: Sudo | None = None
     mark: str = field(default_factory=lambda: secrets.token_hex(16))
 
     def __post_init__(self) -> None:
@@ -106,9 +110,10 @@ class Task:
         stdin: str = "",
         *,
         job: str | None = None,
+        sudo: Sudo | None = None,
     ) -> "Task":
         """Return the task for what a caller gave. Raises ArgumentError when it cannot be sent."""
-        return cls(command, cwd, dict(env or {}), _sendable("input", stdin), job=job)
+        return cls(command, cwd, dict(env or {}), _sendable("input", stdin), job=job, sudo=sudo)
 
     def plainly(self) -> str | None:
         """Return what of it a plain exec request cannot carry, None when it carries all."""
@@ -116,6 +121,8 @@ class Task:
             return "programs of this server (reports, background jobs)"
         if self.job is not None:
             return "background jobs"
+        if self.sudo is not None:
+            return "sudo"
         return "cwd" if self.cwd is not None else "env" if self.env else None
 
     def request(self, dialect: Dialect) -> tuple[str, bytes]:
@@ -126,15 +133,15 @@ class Task:
         """
         if dialect == "plain":
             return self.command, self.stdin
-        if dialect == "posix" and not self.env:
+        if dialect == "posix" and (self.sudo is not None or not self.env):
             steps = _evaluating("\n".join([_CALM, *self._steps(False)]))
             if len(steps) <= _MOST_ARGUMENT_BYTES:
-                return steps, self.stdin
+                return steps, self._stdin_at_once
         return _reader(dialect), self.line(dialect)
 
     def line(self, dialect: Dialect) -> bytes:
         """Return what goes to the stdin of a shell that reads one line."""
-        return _encoded("\n".join([_CALM, *self._steps(dialect == "foreign")])) + b"\n" + self.stdin
+        return _encoded("\n".join([_CALM, *self._steps(dialect == "foreign")])) + b"\n" + self._stdin_at_once
 
     def line_ahead(self, dialect: Dialect) -> bytes:
         """Return what goes to the stdin of a shell that was started ahead.
@@ -148,18 +155,38 @@ class Task:
         line = "; ".join(steps)
         if not (line.isascii() and line.isprintable()):
             line = _evaluating("\n".join(steps))
-        return line.encode() + b"\n" + self.stdin
+        return line.encode() + b"\n" + self._stdin_at_once
+
+    @property
+    def sudo_said(self) -> bytes:
+        """What tells on stdout that a shell has read what was sent, and makes way for sudo."""
+        return f"{self.mark} sudo".encode()
+
+    @property
+    def stdin_after_sudo(self) -> bytes:
+        """What goes to stdin once sudo has started the shell: its line, if it reads one, and the caller's input."""
+        if not self._sudo_reads_line:
+            return self.stdin
+        steps = ["unset c", *self._exports(), f"eval {quoted(self.command)}"]
+        return _encoded("\n".join(steps)) + b"\n" + self.stdin
+
+    @property
+    def _stdin_at_once(self) -> bytes:
+        return self.stdin if self.sudo is None else b""
+
+    @property
+    def _sudo_reads_line(self) -> bool:
+        """Whether the command is nothing for an argument: too long, or with an environment, which nobody may see."""
+        return bool(self.env) or len(quoted(self.command)) > _MOST_ARGUMENT_BYTES
 
     def _steps(self, foreign: bool) -> list[str]:
         """Return what the shell evaluates."""
-        mark = f"{self.mark[:16]}''{self.mark[16:]}"  # in two parts: what echoes the steps must not show it
-        steps = []
-        if self.cwd is not None:
-            steps.append(f"cd -- {_directory(self.cwd)} >/dev/null 2>&1 || {{ echo {mark} no; exit 1; }}")
-        exports = [f"export {name}={quoted(value)}" for name, value in self.env.items()]
+        if self.sudo is not None:
+            return [f"echo {self._mark} sudo", self.sudo.start("\n".join(self._steps_in_sudo()), self.mark)]
+        steps = self._enter('"$HOME"')
         if self.job is None:
-            steps += exports
-        steps.append(f"echo {mark} $$; echo {mark} >&2")
+            steps += self._exports()
+        steps.append(self._show_start)
         if self.by_sh and not foreign:
             run = f"exec /bin/sh -c {quoted(self.command)}"
         elif foreign and not self.by_sh:
@@ -170,9 +197,32 @@ class Task:
             if not (foreign or self.by_sh):
                 run = f"set -- {quoted(self.command)}\n{_RUN_ARGUMENT}"
             # its variables are the command's alone: HOME and PATH are needed to start it
-            run = ssh_background.start(self.job, "\n".join([*exports, run]))
+            run = ssh_background.start(self.job, "\n".join([*self._exports(), run]))
         steps.append(run)
         return steps
+
+    def _steps_in_sudo(self) -> list[str]:
+        """Return what the shell that sudo starts evaluates."""
+        run = _READ_LINE if self._sudo_reads_line else f"eval {quoted(self.command)}"
+        return [*self._enter('"$1"'), "shift", self._show_start, run]
+
+    def _enter(self, home: str) -> list[str]:
+        if self.cwd is None:
+            return []
+        directory = _directory(self.cwd, home)
+        return [f"cd -- {directory} >/dev/null 2>&1 || {{ echo {self._mark} no; exit 1; }}"]
+
+    def _exports(self) -> list[str]:
+        return [f"export {name}={quoted(value)}" for name, value in self.env.items()]
+
+    @property
+    def _mark(self) -> str:
+        """The mark in two parts: what echoes the steps must not show it."""
+        return f"{self.mark[:16]}''{self.mark[16:]}"
+
+    @property
+    def _show_start(self) -> str:
+        return f"echo {self._mark} $$; echo {self._mark} >&2"
 
 
 def _no_nul(what: str, text: str) -> None:
@@ -187,12 +237,12 @@ def _sendable(what: str, text: str) -> bytes:
         raise ArgumentError(f"{what} holds half a character (a lone surrogate); nothing was run") from None
 
 
-def _directory(path: str) -> str:
+def _directory(path: str, home: str) -> str:
     if path == "~":
-        return '"$HOME"'
+        return home
     if path.startswith("/"):
         return quoted(path)
-    return '"$HOME"/' + quoted(path.removeprefix("~/"))
+    return f"{home}/" + quoted(path.removeprefix("~/"))
 
 
 def _evaluating(text: str) -> str:

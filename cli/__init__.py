@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from settings import SettingsError, __version__, exit_for
@@ -21,6 +22,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             secrets.write(options.env_file)
             return
+        if options.command == "config":
+            from cli import config
+
+            wanted = config.Wanted(options.name, tuple(options.env), options.env_file, options.http)
+            raise SystemExit(config.config(options.client, wanted, write=options.write, force=options.force))
+        if options.command == "audit":
+            from cli import audit
+
+            raise SystemExit(audit.run(options))
         from cli.serve import serve
 
         serve(options.transport, options.env_file, options.host, options.port)
@@ -54,7 +64,82 @@ def _parser() -> argparse.ArgumentParser:
         "secrets",
         help="write a settings file with fresh signing keys; --env-file says where, if not the usual place",
     )
+    _add_config(commands)
+    _add_audit(commands)
     return parser
+
+
+def _add_config(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "config",
+        help="show how a client is told of this server, or write it into the client's file",
+        description="Show how a client is told of this server. What is to be copied goes to stdout.",
+        epilog="Exit status 1: the client's file was left alone, and it was said why. Secrets belong in the settings "
+        "file: ssh-mcp-server --env-file FILE config CLIENT names it.",
+    )
+    parser.add_argument(
+        "client", nargs="?", metavar="CLIENT", help="which client; without one all are listed"
+    )
+    parser.add_argument("--name", default="ssh", help="what the client calls the server; default: ssh")
+    parser.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting, such as SSH_DEFAULT_HOST=web1.example.com; may be given often",
+    )
+    parser.add_argument(
+        "--http", action="store_true", help="connect to PUBLIC_BASE_URL instead of starting it here"
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="write it into the client's file, and keep a backup"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="with --write: replace another server of that name"
+    )
+
+
+def _add_audit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    audit = commands.add_parser("audit", help="check an audit trail, or show it")
+    actions = audit.add_subparsers(dest="action", title="commands", metavar="", required=True)
+    verify = actions.add_parser(
+        "verify",
+        help="say whether a trail is as it was written",
+        description="Say whether a record of an audit trail was altered, removed, moved or put in.",
+        epilog="The exit status is 1 if so, and 2 when a file cannot be read. Without --key whoever can write the "
+        "files may have made the whole trail anew; that its end was cut off is seen with --head alone.",
+    )
+    verify.add_argument(
+        "--key",
+        action="append",
+        default=[],
+        help="the trail's public key, or a file that holds it; `ssh-keygen -y -f .NAME.key` beside the trail prints "
+        "it; may be given several times",
+    )
+    verify.add_argument(
+        "--head", metavar="HASH", help="a hash that an earlier check printed: that record must still be there"
+    )
+    show = actions.add_parser("show", help="show a trail for people to read")
+    show.add_argument("--tool", default="*", help="only calls of this tool, such as ssh_execute")
+    show.add_argument("--target", default="*", help="only this target, or a part of it, such as web1")
+    show.add_argument("--identity", default="*", help="only this caller, or a part, such as @example.com")
+    show.add_argument(
+        "--since",
+        type=_time,
+        default="0001-01-01",
+        help="only from then on, such as 2026-11-25 or 2026-11-25T14:00Z",
+    )
+    for action in (verify, show):
+        action.add_argument("files", nargs="+", type=Path, metavar="FILE", help="in any order; .gz too")
+
+
+def _time(text: str) -> str:
+    """Return a time as audit records hold it; one without a zone is UTC."""
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError("give a time such as 2026-11-25 or 2026-11-25T14:00Z") from None
+    return (time if time.tzinfo else time.replace(tzinfo=UTC)).astimezone(UTC).isoformat()[:19]
 
 
 def _port(text: str) -> int:

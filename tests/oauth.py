@@ -315,7 +315,8 @@ def google(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Google]:
 @pytest.fixture(scope="session")
 def remote(google: Google, sshd: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
     """One server for all tests that leave it as it is; `me`, `you` and `kiss` may log in, a `stranger` may not."""
-    remote = make_remote(tmp_path_factory.mktemp("remote"), google, sshd)
+    folder = tmp_path_factory.mktemp("remote")
+    remote = make_remote(folder, google, sshd, AUDIT_LOG=str(folder / "audit.jsonl"))
     remote.start()
     yield remote
     remote.stop()

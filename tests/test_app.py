@@ -127,6 +127,38 @@ def test_contract_of_result_fields(tools: list[Tool]) -> None:
         assert set(promise.split()) <= fields[name]
 
 
+def test_sudo_is_hidden_and_refused_until_it_is_allowed(tools: list[Tool], call: Call) -> None:
+    (execute,) = (tool for tool in tools if tool.name == "ssh_execute")
+    assert "sudo" not in json.dumps(execute.input_schema)
+    result = call("ssh_execute", command="echo ran", sudo=True)
+    assert result.is_error
+    assert "SSH_SUDO is not true; nothing was run" in text(result)
+
+
+def test_sudo_is_offered_where_it_is_allowed(
+    environment: None, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSH_SUDO", "true")
+    (execute,) = (
+        tool for tool in with_client(lambda client: client.list_tools()) if tool.name == "ssh_execute"
+    )
+    assert execute.input_schema["properties"]["sudo"]["type"] == "boolean"
+    for more in ({"command": "echo ran", "background": True}, {"job_id": "x"}):
+        result = call("ssh_execute", sudo=True, **more)
+        assert result.is_error
+        assert "sudo" in text(result)
+
+
+def test_allowed_commands_bind_sudo_too(
+    environment: None, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSH_SUDO", "true")
+    monkeypatch.setenv("ALLOWED_COMMANDS", "ls")
+    result = call("ssh_execute", command="touch x", sudo=True)
+    assert result.is_error
+    assert "ALLOWED_COMMANDS" in text(result)
+
+
 def test_answers_have_fields_and_a_text(call: Call) -> None:
     result = call("ssh_execute", command="echo hi; exit 3")
     assert result.is_error is False
@@ -332,8 +364,9 @@ def test_call_over_http_without_a_token_has_no_identity(transport: str) -> None:
 
 @pytest.mark.parametrize("served", ["mounted", "proxied", "without its login"])
 def test_no_tool_works_when_another_server_serves_them_without_the_login(
-    environment: None, served: str
+    environment: None, served: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("AUDIT_LOG", str(tmp_path / "audit.jsonl"))
     arguments: dict[str, dict[str, Any]] = {
         "ssh_execute": {"command": "true"},
         "ssh_read_file": {"path": "/etc/passwd"},
@@ -371,6 +404,9 @@ def test_no_tool_works_when_another_server_serves_them_without_the_login(
         thread.join()
     assert sorted(told) == NAMES
     assert all("came without a login" in answer for answer in told.values()), told
+    trail = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    outcomes = [record for record in trail if record["event"] == "outcome"]
+    assert [(record["identity"], record["status"]) for record in outcomes] == [(None, "refused")] * 7
 
 
 def test_command_over_its_time_is_waited_for_with_its_job_id(call: Call) -> None:

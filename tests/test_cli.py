@@ -1,6 +1,7 @@
 """The ways of starting, over real stdio, and the ways of ending."""
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -80,7 +81,7 @@ def started(environment: dict[str, str]) -> Iterator[Callable[[str], "subprocess
         process = subprocess.Popen(
             WAYS["python app.py"],
             cwd=ROOT,
-            env=environment,
+            env=environment | {"AUDIT_LOG": f"{environment['HOME']}/audit.jsonl"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -106,8 +107,8 @@ def started(environment: dict[str, str]) -> Iterator[Callable[[str], "subprocess
 
 
 @pytest.mark.parametrize("ending", ["end of stdin", "SIGTERM", "SIGINT"])
-def test_server_that_ends_leaves_no_process(
-    started: Callable[[str], "subprocess.Popen[bytes]"], ending: str, sshd: Server
+def test_server_that_ends_leaves_no_process_and_says_in_the_trail_how_its_calls_ended(
+    started: Callable[[str], "subprocess.Popen[bytes]"], ending: str, sshd: Server, tmp_path: Path
 ) -> None:
     marker = f"{os.getpid()}{time.monotonic_ns()}"
     connections = set(sshd.session_pids())
@@ -125,6 +126,9 @@ def test_server_that_ends_leaves_no_process(
         assert line.startswith(b'{"jsonrpc"')
     assert process.stderr is not None
     assert b"Traceback" not in process.stderr.read()
+    *_, outcome, stop = map(json.loads, (tmp_path / "audit.jsonl").read_text().splitlines())
+    assert (outcome["event"], outcome["tool"], stop["event"]) == ("outcome", "ssh_execute", "stop")
+    assert outcome["status"] in ("cancelled", "failed", "killed")
 
 
 def test_version_and_help_are_told() -> None:
@@ -143,6 +147,7 @@ def test_unknown_option_is_exit_status_two() -> None:
         ("SSH_ALLOWED_HOSTS", "a b"),
         ("READ_ONLY", "perhaps"),
         ("ALLOWED_COMMANDS", "ls,,cat"),
+        ("AUDIT_LOG", "/nowhere/audit.jsonl"),
         ("LOG_LEVEL", "loud"),
     ],
 )

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -63,6 +64,17 @@ def test_one_process_serves_both_transports_whichever_was_named(
     token = app_of(remote).log_in(resource=None).access
     for path in ("/sse", "/mcp"):
         assert tool(remote, path, token, command="echo here").structured_content["stdout"] == "here\n"
+
+
+@pytest.mark.parametrize("path", ["/sse", "/mcp"])
+def test_audit_trail_names_the_login_and_its_application(remote: Remote, app_of: AppOf, path: str) -> None:
+    application = app_of(remote)
+    tool(remote, path, application.log_in(resource=None).access, command=f"echo {path}")
+    trail = Path(remote.environment["AUDIT_LOG"]).read_text().splitlines()
+    intent, outcome = [record for record in map(json.loads, trail) if record.get("tool")][-2:]
+    assert intent["arguments"] == {"command": f"echo {path}"}
+    for record in (intent, outcome):
+        assert (record["identity"], record["client"]) == (ME, application.client_id)
 
 
 def test_health_needs_no_login_and_no_target(remote: Remote, http: httpx.Client) -> None:

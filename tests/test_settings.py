@@ -91,7 +91,12 @@ def test_paths_may_begin_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
         ("SSH_CONNECT_TIMEOUT", "soon", "seconds"),
         ("SSH_MAX_OUTPUT_BYTES", "1", "1000"),
         ("SSH_MAX_READ_BYTES", "1", "1000"),
+        ("AUDIT_LOG", "audit.jsonl", "absolute path"),
+        ("AUDIT_LOG", "fd:1", "descriptor"),
+        ("AUDIT_LOG", "fd:x", "descriptor"),
+        ("AUDIT_LOG", "syslog:here", "syslog"),
         ("LOG_LEVEL", "loud", "DEBUG"),
+        ("SSH_SUDO", "perhaps", "true or false"),
         ("RATE_LIMIT", "0", "1 to 100000"),
         ("RATE_LIMIT", "10/s", "whole number"),
         ("ALLOWED_PATHS", ":", "directories"),
@@ -116,9 +121,7 @@ def test_bad_value_is_one_line_that_says_what_would_do(
 @pytest.mark.parametrize(
     "variable",
     [
-        "SSH_SUDO",
         "CONFIRM",
-        "AUDIT_LOG",
     ],
 )
 def test_restriction_that_nothing_enforces_stops_the_start(
@@ -127,7 +130,7 @@ def test_restriction_that_nothing_enforces_stops_the_start(
     with pytest.raises(SettingsError, match=f"{variable} is set"):
         load(write(tmp_path / "env", f"{variable}=1"))
     monkeypatch.setenv(variable, "no")
-    if variable in ("SSH_SUDO", "CONFIRM"):
+    if variable == "CONFIRM":
         load()
     else:
         with pytest.raises(SettingsError, match=f"{variable} is set"):
@@ -149,9 +152,26 @@ def test_secret_that_others_may_read_stops_the_start(tmp_path: Path) -> None:
     assert load(file).ssh_key_passphrase is not None
 
 
-def test_secrets_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SSH_KEY_PASSPHRASE", "hunter2")
+@pytest.mark.parametrize("variable", ["SSH_KEY_PASSPHRASE", "SSH_SUDO_PASSWORD"])
+def test_secrets_do_not_show(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "hunter2")
     assert "hunter2" not in repr(load())
+
+
+@pytest.mark.parametrize("password", ["hunter2\nls", "hunter2\r", "hunter2" * 40])
+def test_sudo_password_that_sudo_would_not_read_whole_stops_the_start(
+    monkeypatch: pytest.MonkeyPatch, password: str
+) -> None:
+    monkeypatch.setenv("SSH_SUDO_PASSWORD", password)
+    with pytest.raises(SettingsError, match=r"SSH_SUDO_PASSWORD is .* one line of 255 bytes") as raised:
+        load()
+    assert "hunter2" not in str(raised.value)
+
+
+def test_sudo_is_off_until_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load().ssh_sudo is False
+    monkeypatch.setenv("SSH_SUDO", "true")
+    assert load().ssh_sudo is True
 
 
 def test_file_that_is_named_and_not_there_is_told(tmp_path: Path) -> None:
@@ -218,13 +238,7 @@ def test_file_without_secrets_may_be_read_by_all(tmp_path: Path) -> None:
     assert load(write(tmp_path / "env", "SSH_DEFAULT_HOST=web1", 0o644)).ssh_default_host == "web1"
 
 
-@pytest.mark.parametrize(
-    ("variable", "value"),
-    [
-        ("SSH_SUDO", "true"),
-        ("CONFIRM", "destructive"),
-    ],
-)
+@pytest.mark.parametrize(("variable", "value"), [("CONFIRM", "destructive")])
 def test_restriction_in_the_environment_stops_the_start(
     monkeypatch: pytest.MonkeyPatch, variable: str, value: str
 ) -> None:
