@@ -32,8 +32,8 @@ from ssh_exchange import Progress, untold
 from ssh_lines import Lines, Window, tail_start
 from ssh_listing import Found, Walk, entry
 from ssh_pool import Cancelled, Pool
-from ssh_sftp import SFTP, Attributes, NoSFTPError, StatusError, path_bytes, shown_name
-from ssh_writes import Place, Temporaries, Writer, bytes_of, make_folders, new_path
+from ssh_sftp import SFTP, Attributes, NoSFTPError, StatusError, bytes_of, path_bytes, shown_name
+from ssh_writes import Place, Temporaries, Writer, make_folders, new_path
 
 MOST_WRITTEN_BYTES: Final = 32 * 1024 * 1024
 _COUNTED_BYTES = 64 * 1024 * 1024
@@ -188,7 +188,7 @@ class Files:
                     atomic, attributes = False, writer.append(place, content, mode)
                 else:
                     atomic, attributes = writer.replace(
-                        place, content, mode, overwrite=overwrite, before=before
+                        place, content, mode, overwrite=overwrite, before=before, anew=True
                     )
                 size = attributes.size or 0
                 whole = content

@@ -23,7 +23,9 @@ MOST_ENTRIES: Final = 200_000
 _WALK_SECONDS: Final = 60.0
 _FOLDERS_AT_ONCE: Final = 32
 _READS_AHEAD: Final = 2
-_MOST_READS_AHEAD: Final = 32
+_MOST_READS_AHEAD: Final = 256
+_NAMES_OF_A_READ: Final = 100
+_BYTES_OF_A_READ: Final = 2000
 
 _LONGNAME = compile_pattern(rb"[-a-zA-Z?][-rwxsStTlL]{9}[.+@]?\s+(\d{1,10})\s+(\S+)\s+(\S+)\s+\d+\s")
 
@@ -113,12 +115,21 @@ class Walk:
 
 
 class Directory:
-    """A directory that is being read: the requests are under way when it is made. A context manager: it is closed."""
+    """A directory that is being read: the requests are under way when it is made. A context manager: it is closed.
 
-    def __init__(self, sftp: SFTP, path: bytes) -> None:
+    Its size says how many reads it will probably take (file systems spend some twenty bytes on a short name, and
+    OpenSSH's server gives a hundred names at a time), so that a crowded one costs hardly more round trips than
+    another. About `most_names` are read.
+    """
+
+    def __init__(self, sftp: SFTP, path: bytes, most_names: int = MOST_ENTRIES) -> None:
         self._sftp = sftp
         self._ahead: deque[Reply] = deque()
+        self._window = 0
+        self._most_names = most_names
+        self._most_ahead = min(_MOST_READS_AHEAD, most_names // _NAMES_OF_A_READ)
         with sftp.together():
+            self._asking = sftp.stat(path)
             self._opening = sftp.open_directory(path)
             if self._opening.guess is not None:
                 self._ask(self._opening.guess, _READS_AHEAD)
@@ -131,12 +142,14 @@ class Directory:
             self._sftp.close_handle(self._opening.handle())
 
     def ask(self) -> None:
-        """Send requests for its first names, if none are under way, once it is open. Raises StatusError."""
+        """Send requests for its first names once it is open, if that was not done yet. Raises StatusError."""
         handle = self._opening.handle()
+        if self._window:
+            return
         if handle != self._opening.guess:
             self._ahead.clear()
-        if not self._ahead:
-            self._ask(handle, _READS_AHEAD)
+        self._window = self._expected_reads()
+        self._ask(handle, self._window - len(self._ahead))
 
     def names(self) -> Iterator[Name]:
         """Yield each of its names once. Raises StatusError.
@@ -145,13 +158,22 @@ class Directory:
         (OpenSSH 9.2 on ext4, under load).
         """
         self.ask()
-        handle, window = self._opening.handle(), _READS_AHEAD
+        handle = self._opening.handle()
         seen: set[bytes] = set()
         while names := [name for name in self._ahead.popleft().names() if name.name not in seen]:
             yield from names
             seen.update(name.name for name in names)
-            window = min(_MOST_READS_AHEAD, window * 2)
-            self._ask(handle, window - len(self._ahead))
+            if len(seen) >= self._most_names:
+                return
+            self._window = min(self._most_ahead, self._window * 2)
+            self._ask(handle, self._window - len(self._ahead))
+
+    def _expected_reads(self) -> int:
+        try:
+            size = self._asking.attributes().size if self._asking.arrived else None
+        except StatusError:
+            size = None
+        return max(_READS_AHEAD, min(self._most_ahead, (size or 0) // _BYTES_OF_A_READ))
 
     def _ask(self, handle: bytes, count: int) -> None:
         self._ahead += [self._sftp.read_directory(handle) for _ in range(count)]

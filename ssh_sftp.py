@@ -20,7 +20,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -471,9 +471,16 @@ class SFTP:
         """`posix-rename@openssh.com`: takes the place of `new`."""
         return self._extended("posix-rename@openssh.com", _string(old) + _string(new))
 
-    def fsync(self, handle: bytes) -> Reply:
-        """`fsync@openssh.com`."""
+    def flush(self, handle: bytes) -> Reply | None:
+        """`fsync@openssh.com`, where it is offered."""
+        if "fsync@openssh.com" not in self.extensions:
+            return None
         return self._extended("fsync@openssh.com", _string(handle))
+
+    def copy_data(self, source: bytes, handle: bytes, offset: int, length: int) -> Reply:
+        """`copy-data`: the server copies so many bytes of one open file to the same place in another."""
+        span = struct.pack(">QQ", offset, length)
+        return self._extended("copy-data", _string(source) + span + _string(handle) + span[:8])
 
     def chunks(self, handle: bytes, offset: int, end: int | None, size: int = 0) -> Iterator[bytes]:
         """Yield a file's bytes from `offset` to `end` (None: its end), with requests in flight together.
@@ -602,3 +609,23 @@ class SFTP:
             pending, self._pending = list(self._pending.values()), {}
         for reply in pending:
             reply.arrive(_STATUS, struct.pack(">I", _CONNECTION_LOST))
+
+
+def all_done(replies: Iterable[Reply | None]) -> None:
+    """Wait for all that were sent, then raise the first failure."""
+    failure: StatusError | None = None
+    for reply in replies:
+        if reply is None:
+            continue
+        try:
+            reply.done()
+        except StatusError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+
+
+def bytes_of(sftp: SFTP, path: bytes, limit: int | None = None, size: int = 0) -> bytes:
+    """Return a file's content, `limit` bytes at most; `size` is how large it probably is."""
+    with sftp.reading(path, 0, limit, size) as (_, chunks):
+        return b"".join(chunks)

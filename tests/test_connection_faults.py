@@ -440,8 +440,8 @@ def test_state_changes_are_logged_and_counted(
     server.start()
     assert user.echo() == "x"
     user.pool.close_idle()
-    records = [record for record in caplog.records if record.name.startswith("ssh_mcp_server")]
-    told = [record.getMessage().removeprefix(f"{user.target}: ") for record in records]
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("ssh_mcp_server")]
+    told = [line.removeprefix(f"{user.target}: ") for line in said if str(user.target) in line]
     assert [re.sub(r"in [\d.]+ s|( cannot be reached).*", r"\1", line) for line in told] == [
         "connected ",
         "connection lost: the other side hung up",

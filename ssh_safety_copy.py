@@ -1,0 +1,143 @@
+"""What a file held before it is overwritten where it stands, kept until the new content is there.
+
+It stands beside the file where the folder allows that: the server makes the copy itself (`copy-data`), or it is written
+from what was read. It is a temporary file like any other until it is whole and, where the server flushes, on the disk;
+only then is it given its last name. So what has that name is never a part of the old content, and is not to be lost.
+Where no copy can stand beside it the old content is in memory alone.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Final
+
+import ssh_sftp
+from ssh_errors import ConnectionLostError, FileError
+from ssh_sftp import SFTP, Attributes, StatusError, all_done, bytes_of, shown_name
+
+_MOST_BYTES: Final = 256 * 1024 * 1024
+_STEP_BYTES: Final = 16 * 1024 * 1024
+
+
+@contextmanager
+def kept(
+    sftp: SFTP, path: bytes, handle: bytes, size: int, names: tuple[bytes, bytes]
+) -> Iterator["SafetyCopy"]:
+    """Keep what the file at `path` holds until the block ends; `handle` is open for reading and writing it.
+
+    `size` is how large it probably is; `names` are the paths of the copy while it is made and when it is whole. When
+    the connection ends in the block the copy stays, and the error names it. Raises FileError for a file that is too big
+    to be kept.
+    """
+    copy = SafetyCopy(sftp, path, handle, size)
+    try:
+        copy.make(*names)
+        yield copy
+    except ConnectionLostError as error:
+        if copy.path is None:
+            raise
+        raise ConnectionLostError(f"{error} ({copy.where})") from None
+    except (StatusError, FileError):
+        copy.remove()
+        raise
+    else:
+        copy.remove()
+    finally:
+        copy.let_go()
+
+
+class SafetyCopy:
+    """The old content of one file. Used by one thread."""
+
+    def __init__(self, sftp: SFTP, path: bytes, handle: bytes, size: int) -> None:
+        self.path: bytes | None = None
+        self._sftp = sftp
+        self._file = path
+        self._file_handle = handle
+        self._size = size
+        self._copy_handle = b""
+        self._content: bytes | None = None
+
+    @property
+    def where(self) -> str:
+        """A clause that tells where the copy is."""
+        return f"what it held before is in {shown_name(self.path or b'')}"
+
+    def make(self, temporary: bytes, final: bytes) -> None:
+        """Keep what the file holds now. Raises FileError if that is too much."""
+        if self._size > _MOST_BYTES:
+            raise self._too_big()
+        if "copy-data" not in self._sftp.extensions:
+            self._read()
+        self._stand_beside(temporary, final)
+        if self.path is None and self._content is None:
+            self._read()
+
+    def put_back(self) -> None:
+        """Let the file hold it again. Raises FileError when the server refuses that; the copy then stays."""
+        try:
+            self._fill(self._file_handle, self._copy_handle)
+        except StatusError as error:
+            where = self.where if self.path else "it is damaged"
+            self.path = None
+            raise FileError(
+                f"{shown_name(self._file)} was overwritten in part and could not be put back "
+                f"({error.message[:100]}); {where}"
+            ) from None
+
+    def remove(self) -> None:
+        """Remove the copy that stands beside the file, if there is one."""
+        if self.path is not None:
+            self._remove(self.path)
+
+    def let_go(self) -> None:
+        """Close what was open to put it back."""
+        if self._copy_handle:
+            with suppress(ConnectionLostError):
+                self._sftp.close_handle(self._copy_handle)
+
+    def _read(self) -> None:
+        self._content = bytes_of(self._sftp, self._file, _MOST_BYTES + 1, self._size)
+        if len(self._content) > _MOST_BYTES:
+            raise self._too_big()
+
+    def _stand_beside(self, temporary: bytes, final: bytes) -> None:
+        """Make the copy, if the folder allows that and the disk has room."""
+        flags = ssh_sftp.READ | ssh_sftp.WRITE | ssh_sftp.CREATE | ssh_sftp.EXCLUSIVE
+        try:
+            self._copy_handle = self._sftp.open(temporary, flags, Attributes(mode=0o600)).handle()
+        except StatusError:
+            return
+        try:
+            self._fill(self._copy_handle, self._file_handle)
+            self._sftp.rename(temporary, final).done()
+        except StatusError:
+            self._remove(temporary)
+        else:
+            self.path = final
+
+    def _fill(self, handle: bytes, source: bytes) -> None:
+        """Let a file hold what is in memory, or else what is open as `source`, and no more, and have it on the disk."""
+        sftp = self._sftp
+        if self._content is not None:
+            size, writing = len(self._content), sftp.write_all(handle, self._content)
+        else:
+            size, writing = self._copy(source, handle), []
+        cutting = sftp.fsetstat(handle, Attributes(size=size))
+        all_done([*writing, cutting, sftp.flush(handle)])
+
+    def _copy(self, source: bytes, handle: bytes) -> int:
+        """Have the server copy a file, in steps that let other callers' requests in between; return its size."""
+        size = self._sftp.fstat(source).attributes().size or 0
+        for start in range(0, size, _STEP_BYTES):
+            self._sftp.copy_data(source, handle, start, min(_STEP_BYTES, size - start)).done()
+        return size
+
+    def _remove(self, path: bytes) -> None:
+        with suppress(StatusError, ConnectionLostError):
+            self._sftp.remove(path).done()
+
+    def _too_big(self) -> FileError:
+        return FileError(
+            f"{shown_name(self._file)} can only be overwritten in place (it has several names, another owner, or a "
+            "folder you may not write to), and is too big for a copy to fall back on; use a command"
+        )
