@@ -9,6 +9,7 @@ Invariants:
 - Only regular files are opened: a FIFO or a device would hold up everybody on the channel. So would those of the
   kernel's files that pass for regular ones, and whose end does not come until something happens.
 - Calls of this process that change the same file go one after the other.
+- What changes nothing is asked for once more when the connection ends meanwhile, on another and in the same time.
 """
 
 import base64
@@ -18,10 +19,10 @@ import re
 import stat
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Final, Literal, cast
+from typing import Final, Literal, TypeVar, cast
 
 import ssh_sftp
 from settings import Settings, Target
@@ -42,6 +43,9 @@ _QUEUE_SECONDS = 30.0
 _READ_SECONDS = 120.0
 _TELL_SECONDS = 1.0
 _MOST_LINKS = 20
+_TIME_TO_REPEAT_SECONDS = 1.0
+
+_Seen = TypeVar("_Seen")
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -106,7 +110,8 @@ class Files:
 
         Raises FileError for what is missing, forbidden, no regular file, or binary.
         """
-        with self._sftp(target, path, "read", cancelled) as sftp:
+
+        def look(sftp: SFTP) -> FileContent:
             place = self._regular(sftp, target, path)
             size = place.found.size or 0
             far = start_line < 1 and size > _COUNTED_BYTES
@@ -118,7 +123,9 @@ class Files:
                     window, seen = self._far_end(sftp, handle, size, -start_line, max_lines)
                 else:
                     window, seen = self._from_end(b"".join(chunks), -start_line, max_lines)
-        return self._content(target, place, window, seen)
+            return self._content(target, place, window, seen)
+
+        return self._looking(look, target, path, "read", cancelled)
 
     def read_bytes(
         self,
@@ -131,11 +138,14 @@ class Files:
         max_bytes: int = 49_152,
     ) -> FileContent:
         """Read a part of any regular file as base64. Raises FileError."""
-        with self._sftp(target, path, "read", cancelled) as sftp:
+
+        def look(sftp: SFTP) -> tuple[Place, bytes]:
             place = self._regular(sftp, target, path)
             size, last = place.found.size or 0, offset + max_bytes
             with sftp.reading(place.real, offset, last + 1, min(size, last)) as (_, chunks):
-                asked = b"".join(_Transfer(cancelled, progress).passing(chunks, path))
+                return place, b"".join(_Transfer(cancelled, progress).passing(chunks, path))
+
+        place, asked = self._looking(look, target, path, "read", cancelled)
         data, rest = asked[:max_bytes], asked[max_bytes:]
         end = offset + len(data)
         whole = offset == 0 and not rest
@@ -252,7 +262,8 @@ class Files:
         offset: int = 0,
     ) -> Listing:
         """List a directory, `depth` levels deep. Raises FileError."""
-        with self._sftp(target, path, "list", cancelled) as sftp:
+
+        def look(sftp: SFTP) -> Listing:
             asked = path_bytes(path)
             resolving, asking = sftp.real_path(asked), sftp.stat(asked)
             walk = Walk(sftp, asked, depth, show_hidden, pattern, cancelled)
@@ -271,23 +282,41 @@ class Files:
                 for found in page
             ]
             entries = [entry(found, link) for found, link in zip(page, links, strict=True)]
-        total = len(walk.found)
-        more = offset + len(page) < total
-        notes = [f"{walk.unreadable} folders could not be read"] if walk.unreadable else []
-        notes += [f"the walk stopped after {walk.seen} names; list a part of it"] if walk.full else []
-        return Listing(
-            path=shown_name(root),
-            entries=entries,
-            total=total,
-            truncated=more or walk.full,
-            next_offset=offset + len(page) if more else None,
-            note="; ".join(notes) or None,
-        )
+            total = len(walk.found)
+            more = offset + len(page) < total
+            notes = [f"{walk.unreadable} folders could not be read"] if walk.unreadable else []
+            notes += [f"the walk stopped after {walk.seen} names; list a part of it"] if walk.full else []
+            return Listing(
+                path=shown_name(root),
+                entries=entries,
+                total=total,
+                truncated=more or walk.full,
+                next_offset=offset + len(page) if more else None,
+                note="; ".join(notes) or None,
+            )
+
+        return self._looking(look, target, path, "list", cancelled)
+
+    def _looking(
+        self, look: Callable[[SFTP], _Seen], target: Target, path: str, verb: str, cancelled: Cancelled
+    ) -> _Seen:
+        """Return what `look`, which changes nothing, finds; it may look twice, on two connections."""
+        deadline = time.monotonic() + self._answer_seconds
+        try:
+            with self._sftp(target, path, verb, cancelled, deadline) as sftp:
+                return look(sftp)
+        except ConnectionLostError:
+            if time.monotonic() > deadline - _TIME_TO_REPEAT_SECONDS:
+                raise
+        with self._sftp(target, path, verb, cancelled, deadline) as sftp:
+            return look(sftp)
 
     @contextmanager
-    def _sftp(self, target: Target, path: str, verb: str, cancelled: Cancelled) -> Iterator[SFTP]:
-        """Lend the target's SFTP channel, and say in plain words what fails on it."""
-        deadline = time.monotonic() + self._answer_seconds
+    def _sftp(
+        self, target: Target, path: str, verb: str, cancelled: Cancelled, deadline: float | None = None
+    ) -> Iterator[SFTP]:
+        """Lend the target's SFTP channel, by `deadline` if it is given; say in plain words what fails on it."""
+        deadline = deadline or time.monotonic() + self._answer_seconds
         try:
             with self._pool.standing(target, SFTP, deadline, cancelled) as standing:
                 yield cast("SFTP", standing)

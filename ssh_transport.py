@@ -426,6 +426,16 @@ class Connection:
         return bool(self._transport.is_active())
 
     @property
+    def heard_at(self) -> float:
+        """When something last came from the other side (monotonic seconds)."""
+        return self._wire.heard_at
+
+    @property
+    def silent_since(self) -> float | None:
+        """When it was asked in vain whether it is there (monotonic seconds), if it ended for that."""
+        return self._asked_at if self._silent else None
+
+    @property
     def end(self) -> str:
         """How the connection ended by itself, for the log."""
         if self._silent:

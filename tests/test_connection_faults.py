@@ -19,7 +19,7 @@ from conftest import Server, marker, nobody_cancels, running, wait_for
 from relay import Way, way_to
 from settings import Settings, Target
 from ssh_commands import Commands
-from ssh_errors import ConnectionLostError, NoAnswerError, SSHError, UnreachableError
+from ssh_errors import NoAnswerError, SSHError, UnreachableError
 from ssh_files import Files
 from ssh_pool import Pool
 
@@ -236,7 +236,7 @@ def test_command_sent_into_a_forgotten_connection_is_told_as_unknown_within_fift
     user.close()
 
 
-def test_file_asked_for_on_a_forgotten_connection_is_an_error_in_time_and_the_next_call_works(
+def test_file_asked_for_on_a_forgotten_connection_is_read_on_another_within_fifteen_seconds(
     way: Way, users: Users
 ) -> None:
     user = users(way)
@@ -244,11 +244,39 @@ def test_file_asked_for_on_a_forgotten_connection_is_an_error_in_time_and_the_ne
     assert user.mixed(2) == "read"
     way.relay.forget()
     began = time.monotonic()
-    with pytest.raises(ConnectionLostError, match="could not read known"):
-        user.mixed(2)
-    assert time.monotonic() - began < 15.5
     assert user.mixed(2) == "read"
+    assert time.monotonic() - began < 15.5
+    assert way.relay.accepted == 2
     user.close()
+
+
+# A network that changes.
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_all_connections_over_a_network_that_changed_are_replaced_within_fifteen_seconds(
+    own_sshd: Serve, users: Users, nothing_ahead: None, number: int
+) -> None:
+    server = own_sshd("MaxSessions 1")
+    (server.home / "known").write_text("known\n")
+    with way_to(server) as way:
+        user = users(way)
+        kind = user.mixed(number)
+        with ThreadPoolExecutor(5) as threads:
+            sleeping = [
+                threads.submit(user.commands.run, user.target, "sleep 1", cancelled=nobody_cancels)
+                for _ in range(5)
+            ]
+            assert {sleep.result(30).status for sleep in sleeping} == {"exited"}
+        old = way.relay.accepted
+        assert old >= 4
+        way.relay.forget()
+        began = time.monotonic()
+        assert user.mixed(number) == kind
+        assert time.monotonic() - began < 15.5
+        assert way.relay.accepted == old + 1
+        assert [user.mixed(call) for call in range(4)] == ["executed", "written", "read", "listed"]
+        user.close()
 
 
 # The breaker.
