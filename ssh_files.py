@@ -31,9 +31,9 @@ from ssh_edits import Edit, apply_edits
 from ssh_errors import ArgumentError, BusyError, ConnectionLostError, FileError
 from ssh_exchange import Progress, untold
 from ssh_lines import Lines, Window, tail_start
-from ssh_listing import Found, Walk, entry
+from ssh_listing import Found, Owners, Walk, entry
 from ssh_pool import Cancelled, Pool
-from ssh_sftp import SFTP, Attributes, NoSFTPError, StatusError, bytes_of, path_bytes, shown_name
+from ssh_sftp import SFTP, Attributes, NoSFTPError, StatusError, bytes_of, shown_name
 from ssh_writes import Place, Temporaries, Writer, make_folders, new_path
 
 MOST_WRITTEN_BYTES: Final = 32 * 1024 * 1024
@@ -264,7 +264,7 @@ class Files:
         """List a directory, `depth` levels deep. Raises FileError."""
 
         def look(sftp: SFTP) -> Listing:
-            asked = path_bytes(path)
+            asked = sftp.path(path)
             resolving, asking = sftp.real_path(asked), sftp.stat(asked)
             walk = Walk(sftp, asked, depth, show_hidden, pattern, cancelled)
             try:
@@ -281,7 +281,8 @@ class Files:
                 sftp.read_link(posixpath.join(asked, found.relative)) if found.is_link else None
                 for found in page
             ]
-            entries = [entry(found, link) for found, link in zip(page, links, strict=True)]
+            owners = Owners(sftp, page)
+            entries = [entry(found, link, owners) for found, link in zip(page, links, strict=True)]
             total = len(walk.found)
             more = offset + len(page) < total
             notes = [f"{walk.unreadable} folders could not be read"] if walk.unreadable else []
@@ -358,7 +359,7 @@ class Files:
 
     def _place(self, sftp: SFTP, target: Target, path: str) -> Place:
         """Follow links to the file that is meant, also to one that is not there yet."""
-        current = path_bytes(path)
+        current = sftp.path(path)
         for _ in range(_MOST_LINKS):
             resolving, asking, looking = sftp.real_path(current), sftp.stat(current), sftp.lstat(current)
             try:
@@ -383,7 +384,7 @@ class Files:
 
     def _regular(self, sftp: SFTP, target: Target, path: str) -> Place:
         """Return the place of a regular file that is there."""
-        asked = path_bytes(path)
+        asked = sftp.path(path)
         resolving, asking = sftp.real_path(asked), sftp.stat(asked)
         existing = asking.attributes()
         _demand_regular(existing, target, path)

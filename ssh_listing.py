@@ -7,10 +7,11 @@ is bounded: a walk stops at `MOST_ENTRIES` and says so.
 import stat
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from fnmatch import translate
+from functools import cached_property
 from re import compile as compile_pattern
 from typing import Final, Literal, Self
 
@@ -27,7 +28,9 @@ _MOST_READS_AHEAD: Final = 256
 _NAMES_OF_A_READ: Final = 100
 _BYTES_OF_A_READ: Final = 2000
 
-_LONGNAME = compile_pattern(rb"[-a-zA-Z?][-rwxsStTlL]{9}[.+@]?\s+(\d{1,10})\s+(\S+)\s+(\S+)\s+\d+\s")
+_BEGINNING = rb"[-a-zA-Z?][-rwxsStTlL]{9}[.+@]?\s+(\d{1,10})\s+"
+_LONGNAME = compile_pattern(_BEGINNING + rb"(\S+)\s+(\S+)\s+\d+\s")
+_LONGNAME_WITH_BLANKS = compile_pattern(_BEGINNING + rb"\S+\s+\S.*?\s\d+\s")
 
 
 @dataclass(frozen=True)
@@ -179,10 +182,43 @@ class Directory:
         self._ahead += [self._sftp.read_directory(handle) for _ in range(count)]
 
 
-def entry(found: Found, link: Reply | None) -> Entry:
+class Owners:
+    """The names of users and groups, for those entries whose long name does not tell: a name may hold blanks.
+
+    Asks when it is made, if the server answers that (`users-groups-by-id@openssh.com`).
+    """
+
+    def __init__(self, sftp: SFTP, page: Sequence[Found]) -> None:
+        untold = [one.name.attributes for one in page if not _LONGNAME.match(one.name.longname)]
+        self._uids = sorted({one.uid for one in untold if one.uid is not None})
+        self._gids = sorted({one.gid for one in untold if one.gid is not None})
+        can_tell = "users-groups-by-id@openssh.com" in sftp.extensions
+        self._asking = sftp.account_names(self._uids, self._gids) if can_tell and untold else None
+
+    def of(self, name: Name) -> tuple[str | None, str | None]:
+        """Return the owner and the group of an entry: their names, else their numbers, None if the server is silent."""
+        match = _LONGNAME.match(name.longname)
+        if match:
+            return shown_name(match[2]), shown_name(match[3])
+        users, groups = self._told
+        uid, gid = name.attributes.uid, name.attributes.gid
+        return _name_or_number(users, uid), _name_or_number(groups, gid)
+
+    @cached_property
+    def _told(self) -> tuple[dict[int, bytes], dict[int, bytes]]:
+        if self._asking is None:
+            return {}, {}
+        try:
+            users, groups = self._asking.account_names()
+        except StatusError:
+            return {}, {}
+        return dict(zip(self._uids, users, strict=False)), dict(zip(self._gids, groups, strict=False))
+
+
+def entry(found: Found, link: Reply | None, owners: Owners) -> Entry:
     """Return what is shown of an entry; `link` is the answer to its READLINK."""
     attributes = found.name.attributes
-    owner, group = _owners(found.name)
+    owner, group = owners.of(found.name)
     return Entry(
         name=shown_name(found.relative),
         type=_type(attributes.mode),
@@ -200,7 +236,7 @@ def hard_links(name: Name) -> int:
 
     SFTP's attributes lack it; OpenSSH shows it in the long name of a directory's entry.
     """
-    match = _LONGNAME.match(name.longname)
+    match = _LONGNAME_WITH_BLANKS.match(name.longname)
     return int(match[1]) if match else 1
 
 
@@ -222,12 +258,10 @@ def _type(mode: int | None) -> Literal["file", "directory", "symlink", "other"]:
     return "symlink" if stat.S_ISLNK(mode) else "other"
 
 
-def _owners(name: Name) -> tuple[str | None, str | None]:
-    match = _LONGNAME.match(name.longname)
-    if match:
-        return shown_name(match[2]), shown_name(match[3])
-    uid, gid = name.attributes.uid, name.attributes.gid
-    return (None if uid is None else str(uid)), (None if gid is None else str(gid))
+def _name_or_number(names: Mapping[int, bytes], number: int | None) -> str | None:
+    if number is None:
+        return None
+    return shown_name(names.get(number, b"")) or str(number)
 
 
 def _join(folder: bytes, name: bytes) -> bytes:

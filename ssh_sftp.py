@@ -20,7 +20,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -196,8 +196,14 @@ class Reply:
             raise
         return [Name(reader.string(), reader.string(), reader.attributes()) for _ in range(reader.uint32())]
 
+    def account_names(self) -> tuple[list[bytes], list[bytes]]:
+        """Wait for the names of users and groups; empty where the server knows none."""
+        reader = _Reader(self.wait(_EXTENDED_REPLY))
+        users, groups = _Reader(reader.string()), _Reader(reader.string())
+        return list(users.strings()), list(groups.strings())
+
     def path(self) -> bytes:
-        """Wait for the one name of a REALPATH or READLINK."""
+        """Wait for the one name of a REALPATH, READLINK or `expand-path@openssh.com`."""
         names = self.names()
         if not names:
             raise StatusError(FAILURE, "no name in the answer")
@@ -331,6 +337,10 @@ class _Reader:
     def string(self) -> bytes:
         return bytes(self.take(self.uint32()))
 
+    def strings(self) -> Iterator[bytes]:
+        while self.left:
+            yield self.string()
+
     def attributes(self) -> Attributes:
         flags = self.uint32()
         size = self.uint64() if flags & 0x1 else None
@@ -393,6 +403,21 @@ class SFTP:
             return _CHUNK_BYTES
         _, most_read, most_written = limits.uint64(), limits.uint64(), limits.uint64()
         return max(_CHUNK_BYTES, min(_LARGE_CHUNK_BYTES, most_read, most_written))
+
+    def path(self, text: str) -> bytes:
+        """Return the path that a text means, as `path_bytes` does; `~name` is the home of the account of that name.
+
+        Where there is no such account, or the server does not tell (`expand-path@openssh.com`), it means a file.
+        """
+        path = path_bytes(text)
+        named = text.startswith("~") and text[:2] not in ("~", "~/")
+        if not named or "expand-path@openssh.com" not in self.extensions:
+            return path
+        account, slash, rest = path.partition(b"/")
+        try:
+            return self.expand_path(account).path() + slash + rest
+        except StatusError:
+            return path
 
     def close(self) -> None:
         """End the channel; every pending reply fails."""
@@ -458,6 +483,15 @@ class SFTP:
     def real_path(self, path: bytes) -> Reply:
         """REALPATH: the absolute path, links resolved where the server does that."""
         return self._request(_REALPATH, _string(path))
+
+    def expand_path(self, path: bytes) -> Reply:
+        """`expand-path@openssh.com`: REALPATH that knows `~`."""
+        return self._extended("expand-path@openssh.com", _string(path))
+
+    def account_names(self, uids: Sequence[int], gids: Sequence[int]) -> Reply:
+        """`users-groups-by-id@openssh.com`: the names of users and groups, in the order of their numbers."""
+        numbers = (struct.pack(f">{len(ids)}I", *ids) for ids in (uids, gids))
+        return self._extended("users-groups-by-id@openssh.com", b"".join(map(_string, numbers)))
 
     def read_link(self, path: bytes) -> Reply:
         """READLINK: the link's target."""

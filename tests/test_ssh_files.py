@@ -16,7 +16,7 @@ import pytest
 
 import ssh_files
 import ssh_safety_copy
-from conftest import ORDINARY_UID, Server, nobody_cancels, wait_for
+from conftest import DOMAIN_USERS_GID, ORDINARY_UID, Server, nobody_cancels, wait_for
 from relay import Relay
 from ssh_answers import EditedFile, FileContent, Listing, WrittenFile
 from ssh_edits import Edit
@@ -106,6 +106,16 @@ def test_small_file_is_read_whole(tools: Tools, tmp_path: Path) -> None:
         "sha256": sha256(b"one\ntwo"),
     }
     assert read.text().startswith("one\ntwo\n[")
+
+
+def test_tilde_and_a_name_mean_the_home_of_that_account_if_there_is_one(tools: Tools, sshd: Server) -> None:
+    (sshd.folder / "dash" / "theirs").write_text("theirs\n")
+    assert tools.read("~dash/theirs").content == "theirs\n"
+    assert tools.list("~dash").path == f"{sshd.folder}/dash"
+    assert tools.write("~dash/ours", "ours\n").path == f"{sshd.folder}/dash/ours"
+    for name in ("~no-such", "~$report.docx", "~/~dash"):
+        assert tools.write(name, "mine\n").path == f"{sshd.home}/{name.removeprefix('~/')}"
+        assert tools.read(name).content == "mine\n"
 
 
 @pytest.mark.parametrize("path", ["~/sub/file", "sub/file", "./sub/../sub/file"])
@@ -373,6 +383,22 @@ def test_copy_of_a_file_that_is_written_in_place_is_made_by_the_server(
     assert kept == [old]
     assert path.read_text() == "new"
     assert not strays(tmp_path)
+
+
+def test_group_with_a_blank_in_its_name_hides_neither_itself_nor_other_names_of_the_file(
+    tools: Tools, tmp_path: Path
+) -> None:
+    assert os.getuid() == 0, "this test gives files away: run it as root"
+    path = tmp_path / "file"
+    path.write_text("old")
+    os.chown(path, 4344, DOMAIN_USERS_GID)
+    os.link(path, tmp_path / "other")
+    (tmp_path / "plain").touch()
+    owned = {entry.name: (entry.owner, entry.group) for entry in tools.list(tmp_path).entries}
+    assert owned["file"] == ("4344", "domain users")
+    assert owned["plain"] == (tmp_path.owner(), tmp_path.group())
+    assert tools.write(path, "new").atomic is False
+    assert (tmp_path / "other").read_text() == "new"
 
 
 def test_forbidden_file_names_the_account_and_the_path(ordinary: Tools, its_folder: Path) -> None:
