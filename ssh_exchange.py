@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
+from ssh_errors import ConnectionLostError
 from ssh_lending import Cancelled
 from ssh_output import Kept
 from ssh_shells import Dialect, Task
@@ -110,7 +111,7 @@ class Exchange:
         self.signal_sent: str | None = None
         self.books = threading.Lock()
         self.kept_session: ExitStack | None = None
-        self._session = session
+        self._held: Session | None = session
         self._greeting = greeting
         self._input = memoryview(stdin)
         self._fed = False
@@ -118,6 +119,16 @@ class Exchange:
         self._out = _Marked(mark, _OUT_MARKED, self.outcome.out)
         self._err = _Marked(mark, _ERR_MARKED, self.outcome.err)
         self._grace: _Grace | None = None
+
+    @property
+    def _session(self) -> Session:
+        if self._held is None:
+            raise ConnectionLostError("the command has just ended; ask again")
+        return self._held
+
+    def let_go(self) -> None:
+        """Hold the session no longer: an outcome that is kept for long must not keep a connection in memory."""
+        self._held = None
 
     def finish(self, deadline: float, check: Cancelled, *, until_started: bool = False) -> bool:
         """Go on until the command has ended and return True, or False when the deadline came first."""
