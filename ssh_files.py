@@ -146,7 +146,7 @@ class Files:
                 return place, b"".join(_Transfer(cancelled, progress).passing(chunks, path))
 
         place, asked = self._looking(look, target, path, "read", cancelled)
-        data, rest = asked[:max_bytes], asked[max_bytes:]
+        data, rest = memoryview(asked)[:max_bytes], asked[max_bytes:]
         end = offset + len(data)
         whole = offset == 0 and not rest
         found = place.found
