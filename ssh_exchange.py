@@ -19,8 +19,8 @@ from typing import Literal
 from ssh_errors import ConnectionLostError
 from ssh_lending import Cancelled
 from ssh_output import Kept
+from ssh_session import Session
 from ssh_shells import Dialect, Task
-from ssh_transport import Session
 
 _TICK_SECONDS = 0.25
 _GRACE_SECONDS = 0.5

@@ -40,7 +40,8 @@ from ssh_errors import (
     SSHError,
     UnreachableError,
 )
-from ssh_transport import Connection, Session, SessionRefusedError, jittered
+from ssh_session import Session
+from ssh_transport import Connection, SessionRefusedError, jittered
 from ssh_warm import Demand, Prepare, Prepared, best
 
 _log = logging.getLogger("ssh_mcp_server.pool")

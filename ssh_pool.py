@@ -15,7 +15,8 @@ from settings import Settings, Target
 from ssh_errors import BusyError, PoolClosedError
 from ssh_keys import Keys
 from ssh_lending import Cancelled, Standing, TargetPool
-from ssh_transport import Connection, Session, connect
+from ssh_session import Session
+from ssh_transport import Connection, connect
 from ssh_warm import Prepare
 
 __all__ = ["Cancelled", "Pool", "Standing"]

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ssh_errors import ArgumentError, ConnectionLostError
-from ssh_transport import Session
+from ssh_session import Session
 
 ANSWER_SECONDS: Final = 14.0
 _CHUNK_BYTES: Final = 32 * 1024

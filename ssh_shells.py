@@ -20,7 +20,7 @@ from typing import Literal
 import ssh_background
 from ssh_background import quoted
 from ssh_errors import ArgumentError
-from ssh_transport import Session
+from ssh_session import Session
 
 Dialect = Literal["posix", "foreign", "plain"]
 """Who reads the line: the login shell, which is a POSIX shell; `/bin/sh`, started by another; or nobody."""

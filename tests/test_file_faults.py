@@ -37,8 +37,8 @@ from ssh_edits import Edit
 from ssh_errors import ConnectionLostError, FileError, SSHError
 from ssh_files import Files
 from ssh_pool import Pool
+from ssh_session import Session
 from ssh_sftp import SFTP, _Handles
-from ssh_transport import Session
 from test_faults import processes_of
 from test_ssh_files import Tools, numbered, sha256, strays
 

@@ -14,7 +14,8 @@ from paramiko.packet import Packetizer
 from conftest import Server, nobody_cancels, wait_for
 from ssh_commands import Commands
 from ssh_pool import Pool
-from ssh_transport import _Gate, _Transport, _Wire
+from ssh_session import _Gate
+from ssh_transport import _Transport, _Wire
 
 
 def test_silent_reads_call_the_keepalive_check() -> None:
