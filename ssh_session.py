@@ -108,6 +108,7 @@ class Session:
         self._gate = _Gate(channel)
         channel.gate = self._gate
         channel.exit_signal = None
+        channel.is_asked = False
         channel.status_event = self._wake
         self._arrivals = _Arrivals(channel, self._wake)
         channel.in_buffer.set_event(self._arrivals)
@@ -124,6 +125,19 @@ class Session:
     def subsystem(self, name: str) -> None:
         """Send the subsystem request without waiting for its answer."""
         self._request("subsystem", name)
+
+    def ask(self) -> None:
+        """Ask what every server answers, if only with no (RFC 4254, 5.4): what it had sent before arrives before that.
+
+        Only once the exec request is answered, as it is when the command has ended.
+        """
+        self._channel.is_asked = True
+        self._request("keepalive@openssh.com", "")
+
+    @property
+    def answered(self) -> bool:
+        """Whether the answer to `ask` has come."""
+        return not self._channel.is_asked
 
     def send(self, data: bytes | memoryview, wait_seconds: float = 0.0) -> int:
         """Send what the remote window takes and return how many bytes that was.
@@ -229,6 +243,15 @@ def channel_request(channel: paramiko.Channel, message: paramiko.Message) -> Non
     else:
         message.packet.seek(start)
         channel._handle_request(message)
+
+
+def channel_answer(channel: paramiko.Channel, message: paramiko.Message) -> None:
+    """Note the answer to `Session.ask`; for any other that says no, Paramiko closes the channel."""
+    if getattr(channel, "is_asked", False):
+        channel.is_asked = False
+        channel.status_event.set()
+    else:
+        channel._request_failed(message)
 
 
 def window_adjust(channel: paramiko.Channel, message: paramiko.Message) -> None:

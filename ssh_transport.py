@@ -10,8 +10,8 @@ Invariants:
 Borrowed from Paramiko's private parts, here and in `ssh_session`, checked with 5.1.0 (`tests/test_ssh_transport.py`
 fails when one moves): `Packetizer._check_keepalive` (called while the peer is silent), `Transport._preferred_ciphers`,
 `._preferred_macs`, `._preferred_keys`, `._channel_handler_table`, `._send_user_message`, `._parse_newkeys`;
-`Channel._handle_close`, `.eof_received`, `.in_buffer`, `.in_stderr_buffer`, `.status_event`, `.remote_chanid`;
-`Message.packet`.
+`Channel._handle_close`, `._request_failed`, `.eof_received`, `.in_buffer`, `.in_stderr_buffer`, `.status_event`,
+`.remote_chanid`; `Message.packet`.
 """
 
 import logging
@@ -26,6 +26,7 @@ from typing import Any
 import paramiko
 from paramiko.common import (
     MSG_CHANNEL_CLOSE,
+    MSG_CHANNEL_FAILURE,
     MSG_CHANNEL_REQUEST,
     MSG_CHANNEL_WINDOW_ADJUST,
     cMSG_GLOBAL_REQUEST,
@@ -37,7 +38,7 @@ from ssh_dial import dial
 from ssh_errors import ConnectionLostError, LoginError, NoAnswerError, UnreachableError
 from ssh_keys import Keys
 from ssh_known_hosts import HostKey, KnownHosts, UnknownHostKeyError
-from ssh_session import SOCKET_ERRORS, Session, answer_close, channel_request, window_adjust
+from ssh_session import SOCKET_ERRORS, Session, answer_close, channel_answer, channel_request, window_adjust
 
 logging.getLogger("paramiko").propagate = False  # it prints tracebacks for what our errors say in a sentence
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
@@ -138,6 +139,7 @@ class _Transport(paramiko.Transport):  # type: ignore[misc]
     _channel_handler_table = {  # noqa: RUF012
         **paramiko.Transport._channel_handler_table,
         MSG_CHANNEL_CLOSE: answer_close,
+        MSG_CHANNEL_FAILURE: channel_answer,
         MSG_CHANNEL_REQUEST: channel_request,
         MSG_CHANNEL_WINDOW_ADJUST: window_adjust,
     }

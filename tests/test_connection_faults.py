@@ -14,6 +14,7 @@ import pytest
 import time_machine
 
 import ssh_breaker
+import ssh_exchange
 import ssh_warm
 from conftest import Server, marker, nobody_cancels, running, wait_for
 from relay import Way, way_to
@@ -22,6 +23,7 @@ from ssh_commands import Commands
 from ssh_errors import NoAnswerError, SSHError, UnreachableError
 from ssh_files import Files
 from ssh_pool import Pool
+from ssh_session import Session
 
 Serve = Callable[..., Server]
 _MEGA = 1_000_000
@@ -247,6 +249,23 @@ def test_file_asked_for_on_a_forgotten_connection_is_read_on_another_within_fift
     assert user.mixed(2) == "read"
     assert time.monotonic() - began < 15.5
     assert way.relay.accepted == 2
+    user.close()
+
+
+def test_output_that_a_stall_keeps_back_behind_the_end_of_its_command_is_not_lost(
+    way: Way, users: Users, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stalled(ssh_exchange._Grace):
+        def __init__(self, session: Session) -> None:
+            super().__init__(session)
+            way.relay.freeze()
+            threading.Timer(1.5, way.relay.thaw).start()
+
+    monkeypatch.setattr(ssh_exchange, "_Grace", Stalled)
+    user = users(way)
+    command = "(sleep 0.1; echo late) & echo early; exit 3"
+    result = user.commands.run(user.target, command, cancelled=nobody_cancels)
+    assert (result.status, result.exit_code, result.stdout) == ("exited", 3, "early\nlate\n")
     user.close()
 
 
@@ -490,12 +509,19 @@ def test_state_changes_are_logged_and_counted(
 
 
 def test_sessions_that_a_server_grants_are_logged_and_refusals_counted(
-    own_sshd: Serve, users: Users, caplog: pytest.LogCaptureFixture
+    own_sshd: Serve, users: Users, nothing_ahead: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "ssh_mcp_server")
-    user = users(own_sshd("MaxSessions 2"))
+    server = own_sshd("MaxSessions 2")
+    user = users(server)
     with ThreadPoolExecutor(10) as threads:
-        assert list(threads.map(user.echo, map(str, range(10)))) == [str(n) for n in range(10)]
+        calls = [
+            threads.submit(user.echo, f"{number}; touch here{number}; until [ -e all ]; do sleep 0.05; done")
+            for number in range(10)
+        ]
+        wait_for(lambda: len(list(server.home.glob("here*"))) == len(calls), 60)
+        (server.home / "all").touch()
+        assert [call.result(30) for call in calls] == [str(number) for number in range(10)]
     assert f"{user.target} grants 2 sessions on a connection" in caplog.messages
     assert user.pool.counters()["sessions_refused"]
 

@@ -59,7 +59,7 @@ def test_nothing_grows_in_a_long_time_of_faults(
 
     with way_to(server) as way:
         caller = Caller(way)
-        disturbing = threading.Thread(target=disturb, args=(way.relay, over, int(time.time())))
+        disturbing = threading.Thread(target=disturb, args=(caller, way.relay, over, int(time.time())))
         disturbing.start()
         with ThreadPoolExecutor(CALLERS) as threads:
             calling = [threads.submit(call_on, caller) for _ in range(CALLERS)]

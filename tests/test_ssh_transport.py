@@ -8,7 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import paramiko
 import pytest
-from paramiko.common import MSG_CHANNEL_REQUEST, MSG_CHANNEL_WINDOW_ADJUST, cMSG_CHANNEL_EOF
+from paramiko.common import (
+    MSG_CHANNEL_FAILURE,
+    MSG_CHANNEL_REQUEST,
+    MSG_CHANNEL_WINDOW_ADJUST,
+    cMSG_CHANNEL_EOF,
+)
 from paramiko.packet import Packetizer
 
 from conftest import Server, nobody_cancels, wait_for
@@ -33,6 +38,7 @@ def test_algorithms_are_paramikos_own(name: str) -> None:
 
 def test_handlers_are_looked_up_in_the_table() -> None:
     table = paramiko.Transport._channel_handler_table
+    assert table[MSG_CHANNEL_FAILURE] is paramiko.Channel._request_failed
     assert table[MSG_CHANNEL_REQUEST] is paramiko.Channel._handle_request
     assert table[MSG_CHANNEL_WINDOW_ADJUST] is paramiko.Channel._window_adjust
     assert "self._channel_handler_table[ptype](chan, m)" in inspect.getsource(paramiko.Transport.run)
