@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final, Literal, TypeVar, cast
 
-import ssh_sftp
+import ssh_sftp_packets
 from settings import Settings, Target
 from ssh_answers import EditedFile, FileContent, Listing, WrittenFile, iso_time, octal
 from ssh_edits import Edit, apply_edits
@@ -33,7 +33,8 @@ from ssh_exchange import Progress, untold
 from ssh_lines import Lines, Window, tail_start
 from ssh_listing import Found, Owners, Walk, entry
 from ssh_pool import Cancelled, Pool
-from ssh_sftp import SFTP, Attributes, NoSFTPError, StatusError, bytes_of, shown_name
+from ssh_sftp import SFTP, NoSFTPError, bytes_of
+from ssh_sftp_packets import Attributes, StatusError, shown_name
 from ssh_writes import Place, Temporaries, Writer, make_folders, new_path
 
 MOST_WRITTEN_BYTES: Final = 32 * 1024 * 1024
@@ -365,7 +366,7 @@ class Files:
             try:
                 existing = asking.attributes()
             except StatusError as error:
-                if error.code != ssh_sftp.NO_SUCH_FILE:
+                if error.code != ssh_sftp_packets.NO_SUCH_FILE:
                     raise
             else:
                 _demand_regular(existing, target, path)
@@ -517,9 +518,9 @@ def _sorted(found: Sequence[Found], by: Literal["name", "size", "mtime"]) -> Seq
 
 
 def _sentence(error: StatusError, target: Target, path: str, verb: str) -> str:
-    if error.code == ssh_sftp.NO_SUCH_FILE:
+    if error.code == ssh_sftp_packets.NO_SUCH_FILE:
         return f"{path} does not exist on {target}; list its folder with ssh_list_directory to see what does"
-    if error.code == ssh_sftp.PERMISSION_DENIED:
+    if error.code == ssh_sftp_packets.PERMISSION_DENIED:
         return f"{target.user} has no permission to {verb} {path} on {target}"
     hint = "; is the disk full, or a quota reached?" if verb in ("write", "edit") else ""
     said = error.message[:200] or f"status {error.code}"

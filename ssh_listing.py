@@ -18,7 +18,8 @@ from typing import Final, Literal, Self
 from ssh_answers import Entry, iso_time, octal
 from ssh_errors import ConnectionLostError, FileError
 from ssh_pool import Cancelled
-from ssh_sftp import SFTP, Name, Reply, StatusError, shown_name
+from ssh_sftp import SFTP, Reply
+from ssh_sftp_packets import Name, StatusError, shown_name
 
 MOST_ENTRIES: Final = 200_000
 _WALK_SECONDS: Final = 60.0

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Final
 
-import ssh_sftp
+import ssh_sftp_packets
 from ssh_errors import ConnectionLostError, FileError
-from ssh_sftp import SFTP, Attributes, StatusError, all_done, bytes_of, shown_name
+from ssh_sftp import SFTP, all_done, bytes_of
+from ssh_sftp_packets import Attributes, StatusError, shown_name
 
 _MOST_BYTES: Final = 256 * 1024 * 1024
 _STEP_BYTES: Final = 16 * 1024 * 1024
@@ -102,7 +103,12 @@ class SafetyCopy:
 
     def _stand_beside(self, temporary: bytes, final: bytes) -> None:
         """Make the copy, if the folder allows that and the disk has room."""
-        flags = ssh_sftp.READ | ssh_sftp.WRITE | ssh_sftp.CREATE | ssh_sftp.EXCLUSIVE
+        flags = (
+            ssh_sftp_packets.READ
+            | ssh_sftp_packets.WRITE
+            | ssh_sftp_packets.CREATE
+            | ssh_sftp_packets.EXCLUSIVE
+        )
         try:
             self._copy_handle = self._sftp.open(temporary, flags, Attributes(mode=0o600)).handle()
         except StatusError:

@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-import ssh_sftp
+import ssh_sftp_packets
 from ssh_errors import ConnectionLostError, FileError
 from ssh_listing import MOST_ENTRIES, Directory, hard_links
 from ssh_safety_copy import kept
-from ssh_sftp import SFTP, Attributes, Name, Reply, StatusError, all_done, bytes_of
+from ssh_sftp import SFTP, Reply, all_done, bytes_of
+from ssh_sftp_packets import Attributes, Name, StatusError
 
 _MOST_LOOKED_AT = 2000
 _STALE_SECONDS = 900
@@ -182,11 +183,11 @@ class Writer:
     def _new_file(self, path: bytes, place: Place, mode: int | None) -> bytes | None:
         """Make the temporary file and return its handle, or None where only the old file itself may be written."""
         private = place.existing is not None or mode is not None
-        flags = ssh_sftp.WRITE | ssh_sftp.CREATE | ssh_sftp.EXCLUSIVE
+        flags = ssh_sftp_packets.WRITE | ssh_sftp_packets.CREATE | ssh_sftp_packets.EXCLUSIVE
         try:
             return self._sftp.open(path, flags, Attributes(mode=0o600 if private else 0o666)).handle()
         except StatusError as error:
-            if place.existing is None or error.code != ssh_sftp.PERMISSION_DENIED:
+            if place.existing is None or error.code != ssh_sftp_packets.PERMISSION_DENIED:
                 raise
             return None
 
@@ -262,7 +263,7 @@ class Writer:
     ) -> Attributes:
         """Overwrite a file where it stands; put the old bytes back when that fails."""
         sftp = self._sftp
-        handle = sftp.open(place.real, ssh_sftp.READ | ssh_sftp.WRITE).handle()
+        handle = sftp.open(place.real, ssh_sftp_packets.READ | ssh_sftp_packets.WRITE).handle()
         try:
             with kept(sftp, place.real, handle, place.found.size or 0, names) as copy:
                 self._must_hold(place, before)
@@ -290,7 +291,9 @@ class Writer:
     def append(self, place: Place, content: bytes, mode: int | None) -> Attributes:
         """Add at the file's end and return its attributes; take it back when that fails."""
         sftp = self._sftp
-        handle = sftp.open(place.real, ssh_sftp.WRITE | ssh_sftp.APPEND | ssh_sftp.CREATE).handle()
+        handle = sftp.open(
+            place.real, ssh_sftp_packets.WRITE | ssh_sftp_packets.APPEND | ssh_sftp_packets.CREATE
+        ).handle()
         try:
             before = sftp.fstat(handle).attributes().size or 0
             writing = sftp.write_all(handle, content, before)
@@ -319,7 +322,7 @@ def make_folders(sftp: SFTP, folder: bytes) -> None:
             sftp.stat(folder).attributes()
             break
         except StatusError as error:
-            if error.code != ssh_sftp.NO_SUCH_FILE:
+            if error.code != ssh_sftp_packets.NO_SUCH_FILE:
                 raise
         missing.append(folder)
         folder = posixpath.dirname(folder)
@@ -331,11 +334,11 @@ def new_path(sftp: SFTP, path: bytes) -> bytes:
     """Return the absolute path of a file that is not there: its folder resolved as far as that is there."""
     name = posixpath.basename(path)
     if name in (b"", b".", b".."):
-        raise StatusError(ssh_sftp.NO_SUCH_FILE, "")
+        raise StatusError(ssh_sftp_packets.NO_SUCH_FILE, "")
     folder = posixpath.dirname(path) or b"."
     try:
         return posixpath.join(sftp.real_path(folder).path(), name)
     except StatusError as error:
-        if error.code != ssh_sftp.NO_SUCH_FILE:
+        if error.code != ssh_sftp_packets.NO_SUCH_FILE:
             raise
     return posixpath.join(new_path(sftp, folder), name)

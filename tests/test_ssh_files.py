@@ -24,7 +24,7 @@ from ssh_errors import ArgumentError, ConnectionLostError, EditError, FileError,
 from ssh_files import Files
 from ssh_listing import Directory
 from ssh_pool import Pool
-from ssh_sftp import Attributes, Name
+from ssh_sftp_packets import Attributes, Name
 from ssh_writes import Writer
 
 
