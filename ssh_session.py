@@ -15,9 +15,26 @@ from typing import Final
 
 import paramiko
 from paramiko.common import cMSG_CHANNEL_REQUEST
+from paramiko.transport import ChannelMap
 
 SOCKET_ERRORS: Final = (paramiko.SSHException, EOFError, OSError)
 """What Paramiko raises when a connection is gone or does not answer."""
+
+
+class Channels(ChannelMap):  # type: ignore[misc]
+    """Paramiko's list of a connection's channels, each of which knows its connection as soon as it is listed.
+
+    Otherwise the end of a connection in that moment ends Paramiko's reading thread before it has told everybody.
+    """
+
+    def __init__(self, transport: paramiko.Transport) -> None:
+        super().__init__()
+        self._transport = transport
+
+    def put(self, chanid: int, chan: paramiko.Channel) -> None:
+        """List a channel."""
+        chan.transport = self._transport
+        super().put(chanid, chan)
 
 
 class _Gate:

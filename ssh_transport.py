@@ -11,7 +11,7 @@ Borrowed from Paramiko's private parts, here and in `ssh_session`, checked with 
 fails when one moves): `Packetizer._check_keepalive` (called while the peer is silent), `Transport._preferred_ciphers`,
 `._preferred_macs`, `._preferred_keys`, `._channel_handler_table`, `._send_user_message`, `._parse_newkeys`;
 `Channel._handle_close`, `._request_failed`, `.eof_received`, `.in_buffer`, `.in_stderr_buffer`, `.status_event`,
-`.remote_chanid`; `Message.packet`.
+`.remote_chanid`; `ChannelMap.put`, `Transport._channels`; `Message.packet`.
 """
 
 import logging
@@ -38,7 +38,15 @@ from ssh_dial import dial
 from ssh_errors import ConnectionLostError, LoginError, NoAnswerError, UnreachableError
 from ssh_keys import Keys
 from ssh_known_hosts import HostKey, KnownHosts, UnknownHostKeyError
-from ssh_session import SOCKET_ERRORS, Session, answer_close, channel_answer, channel_request, window_adjust
+from ssh_session import (
+    SOCKET_ERRORS,
+    Channels,
+    Session,
+    answer_close,
+    channel_answer,
+    channel_request,
+    window_adjust,
+)
 
 logging.getLogger("paramiko").propagate = False  # it prints tracebacks for what our errors say in a sentence
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
@@ -146,6 +154,7 @@ class _Transport(paramiko.Transport):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._channels = Channels(self)
         self._held_back: list[paramiko.Message] = []
 
     def _send_user_message(self, data: paramiko.Message) -> None:

@@ -44,6 +44,17 @@ def test_handlers_are_looked_up_in_the_table() -> None:
     assert "self._channel_handler_table[ptype](chan, m)" in inspect.getsource(paramiko.Transport.run)
 
 
+def test_channel_that_is_listed_when_its_connection_ends_is_told() -> None:
+    ours, theirs = socket.socketpair()
+    transport, channel = _Transport(ours), paramiko.Channel(1)
+    assert "self._channels.put(chanid, chan)" in inspect.getsource(paramiko.Transport.open_channel)
+    transport._channels.put(1, channel)
+    channel._unlink()
+    assert channel.closed
+    ours.close()
+    theirs.close()
+
+
 def test_channels_have_what_sessions_use() -> None:
     channel = paramiko.Channel(1)
     assert isinstance(channel.status_event, threading.Event)
