@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import paramiko
@@ -261,6 +262,9 @@ class Caller:
         assert (self.server.home / name).read_text() == text
         return "written"
 
+    def writes(self, name: str) -> bool:
+        return self.written(name) == "written"
+
     def background(self, name: str) -> str:
         task = Task.of(f"echo run >> {name}; echo {name}")
         try:
@@ -338,7 +342,7 @@ def test_thousand_calls_with_random_faults_end_truly_and_leave_nothing(
             disturbing.join()
         for direction in ("up", "down"):
             way.relay.cut_after(direction, 1 << 60)
-        wait_for(lambda: caller.written("last") == "written")  # the last cut may not have been noticed yet
+        wait_for(partial(caller.writes, "last"))  # the last cut may not have been noticed yet
         caller.close()
     assert [path.name for path in server.home.glob(".ssh-mcp-*") if path.is_file()] == []
     assert sum(kinds.values()) == CALLS
