@@ -31,11 +31,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
-import ssh_sftp
+import ssh_sftp_packets
 from settings import Target
 from ssh_errors import RefusedError
 from ssh_policy import AllowedPaths, below, is_hidden, is_within
-from ssh_sftp import SFTP, Attributes, Opening, Reply, StatusError
+from ssh_sftp import SFTP, Opening, Reply
+from ssh_sftp_packets import Attributes, StatusError
 
 _MOST_LINKS: Final = 40
 _MOST_LOOKS: Final = 3
@@ -103,10 +104,15 @@ class Bounds:
         self, path: bytes, offset: int = 0, end: int | None = None, size: int = 0
     ) -> Iterator[tuple[bytes, Iterator[bytes]]]:
         """Open a file and yield its handle and its bytes, as `SFTP.reading` does. Raises like `open`."""
-        (opening,), opened = self.opening([path], lambda path: self.sftp.open(path, ssh_sftp.READ))
+        (opening,), opened = self.opening([path], lambda path: self.sftp.open(path, ssh_sftp_packets.READ))
         with self.sftp.reading(opening, offset, end, size) as (handle, chunks):
             opened.confirm(path, handle)
             yield handle, chunks
+
+    def content(self, path: bytes, limit: int | None = None, size: int = 0) -> bytes:
+        """Return what a file holds, `limit` bytes at most; `size` is how large it probably is. Raises like `open`."""
+        with self.reading(path, 0, limit, size) as (_, chunks):
+            return b"".join(chunks)
 
     def opening(
         self, paths: Sequence[bytes], send: Callable[[bytes], Opening]

@@ -14,7 +14,8 @@ from ssh_host_keys import HostKey
 from ssh_hosts import Host
 from ssh_keys import Keys
 from ssh_known_hosts import UnknownHostKeyError
-from ssh_transport import SOCKET_ERRORS, Carrier, Connection, Transport, Wire
+from ssh_session import SOCKET_ERRORS
+from ssh_transport import Carrier, Connection, Transport, Wire
 
 
 class HungUpError(Exception):

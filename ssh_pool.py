@@ -17,7 +17,8 @@ from ssh_hosts import Hosts
 from ssh_keys import Keys
 from ssh_lending import Cancelled, Standing, TargetPool
 from ssh_route import connect
-from ssh_transport import Connection, Session
+from ssh_session import Session
+from ssh_transport import Connection
 from ssh_warm import Prepare
 
 __all__ = ["Cancelled", "Pool", "Standing"]

@@ -1,17 +1,16 @@
-"""One connection and the sessions on it (RFC 4253, RFC 4254); `ssh_login` makes it of a wire.
+"""One connection (RFC 4253), which `ssh_login` makes of a wire; the sessions on it are `ssh_session`'s.
 
 Invariants:
 
 - Every wait has a deadline, and ends at once when the connection is closed or found dead.
 - A silent peer is asked `keepalive@openssh.com` and must answer something: within `_PATIENCE_SECONDS` while the
   connection is in use. A socket that takes nothing for `_STALL_SECONDS` is dead too.
-- An exec request is sent at most once per session, and sending it does not wait for the answer.
 
-Borrowed from Paramiko's private parts, checked with 5.1.0 (`tests/test_ssh_transport.py` fails when one moves):
-`Packetizer._check_keepalive` (called while the peer is silent), `Transport._preferred_ciphers`,
+Borrowed from Paramiko's private parts, here and in `ssh_session`, checked with 5.1.0 (`tests/test_ssh_transport.py`
+fails when one moves): `Packetizer._check_keepalive` (called while the peer is silent), `Transport._preferred_ciphers`,
 `._preferred_macs`, `._preferred_kex`, `._cipher_info`, `._mac_info`, `._kex_info`, `._channel_handler_table`,
-`._send_user_message`, `._parse_newkeys`; `Channel._handle_close`, `.eof_received`, `.in_buffer`,
-`.in_stderr_buffer`, `.status_event`, `.remote_chanid`; `Message.packet`.
+`._send_user_message`, `._parse_newkeys`; `Channel._handle_close`, `._request_failed`, `.eof_received`, `.in_buffer`,
+`.in_stderr_buffer`, `.status_event`, `.remote_chanid`; `ChannelMap.put`, `Transport._channels`; `Message.packet`.
 """
 
 import logging
@@ -26,9 +25,9 @@ from typing import Any, Protocol
 import paramiko
 from paramiko.common import (
     MSG_CHANNEL_CLOSE,
+    MSG_CHANNEL_FAILURE,
     MSG_CHANNEL_REQUEST,
     MSG_CHANNEL_WINDOW_ADJUST,
-    cMSG_CHANNEL_REQUEST,
     cMSG_GLOBAL_REQUEST,
 )
 from paramiko.packet import Packetizer
@@ -38,6 +37,15 @@ from ssh_config_values import assembled
 from ssh_errors import ConnectionLostError, NoAnswerError, UnreachableError
 from ssh_host_keys import HostKey
 from ssh_hosts import Host
+from ssh_session import (
+    SOCKET_ERRORS,
+    Channels,
+    Session,
+    answer_close,
+    channel_answer,
+    channel_request,
+    window_adjust,
+)
 
 logging.getLogger("paramiko").propagate = False  # it prints tracebacks for what our errors say in a sentence
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
@@ -50,7 +58,6 @@ _STALL_SECONDS = 12.0
 _BUSY_SILENCE_SECONDS = 4.0
 _IDLE_SILENCE_SECONDS = 30.0
 _PATIENCE_SECONDS = 8.0
-SOCKET_ERRORS = (paramiko.SSHException, EOFError, OSError)
 
 
 class SessionRefusedError(Exception):
@@ -162,79 +169,6 @@ class _Packetizer(Packetizer):  # type: ignore[misc]
             deadline = time.monotonic() + _STALL_SECONDS
 
 
-def _channel_request(channel: paramiko.Channel, message: paramiko.Message) -> None:
-    """Note an `exit-signal` (RFC 4254, 6.10), which Paramiko drops; leave the rest to Paramiko."""
-    start = message.packet.tell()
-    if message.get_text() == "exit-signal":
-        message.get_boolean()
-        channel.exit_signal = message.get_text()
-        channel.status_event.set()
-    else:
-        message.packet.seek(start)
-        channel._handle_request(message)
-
-
-def _window_adjust(channel: paramiko.Channel, message: paramiko.Message) -> None:
-    """Wake who waits to send: OpenSSH opens the window only after the exec request."""
-    channel._window_adjust(message)
-    channel.status_event.set()
-
-
-class _Gate:
-    """Keeps a channel's CLOSE behind whatever is being sent on that channel.
-
-    Paramiko makes a message under the channel's lock and sends it afterwards, so its reading thread can answer a
-    CLOSE in between; OpenSSH and dropbear hang up on who then names a channel that is gone. Waiting for each other
-    would deadlock during a key exchange. So whoever wants to close while others send leaves it to the last of them.
-    """
-
-    def __init__(self, channel: paramiko.Channel) -> None:
-        self._channel = channel
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._endings: list[Callable[[], None]] = []
-        self._shut = False
-
-    def __enter__(self) -> bool:
-        """Return whether the channel may still be sent on."""
-        with self._lock:
-            self._inside += 1
-            return not self._shut
-
-    def __exit__(self, *exc: object) -> None:
-        with self._lock:
-            self._inside -= 1
-        self._end()
-
-    def close(self, ending: Callable[[], None]) -> None:
-        """Let nobody send any more, and call `ending` when nobody does."""
-        with self._lock:
-            self._shut = True
-            self._endings.append(ending)
-        self._end()
-
-    def _end(self) -> None:
-        with self._lock:
-            if self._inside or not self._endings:
-                return
-            endings, self._endings = self._endings, []
-            self._channel.eof_received = True  # so that reading what is left acknowledges nothing
-        for ending in endings:
-            with suppress(
-                *SOCKET_ERRORS
-            ):  # whoever sent last need not know that another's CLOSE did not get out
-                ending()
-
-
-def _close(channel: paramiko.Channel, message: paramiko.Message) -> None:
-    """Answer the server's CLOSE behind what is being sent; at once when no session was made of the channel yet."""
-    gate: _Gate | None = getattr(channel, "gate", None)
-    if gate is None:
-        channel._handle_close(message)
-    else:
-        gate.close(lambda: channel._handle_close(message))
-
-
 class Transport(paramiko.Transport):  # type: ignore[misc]
     _preferred_ciphers: tuple[str, ...] = (
         "aes128-gcm@openssh.com",
@@ -252,9 +186,10 @@ class Transport(paramiko.Transport):  # type: ignore[misc]
     _preferred_kex: tuple[str, ...] = paramiko.Transport._preferred_kex
     _channel_handler_table = {  # noqa: RUF012
         **paramiko.Transport._channel_handler_table,
-        MSG_CHANNEL_CLOSE: _close,
-        MSG_CHANNEL_REQUEST: _channel_request,
-        MSG_CHANNEL_WINDOW_ADJUST: _window_adjust,
+        MSG_CHANNEL_CLOSE: answer_close,
+        MSG_CHANNEL_FAILURE: channel_answer,
+        MSG_CHANNEL_REQUEST: channel_request,
+        MSG_CHANNEL_WINDOW_ADJUST: window_adjust,
     }
 
     @classmethod
@@ -269,6 +204,7 @@ class Transport(paramiko.Transport):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._channels = Channels(self)
         self._held_back: list[paramiko.Message] = []
         self.host_key_algorithms: list[str] = []
 
@@ -317,159 +253,6 @@ def _wanted(spec: str | None, usual: tuple[str, ...], every: Iterable[str]) -> t
     return tuple(dict.fromkeys(named.get(name, name) for name in chosen))
 
 
-class _Wake:
-    """An event that Paramiko sets when the state of a channel has changed, and that only its owner clears."""
-
-    def __init__(self) -> None:
-        self.event = threading.Event()
-        self.another: threading.Event | None = None
-
-    def set(self) -> None:
-        self.event.set()
-        if self.another is not None:
-            self.another.set()
-
-
-class _Arrivals:
-    """The event of a channel's pipes: passes on the last of so many packets, and always the end of the stream."""
-
-    def __init__(self, channel: paramiko.Channel, wake: _Wake) -> None:
-        self.awaited = 1
-        self._channel = channel
-        self._wake = wake
-        self._arrived = 0
-
-    def set(self) -> None:
-        """Count a packet; Paramiko's pipes call this, from one thread."""
-        self._arrived += 1
-        if self._arrived >= self.awaited or self._channel.eof_received or self._channel.closed:
-            self._arrived = 0
-            self._wake.set()
-
-    def clear(self) -> None:
-        """Paramiko clears a pipe's event when that pipe is empty; the other pipe may hold data still."""
-
-
-class Session:
-    """One session channel (RFC 4254, 6). Used by one thread at a time, or by one that reads and one that sends."""
-
-    def __init__(self, channel: paramiko.Channel) -> None:
-        self._channel = channel
-        self._wake = _Wake()
-        self._gate = _Gate(channel)
-        channel.gate = self._gate
-        channel.exit_signal = None
-        channel.status_event = self._wake
-        self._arrivals = _Arrivals(channel, self._wake)
-        channel.in_buffer.set_event(self._arrivals)
-        channel.in_stderr_buffer.set_event(self._arrivals)
-
-    def exec(self, command: str) -> None:
-        """Send the exec request without waiting for its answer."""
-        self._request("exec", command)
-
-    def signal(self, name: str) -> None:
-        """Ask for a signal to what runs (RFC 4254, 6.9); the server does not say whether it sent it."""
-        self._request("signal", name, answered=False)
-
-    def subsystem(self, name: str) -> None:
-        """Send the subsystem request without waiting for its answer."""
-        self._request("subsystem", name)
-
-    def send(self, data: bytes | memoryview, wait_seconds: float = 0.0) -> int:
-        """Send what the remote window takes and return how many bytes that was.
-
-        When the window is full, wait for it to open, and return 0 when it does not in time; the channel is not
-        closed before that.
-        """
-        self._channel.settimeout(wait_seconds)
-        with self._gate as is_open:
-            try:
-                return int(self._channel.send(data)) if is_open else 0
-            except SOCKET_ERRORS:
-                return 0
-
-    def send_eof(self) -> None:
-        """Say that no more input comes."""
-        with self._gate as is_open, suppress(*SOCKET_ERRORS):
-            if is_open:
-                self._channel.shutdown_write()
-
-    def read(self, limit: int = 1 << 20) -> tuple[bytes, bytes]:
-        """Return what has arrived of stdout and stderr, at most `limit` bytes of each, without waiting."""
-        with self._gate:
-            out = self._channel.recv(limit) if self._channel.recv_ready() else b""
-            err = self._channel.recv_stderr(limit) if self._channel.recv_stderr_ready() else b""
-        return out, err
-
-    def wait(self, seconds: float, *, packets: int = 1) -> None:
-        """Wait until something has happened since the last wait, or the time is over.
-
-        That is a new state of the channel, such as its end, or so many packets of output: who needs no single one
-        at once is not woken for it, which costs more than taking the packet does.
-        """
-        self._arrivals.awaited = packets
-        self._wake.event.wait(seconds)
-        self._wake.event.clear()
-
-    def stir(self, event: threading.Event) -> None:
-        """Set this event as well whenever something happens."""
-        self._arrivals.awaited = 1
-        self._wake.another = event
-
-    @property
-    def pending(self) -> bool:
-        """Whether `read` would return something."""
-        return bool(self._channel.recv_ready() or self._channel.recv_stderr_ready())
-
-    @property
-    def ended(self) -> bool:
-        """Whether both streams have ended, or the channel is closed."""
-        return bool(self._channel.eof_received or self._channel.closed)
-
-    @property
-    def closed(self) -> bool:
-        """Whether the channel is closed, by either side or with its connection."""
-        return bool(self._channel.closed)
-
-    @property
-    def connected(self) -> bool:
-        """Whether the connection below is there still."""
-        return bool(self._channel.transport.is_active())
-
-    @property
-    def exit_status(self) -> int | None:
-        """The exit status, once the server has sent it."""
-        status = int(self._channel.exit_status)
-        return None if status < 0 else status
-
-    @property
-    def exit_signal(self) -> str | None:
-        """The name of the signal that ended the command, without SIG, once the server has sent it."""
-        signal: str | None = self._channel.exit_signal
-        return signal
-
-    @property
-    def exited(self) -> bool:
-        """Whether the server has said how the command ended."""
-        return self.exit_status is not None or self.exit_signal is not None
-
-    def close(self) -> None:
-        """Close the channel. What runs on the other side is not ended by this."""
-        self._gate.close(self._channel.close)
-
-    def _request(self, kind: str, argument: str, *, answered: bool = True) -> None:
-        message = paramiko.Message()
-        message.add_byte(cMSG_CHANNEL_REQUEST)
-        message.add_int(self._channel.remote_chanid)
-        message.add_string(kind)
-        message.add_boolean(answered)
-        message.add_string(argument)
-        with self._gate as is_open, suppress(*SOCKET_ERRORS):
-            if is_open:  # else the channel is closed, which says it all
-                self._channel.transport._send_user_message(message)
-
-
 class Connection:
     """One connection to one target, verified by its `host_key` and logged in. Thread-safe."""
 
@@ -493,6 +276,16 @@ class Connection:
     def alive(self) -> bool:
         """Whether the connection may be used; a dead wire is found out within seconds of use."""
         return bool(self._transport.is_active())
+
+    @property
+    def heard_at(self) -> float:
+        """When something last came from the other side (monotonic seconds)."""
+        return self._wire.heard_at
+
+    @property
+    def silent_since(self) -> float | None:
+        """When it was asked in vain whether it is there (monotonic seconds), if it ended for that."""
+        return self._asked_at if self._silent else None
 
     @property
     def end(self) -> str:

@@ -8,13 +8,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 import paramiko
 import pytest
-from paramiko.common import MSG_CHANNEL_REQUEST, MSG_CHANNEL_WINDOW_ADJUST, cMSG_CHANNEL_EOF
+from paramiko.common import (
+    MSG_CHANNEL_FAILURE,
+    MSG_CHANNEL_REQUEST,
+    MSG_CHANNEL_WINDOW_ADJUST,
+    cMSG_CHANNEL_EOF,
+)
 from paramiko.packet import Packetizer
 
 from conftest import Server, nobody_cancels, wait_for
 from ssh_commands import Commands
 from ssh_pool import Pool
-from ssh_transport import SocketWire, Transport, _Gate
+from ssh_session import _Gate
+from ssh_transport import SocketWire, Transport
 
 
 def test_silent_reads_call_the_keepalive_check() -> None:
@@ -40,9 +46,21 @@ def test_algorithms_are_paramikos_own(name: str, table: str) -> None:
 
 def test_handlers_are_looked_up_in_the_table() -> None:
     table = paramiko.Transport._channel_handler_table
+    assert table[MSG_CHANNEL_FAILURE] is paramiko.Channel._request_failed
     assert table[MSG_CHANNEL_REQUEST] is paramiko.Channel._handle_request
     assert table[MSG_CHANNEL_WINDOW_ADJUST] is paramiko.Channel._window_adjust
     assert "self._channel_handler_table[ptype](chan, m)" in inspect.getsource(paramiko.Transport.run)
+
+
+def test_channel_that_is_listed_when_its_connection_ends_is_told() -> None:
+    ours, theirs = socket.socketpair()
+    transport, channel = Transport(ours), paramiko.Channel(1)
+    assert "self._channels.put(chanid, chan)" in inspect.getsource(paramiko.Transport.open_channel)
+    transport._channels.put(1, channel)
+    channel._unlink()
+    assert channel.closed
+    ours.close()
+    theirs.close()
 
 
 def test_channels_have_what_sessions_use() -> None:
