@@ -194,7 +194,6 @@ class _Server(FastMCP[None]):
         self._listens_on = settings.http_url(host, kwargs.get("port") or fastmcp.settings.port)
         from http_deadline import PunctualProtocol
 
-        logging.getLogger("uvicorn").handlers = _log.handlers
         _allow_many_connections()
         kwargs["uvicorn_config"] = (
             _UVICORN | {"http": PunctualProtocol} | (kwargs.get("uvicorn_config") or {})
@@ -590,7 +589,8 @@ def _log_to_stderr(level: str) -> None:
     # below that they tell what calls hold, and what strangers call themselves
     for library in ("fastmcp.server", "mcp"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    logging.getLogger("mcp").handlers = [handler]
+    logging.getLogger("fastmcp").handlers = [handler]
+    logging.getLogger().addHandler(handler)  # else the first library that logs there sets up one of its own
 
 
 try:

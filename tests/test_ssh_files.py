@@ -381,7 +381,7 @@ def test_copy_of_a_file_that_is_written_in_place_is_made_by_the_server(
         raise AssertionError("the old content is read")
 
     monkeypatch.setattr(Writer, "_overwrite", look)
-    monkeypatch.setattr(ssh_safety_copy, "bytes_of", read)
+    monkeypatch.setattr(ssh_safety_copy.SafetyCopy, "_read", read)
     assert tools.write(path, "new").atomic is False
     assert kept == [old]
     assert path.read_text() == "new"
