@@ -58,7 +58,7 @@ class _Batch:
     def __init__(self, records: tuple[Record, ...]) -> None:
         self.records = records
         self.done = False
-        self.error: str | None = None
+        self.error: str | None = "an error inside the server"
 
 
 class Trail:
@@ -102,10 +102,11 @@ class Trail:
     def _write(self, log: Log) -> None:
         with self._changed:
             batches, self._waiting = self._waiting, []
-        error = "the server is stopping" if self._closed else None
+        error: str | None = "the server is stopping"
         try:
             if not self._closed:
                 log.write([record for batch in batches for record in batch.records])
+                error = None
         except (OSError, SettingsError) as failure:
             error = reason(failure) if isinstance(failure, OSError) else str(failure)
             _log.error("AUDIT_LOG cannot be written, calls are refused: %s", error)

@@ -1,8 +1,8 @@
 """The chain of an audit trail. Pure: records in, lines out; lines in, what is wrong with them out.
 
 A line is one JSON object. `sequence` counts the records of the trail, over all its files; `previous` is the SHA-256 of
-the line before, without its newline. The last member is a `signature` (Ed25519, RFC 8032) over the line without it: over
-each line, since one that somebody else added would else be vouched for by the next that the server signs.
+the line before, without its newline. The last member is a `signature` (Ed25519, RFC 8032) over the line without it.
+Every line has one: what somebody else adds must not be vouched for by the next line that the server signs.
 
 What follows from that:
 

@@ -7,6 +7,7 @@ that cannot be read.
 import argparse
 import gzip
 import textwrap
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from itertools import chain
@@ -34,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
             _show(files, options)
             return 0
         return _verify(files, [_key(text) for text in options.key], options.head)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise SettingsError(f"the trail cannot be read: {error}") from None
 
 
@@ -141,7 +142,8 @@ def _value(value: object) -> str:
     if isinstance(value, dict) and "sha256" in value:
         return f"{value.get('bytes')} bytes {str(value['sha256'])[:12]}"
     if isinstance(value, dict):
-        return ",".join(map(str, value.get("names") or ()))
+        names = value.get("names")
+        return ",".join(map(str, names)) if isinstance(names, list) else str(value)
     if isinstance(value, list):
         return f"{len(value)}"
     return str(value)

@@ -22,6 +22,7 @@ import audit
 from audit_chain import BEGINNING, Check, digest, parsed
 from conftest import Server, marker, running, wait_for
 from settings import os_user
+from ssh_errors import AuditError
 
 CANARY = "canary-7f3a"
 
@@ -438,3 +439,33 @@ def test_records_that_wait_for_the_disk_are_written_together() -> None:
     for thread in [first, *threads]:
         thread.join()
     assert written == [1, 1, 20]
+
+
+def test_records_that_go_down_with_those_of_another_call_are_not_taken_for_written() -> None:
+    class FailingLog:
+        public_key: str | None = None
+        head = BEGINNING
+
+        def write(self, records: Any) -> None:
+            if len(records) == 2:
+                raise ValueError("what nobody expects")
+
+        def close(self) -> None: ...
+
+    trail = audit.Trail(FailingLog(), lambda _: None)
+    failures: list[type[Exception]] = []
+
+    def append() -> None:
+        try:
+            trail.append({"event": "intent"})
+        except (ValueError, AuditError) as error:
+            failures.append(type(error))
+
+    threads = [threading.Thread(target=append) for _ in range(2)]
+    with trail._writing:
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: len(trail._waiting) == 2)
+    for thread in threads:
+        thread.join()
+    assert failures == [ValueError, AuditError]
