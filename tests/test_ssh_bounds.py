@@ -4,19 +4,23 @@ import ctypes
 import itertools
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import ssh_bounds
+import ssh_listing
 from conftest import Server, nobody_cancels, wait_for
 from ssh_edits import Edit
 from ssh_errors import FileError, RefusedError, SSHError
 from ssh_files import Files
 from ssh_pool import Pool
+from ssh_sftp import SFTP, Opening
 
 SECRET = b"OUTSIDE, and longer than what is inside\n"
 EDIT = [Edit(operation="insert", start_line=0, new_text="changed")]
@@ -475,6 +479,74 @@ def test_what_is_made_outside_while_a_link_moves_is_empty(twins: World, way: str
     made = {name: content for name, content in twins.untouched().items() if name not in before}
     assert not any(made.values())
     assert before.items() <= twins.untouched().items()
+
+
+def test_file_that_another_call_has_open_may_be_renamed_meanwhile(
+    twins: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send, inside = SFTP.open, twins.allowed / "sub"
+
+    def open_after_renaming(sftp: SFTP, path: bytes, *more: Any) -> Opening:
+        sftp.stat(b".").attributes()  # the server has come to here
+        inside.rename(twins.outside / "moved")
+        return send(sftp, path, *more)
+
+    with channel(twins) as sftp:
+        handle = sftp.open_directory(os.fsencode(inside)).handle()
+        monkeypatch.setattr(SFTP, "open", open_after_renaming)
+        assert twins.files().read(twins.allowed / "file") == "inside\n"
+        sftp.close_handle(handle).done()
+
+
+# Many listings at once
+
+
+@contextmanager
+def channel(world: World) -> Iterator[SFTP]:
+    """The channel that the tools use, too."""
+    with world.pool.standing(world.server.target, SFTP, time.monotonic() + 20, nobody_cancels) as standing:
+        assert isinstance(standing, SFTP)
+        yield standing
+
+
+@contextmanager
+def no_turn_left(world: World) -> Iterator[None]:
+    with channel(world) as sftp, ExitStack() as taken:
+        while sftp.turns.acquire(blocking=False):
+            taken.callback(sftp.turns.release)
+        yield
+
+
+class CallerLeftError(Exception):
+    pass
+
+
+def test_listing_waits_for_its_turn_as_long_as_its_caller_does(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssh_bounds, "_TURN_SECONDS", 0.01)
+    opened = []
+
+    def leave_after_a_while() -> None:
+        opened.append(sftp.open_handles)
+        if len(opened) == 10:
+            raise CallerLeftError
+
+    with channel(world) as sftp, no_turn_left(world):
+        with pytest.raises(CallerLeftError):
+            world.files()._files.list(world.server.target, str(world.allowed), cancelled=leave_after_a_while)
+        unlimited = Tools(world, Files(world.pool, world.server.settings()))
+        assert unlimited.list(world.allowed) == ["file", "sub"]
+    assert opened == [0] * 10
+    assert world.files().list(world.allowed) == ["file", "sub"]
+
+
+def test_listing_whose_turn_does_not_come_says_so(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssh_listing, "_WALK_SECONDS", 0)
+    with no_turn_left(world):
+        listing = world.files()._files.list(world.server.target, str(world.allowed), cancelled=nobody_cancels)
+    assert listing.truncated
+    assert "stopped after 0 names" in (listing.note or "")
 
 
 # Hosts that do not tell what is open
