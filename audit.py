@@ -40,6 +40,9 @@ SHOWN = frozenset(
 )
 """The arguments whose text is recorded as it is."""
 
+HIDDEN = frozenset({"input", "content", "env", "edits", "old_text", "new_text"})
+"""The arguments of which nothing is recorded as it is, not even a number where text is due."""
+
 _FACTS = (
     *("exit_code", "signal", "stdout_bytes", "stderr_bytes", "job_id", "closed", "total"),
     *("size", "bytes_written", "created", "atomic", "edits_applied", "sha256_before", "sha256"),
@@ -275,9 +278,9 @@ def described(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _described(name: str, value: object, arguments: Mapping[str, Any]) -> object:
-    if value is None or isinstance(value, bool | int) or (name in SHOWN and isinstance(value, str)):
+    if value is None or isinstance(value, bool) or (name in SHOWN and isinstance(value, str)):
         return value
-    if isinstance(value, float) and math.isfinite(value):
+    if isinstance(value, int | float) and math.isfinite(value) and name not in HIDDEN:
         return value
     if name == "env" and isinstance(value, dict):
         return {"names": sorted(value)}
