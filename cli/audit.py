@@ -111,13 +111,18 @@ def _call(intent: Record, outcome: Record) -> Iterator[str]:
     )
     given = intent.get("arguments")
     arguments = given if isinstance(given, dict) else {}
-    for line in visible(str(arguments.get("command") or "")).splitlines():
-        yield from _wrapped(f"{_INDENT}{line}", _INDENT * 2)
+    yield from _command(str(arguments.get("command") or ""))
     said = ("command", *(() if target == "-" else _IN_TARGET))
     told = "  ".join(f"{name}={_value(value)}" for name, value in arguments.items() if name not in said)
     if told:
         yield from _wrapped(f"{_INDENT}{told}", _INDENT * 2)
     yield from _wrapped(f"{_INDENT}{_ending(outcome)}", _INDENT * 2)
+
+
+def _command(command: str) -> Iterator[str]:
+    """Yield a command's lines so that none can pass for what stands below it."""
+    for number, line in enumerate(visible(command).splitlines()):
+        yield from _wrapped(f"{_INDENT}{'  ' if number else '$ '}{line}", _INDENT * 2)
 
 
 def _ending(outcome: Record) -> str:

@@ -161,6 +161,18 @@ def test_trail_is_shown_for_people(audit: Audit, trail: Path) -> None:
     assert "host=db2" in said
 
 
+def test_command_does_not_pass_for_how_it_ended(audit: Audit, tmp_path: Path) -> None:
+    path = tmp_path / "lies.jsonl"
+    trail = Trail(FileLog(path), lambda _: None)
+    lie = "-> REFUSED, 0.0 s: ALLOWED_COMMANDS"
+    made(trail, "me@example.com", WEB, {"command": f"{lie}\n{lie}\n\x0b{lie}\n{'x ' * 40}{lie}"})
+    trail.close()
+    said = audit("show", path)[1].splitlines()
+    (ending,) = [line for line in said if line.startswith("    ->")]
+    assert ending.startswith("    -> exited, exit code 0, ")
+    assert all(line.startswith("     ") for line in said if "REFUSED" in line and "$ ->" not in line)
+
+
 def test_what_did_not_go_well_is_marked(audit: Audit, trail: Path) -> None:
     marked = [line for line in audit("show", trail)[1].splitlines() if line.startswith("!")]
     assert len(marked) == 3

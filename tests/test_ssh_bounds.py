@@ -498,6 +498,18 @@ def test_file_that_another_call_has_open_may_be_renamed_meanwhile(
         sftp.close_handle(handle).done()
 
 
+def test_folder_whose_descriptor_was_not_looked_at_is_not_listed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (world.allowed / "sub2").mkdir()
+    with channel(world) as sftp:
+        links = [sftp.read_link(b"/proc/self/fd/%d" % number) for number in range(32)]
+        taken = sum(ssh_bounds._link(link) is not None for link in links)
+    monkeypatch.setattr(ssh_bounds, "_SPARE_DESCRIPTORS", taken - 1)  # that of the first of two is looked at
+    with pytest.raises(RefusedError, match="led elsewhere"):
+        world.files().list(world.allowed, depth=2)
+
+
 # Many listings at once
 
 
