@@ -20,6 +20,7 @@ from fastmcp import Client, FastMCP
 import app
 import audit
 from audit_chain import BEGINNING, Check, digest, parsed
+from audit_log import FileLog
 from conftest import Server, marker, running, wait_for
 from settings import os_user
 from ssh_errors import AuditError
@@ -470,3 +471,11 @@ def test_records_that_go_down_with_those_of_another_call_are_not_taken_for_writt
     for thread in threads:
         thread.join()
     assert failures == [ValueError, AuditError]
+
+
+def test_nothing_is_put_on_record_after_the_end(log: Path) -> None:
+    trail = audit.Trail(FileLog(log), lambda _: None)
+    trail.close()
+    with pytest.raises(AuditError, match="the server is stopping"):
+        trail.append({"event": "intent"})
+    assert [record["event"] for record in records(log)] == ["file", "start", "stop"]

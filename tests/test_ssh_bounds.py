@@ -310,8 +310,10 @@ def test_entry_that_is_not_there_allows_nothing(world: World) -> None:
 
 def test_allowed_directory_itself_is_listed_and_not_replaced(world: World) -> None:
     tools = world.files(f"{world.allowed}/new")
-    with pytest.raises(RefusedError):
-        tools.write(world.allowed / "new")
+    for way in ("write", "append", "create"):
+        with pytest.raises(RefusedError, match="is not in a directory that ALLOWED_PATHS allows"):
+            tools.every()[way](str(world.allowed / "new"))
+    assert not (world.allowed / "new").exists()
     tools.write(world.allowed / "new" / "file", create_parents=True)
     assert tools.list(world.allowed / "new") == ["file"]
 
@@ -608,3 +610,20 @@ def test_nothing_outside_is_written_where_the_host_tells_nothing(silent: World, 
     with flipping(silent.allowed / "sub" / "same", silent.outside / "sub" / "same"):
         catch(lambda: touch(str(silent.allowed / "sub" / "same")))
     assert (silent.outside / "sub" / "same").read_bytes() == SECRET
+
+
+def test_temporary_file_that_was_made_outside_is_removed_where_the_host_tells_nothing(
+    silent: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send, inside, before = SFTP.open, silent.allowed / "sub", silent.untouched()
+
+    def open_elsewhere(sftp: SFTP, path: bytes, *more: Any) -> Opening:
+        inside.rename(silent.allowed / "moved")
+        inside.symlink_to(silent.outside / "sub")
+        return send(sftp, path, *more)
+
+    monkeypatch.setattr(SFTP, "open", open_elsewhere)
+    with pytest.raises(RefusedError, match="led elsewhere"):
+        silent.files().write(inside / "new")
+    assert inside.is_symlink()
+    assert silent.untouched() == before
