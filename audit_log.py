@@ -201,7 +201,10 @@ class FileLog:
                 if found.st_size < _FILE_BYTES:
                     return
                 last = self._standing()[0].sequence
-                self._path.rename(self._path.with_name(f"{self._path.name}.{last:012d}"))
+                full = self._path.with_name(f"{self._path.name}.{last:012d}")
+                if full.exists():  # which rename(2) would delete
+                    raise FileExistsError(errno.EEXIST, f"{full.name} is there already")
+                self._path.rename(full)
         following = _opened(self._path, os.O_APPEND)
         self._file.close()
         self._file = following

@@ -238,6 +238,20 @@ def test_new_file_with_the_inode_of_the_old_is_no_damage(path: Path) -> None:
     assert records(path)[0]["event"] == "file"
 
 
+def test_full_file_takes_no_other_files_place(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit_log, "_FILE_BYTES", 1)
+    other = path.with_name("audit.jsonl.000000000002")
+    other.write_text("of another trail")
+    with closing(FileLog(path)) as log:
+        log.write([{"event": "intent", "command": "a"}])
+        with pytest.raises(FileExistsError, match="000000000002 is there already"):
+            log.write([{"event": "intent", "command": "b"}])
+        assert other.read_text() == "of another trail"
+        other.unlink()
+        log.write([{"event": "intent", "command": "c"}])
+    assert (commands(other), commands(path)) == (["a"], ["c"])
+
+
 def test_full_file_is_renamed_by_its_last_record(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit_log, "_FILE_BYTES", 1000)
     write(path, *(f"{number:0300d}" for number in range(7)))
