@@ -13,12 +13,17 @@ What remains for somebody who changes links or folders on the host at the right 
 
 - where the host has no `/proc`, a file is compared with what stands at its path (owner, mode, size and time), and no
   folder on that path may be a link by then. One who opens another file by a link, puts everything back, and has a
-  file of the same five values there, is believed. Of a folder its names are.
-- attributes (not content) are asked for by path: type, size and time of a file outside may show.
+  file of the same five values there, is believed. Of a folder its names are; so they are where a server opens folders
+  only when they are read (asyncssh).
+- attributes (not content) are asked for by path, and so is where a link points: type, size and time of a file outside
+  may show, and the target of a link there that has the name of one inside.
 - a file or folder that is made by its path is made before it can be looked at: an empty one may be left outside
-  (`create_parents`, `append`, and every new file where there is no `/proc`).
-- where there is no `/proc`, a rename follows its path once more: it may replace a file outside, by one that lies
-  there under the temporary's name.
+  (`create_parents`, `append`, the copy kept beside a file that is overwritten where it stands, and every new file
+  where there is no `/proc`).
+- where there is no `/proc`, or the account may not read the folder, a rename follows its path once more: it may
+  replace a file outside, by one that lies there under the temporary's name.
+- a server whose one process serves several connections (not OpenSSH), with more descriptors open than are looked at,
+  may be asked about a file that another connection opened at that moment.
 
 Hard links cannot be told from files: one inside to a file outside is inside. An entry that can be changed on the host
 means what it was changed to.
@@ -41,6 +46,7 @@ from ssh_sftp_packets import Attributes, StatusError
 _MOST_LINKS: Final = 40
 _MOST_LOOKS: Final = 3
 _SPARE_DESCRIPTORS: Final = 16
+_TURN_SECONDS: Final = 0.25
 
 
 class Bounds:
@@ -127,6 +133,23 @@ class Bounds:
             openings = [send(path) for path in paths]
             after = self._descriptors(count)
         return openings, Opened(self, openings, before, after)
+
+    @contextmanager
+    def turn(self, waiting: Callable[[], bool]) -> Iterator[bool]:
+        """Wait for a turn to open many folders, as long as `waiting` says so; yield whether it came.
+
+        Each look goes over all that is open: many who open many would look at more than they list.
+        """
+        if not self.limited:
+            yield True
+            return
+        while not (mine := self.sftp.turns.acquire(timeout=_TURN_SECONDS)) and waiting():
+            pass
+        try:
+            yield mine
+        finally:
+            if mine:
+                self.sftp.turns.release()
 
     def folder_of(self, path: bytes) -> bytes | None:
         """Return the allowed directory that a path lies in."""
@@ -218,12 +241,15 @@ class Opened:
 
     @cached_property
     def _found(self) -> dict[int, bytes]:
-        """Return the descriptors that are new, by number; none where the host does not tell."""
+        """Return the descriptors that are new, by number; none where the host does not tell.
+
+        One that was there before is another's, whose file was renamed meanwhile.
+        """
         before, after = [_link(reply) for reply in self.before], [_link(reply) for reply in self.after]
         return {
             number: now
             for number, (then, now) in enumerate(zip(before, after, strict=True))
-            if now is not None and now != then
+            if now is not None and then is None
         }
 
     def _compare(self, path: bytes, handle: bytes | None) -> None:

@@ -96,8 +96,16 @@ class Walk:
         self.full = self.seen > MOST_ENTRIES or now > self.deadline
         return self.full
 
+    def _waits(self) -> bool:
+        """Whether there is time to wait for a turn; look whether the caller is still there."""
+        self.cancelled()
+        self.full = time.monotonic() > self.deadline
+        return not self.full
+
     def _entries(self, folders: list[bytes]) -> Iterator[Found]:
-        with ExitStack() as opened:
+        with self.bounds.turn(self._waits) as came, ExitStack() as opened:
+            if not came:
+                return
             directories = open_folders(self.bounds, [_join(self.root, folder) for folder in folders])
             for directory in directories:
                 opened.enter_context(directory)

@@ -243,8 +243,11 @@ def is_within(path: bytes, folder: bytes) -> bool:
 
 
 def is_hidden(path: bytes, home: bytes) -> bool:
-    """Whether a path is, or lies in, something directly in a folder whose name begins with a dot."""
-    inside, around = _components(path), _components(home)
+    """Whether a path is, or lies in, something directly in a folder whose name begins with a dot.
+
+    Case does not count, as on file systems where `/HOME` is `/home`.
+    """
+    inside, around = _components(path.lower()), _components(home.lower())
     if inside is None or around is None or inside[: len(around)] != around:
         return False
     return any(name.startswith(b".") for name in inside[len(around) :][:1])

@@ -43,6 +43,7 @@ _LARGE_CHUNK_BYTES: Final = 128 * 1024
 _IN_FLIGHT_BYTES: Final = 4 * 1024 * 1024
 _FIRST_READS: Final = 16
 _MOST_WRONG_GUESSES: Final = 3
+_MOST_TURNS: Final = 4
 _MOST_PACKET_BYTES: Final = 1024 * 1024
 
 _INIT, _VERSION = 1, 2
@@ -248,7 +249,10 @@ class _Reads:
 
 
 class SFTP:
-    """One SFTP channel. Thread-safe: any number of threads may send requests and wait for their replies."""
+    """One SFTP channel. Thread-safe: any number of threads may send requests and wait for their replies.
+
+    `turns` is for those who hold many handles at once and must not be many.
+    """
 
     def __init__(self, session: Session) -> None:
         """Start the subsystem on a fresh session and wait for its version packet.
@@ -263,6 +267,7 @@ class SFTP:
         self._ended = False
         self._sending = threading.RLock()
         self._handles = _Handles()
+        self.turns = threading.BoundedSemaphore(_MOST_TURNS)
         self._limits: Reply | None = None
         self._buffer = bytearray()
         session.subsystem("sftp")
