@@ -12,9 +12,10 @@ cannot be led elsewhere.
 What remains for somebody who changes links or folders on the host at the right moment:
 
 - where the host has no `/proc`, a file is compared with what stands at its path (owner, mode, size and time), and no
-  folder on that path may be a link by then. One who opens another file by a link, puts everything back, and has a
-  file of the same five values there, is believed. Of a folder its names are; so they are where a server opens folders
-  only when they are read (asyncssh).
+  folder on that path may be a link by then, which is looked at eight times over. One who opens another file by a link,
+  puts everything back, and has a file of the same five values there, is believed; so is one who flips the link back and
+  forth in step with every look. Of a folder its names are; so they are where a server opens folders only when they are
+  read (asyncssh).
 - attributes (not content) are asked for by path, and so is where a link points: type, size and time of a file outside
   may show, and the target of a link there that has the name of one inside.
 - a file or folder that is made by its path is made before it can be looked at: an empty one may be left outside
@@ -44,7 +45,8 @@ from ssh_sftp import SFTP, Opening, Reply
 from ssh_sftp_packets import Attributes, StatusError
 
 _MOST_LINKS: Final = 40
-_MOST_LOOKS: Final = 3
+_MOST_TURNS: Final = 3
+_LOOKS: Final = 8
 _SPARE_DESCRIPTORS: Final = 16
 _TURN_SECONDS: Final = 0.25
 
@@ -255,18 +257,20 @@ class Opened:
     def _compare(self, path: bytes, handle: bytes | None) -> None:
         """Compare a file with what stands at its path, and see that no link leads there.
 
-        A file that grows meanwhile may differ once, so it is looked at again. Raises RefusedError.
+        All the looks of a turn must agree: one who flips a link falls between two of them. A file that grows meanwhile
+        may differ once, so there are more turns. Raises RefusedError.
         """
         sftp, folder = self.bounds.sftp, self.bounds.folder_of(path)
         if folder is None:
             raise self.bounds.moved()
-        for _ in range(_MOST_LOOKS):
+        steps = below(path, folder)
+        for _ in range(_MOST_TURNS):
             opened = None if handle is None else sftp.fstat(handle)
-            *on_the_way, last = [sftp.lstat(step) for step in below(path, folder)]
-            if any(reply.attributes().is_link for reply in on_the_way):
+            looks = [[sftp.lstat(step) for step in steps] for _ in range(_LOOKS)]
+            found = [[reply.attributes() for reply in look] for look in looks]
+            if any(one.is_link for look in found for one in look):
                 break
-            found = last.attributes()
-            if not found.is_link and (opened is None or opened.attributes() == found):
+            if opened is None or all(look[-1] == opened.attributes() for look in found):
                 return
         raise self.bounds.moved()
 
