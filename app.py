@@ -12,21 +12,19 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Collection, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import anyio.from_thread
 import anyio.to_thread
 import fastmcp
 from fastmcp import FastMCP
-from fastmcp.server.auth import AccessToken
 from pydantic import Field
 
 import settings
 import telemetry
-from audit import RecordedReach, Trail
 from audit_log import open_log
 from calls import (
     EndWithLogin,
@@ -34,77 +32,27 @@ from calls import (
     HidingParameter,
     Measured,
     PlainErrors,
-    Rate,
     RateLimited,
     Recorded,
     Telling,
     answers,
     identity,
 )
-from settings import Settings, SettingsError, Target
+from server import Server
+from services import Services
+from settings import SettingsError
 from ssh_answers import Closed, CommandResult, EditedFile, FileContent, Listing, WrittenFile
-from ssh_commands import Commands
 from ssh_edits import Edit
 from ssh_errors import ArgumentError, RefusedError, SSHError
-from ssh_files import Files
-from ssh_jobs import Jobs, local_key
 from ssh_kill import Signal
-from ssh_output import visible
-from ssh_policy import WRITING_TOOLS, AllowedCommands, Reach, no_running, no_writing, warnings
-from ssh_pool import Pool
+from ssh_policy import WRITING_TOOLS, AllowedCommands, Reach, no_writing, warnings
 from ssh_shells import Task
-from ssh_sudo import Sudo
-from ssh_system import SystemInfo, SystemReports
-
-if TYPE_CHECKING:
-    from fastmcp.server.http import StarletteWithLifespan
+from ssh_system import SystemInfo
 
 _MOST_CALLS_AT_ONCE = 256
-_MOST_FILES = 65_536
-_FINISH_SECONDS = 3.0
 
+_cancelled = anyio.from_thread.check_cancelled
 _log = logging.getLogger("ssh_mcp_server")
-
-
-class Services:
-    """What the tools work with, made from one set of settings."""
-
-    def __init__(self, current: Settings, job_key: Callable[[], str | Sequence[bytes]]) -> None:
-        self.reach = RecordedReach(Reach(current))
-        self.rate = Rate(current.rate_limit)
-        self.allowed = AllowedCommands(current)
-        self.no_running = no_running(current)
-        self.no_writing = no_writing(current)
-        self.pool = Pool(current)
-        self.trail = Trail(open_log(current.audit_log) if current.audit_log else None, self.pool.host_key)
-        telemetry.observe(self.pool.counters, lambda: sum(self.pool.open_targets().values()))
-        self.commands = Commands(self.pool, current)
-        self.jobs = Jobs(self.commands, job_key)
-        self.files = Files(self.pool, current)
-        self.systems = SystemReports(self.commands.script)
-        self.sudo = Sudo(current.ssh_sudo_password) if current.ssh_sudo else None
-
-    def through_sudo(self, asked: bool) -> Sudo | None:
-        """Return how to run a command through sudo, None if that is not asked for.
-
-        Raises RefusedError where it is not allowed.
-        """
-        if asked and self.sudo is None:
-            raise RefusedError("sudo is not allowed: SSH_SUDO is not true; nothing was run")
-        return self.sudo if asked else None
-
-    def target_to_write(self, host: str | None, user: str | None, port: int | None) -> Target:
-        """Return the target of a call that writes. Raises what `Reach.target` raises, RefusedError where none may."""
-        if self.no_writing:
-            raise RefusedError(self.no_writing)
-        return self.reach.target(host, user, port)
-
-    def close(self) -> None:
-        """End what waiting calls run, let files be finished for a moment, then close connections and trail."""
-        self.commands.stop()
-        self.jobs.close()
-        self.pool.close(_FINISH_SECONDS)
-        self.trail.close(_FINISH_SECONDS)
 
 
 _services: Services | None = None
@@ -167,89 +115,6 @@ def _ended_by_signals(services: Services) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-_UVICORN: dict[str, Any] = {
-    "proxy_headers": False,  # the application knows which proxies to believe
-    "access_log": False,  # it would hold codes, and goes to stdout
-    "log_config": None,
-    "server_header": False,
-    "ws": "none",
-    "backlog": 512,  # asyncio tries that often, and logs as often, to accept what it has no descriptor for
-}
-
-
-async def _always(_: AccessToken) -> bool:
-    return True
-
-
-class _Server(FastMCP[None]):
-    """FastMCP, whose HTTP transports are one application behind the login."""
-
-    job_key: Callable[[], str | Sequence[bytes]] = staticmethod(local_key)
-    in_force: Callable[[AccessToken], Awaitable[bool]] = staticmethod(_always)
-    _listens_on: str | None = None
-
-    async def run_http_async(self, *args: Any, **kwargs: Any) -> None:
-        """Serve over HTTP until told to stop; a setting that cannot be used ends the process before it listens."""
-        host = kwargs.get("host") or fastmcp.settings.host
-        self._listens_on = settings.http_url(host, kwargs.get("port") or fastmcp.settings.port)
-        from http_deadline import PunctualProtocol
-
-        logging.getLogger("uvicorn").handlers = _log.handlers
-        _allow_many_connections()
-        kwargs["uvicorn_config"] = (
-            _UVICORN | {"http": PunctualProtocol} | (kwargs.get("uvicorn_config") or {})
-        )
-        try:
-            await super().run_http_async(*args, **kwargs)
-        except SettingsError as error:
-            settings.exit_for(error)
-
-    def http_app(self, *args: Any, **kwargs: Any) -> "StarletteWithLifespan":
-        """Return the application that serves both HTTP transports. Raises SettingsError without a complete login."""
-        import http_server  # what only HTTP needs takes a second to import
-
-        current = settings.load()
-        login = settings.login(current, self._listens_on)
-        self.job_key = lambda: login.session_keys[::-1]  # itsdangerous signs with the last
-        served = http_server.http_app(
-            self,
-            login,
-            current.forwarded_allow_ips,
-            lambda: anyio.to_thread.run_sync(_default_target_report),
-            json_response=bool(kwargs.get("json_response")),
-            stateless=bool(kwargs.get("stateless_http")),
-        )
-        self.in_force = served.state.in_force
-        return served
-
-
-def _allow_many_connections() -> None:
-    """Raise the soft limit of file descriptors, usually 1024: each stream holds one, and each message another."""
-    if os.name != "posix":
-        return
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        with suppress(ValueError, OSError):  # macOS allows less than it says
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
-def _default_target_report() -> dict[str, Any]:
-    """Tell whether the default target can be reached, and what the pool has counted: for monitoring."""
-    pool = _ssh().pool
-    try:
-        target = _ssh().reach.target(None, None, None)
-        _ssh().commands.script(target, ":", cancelled=_cancelled)
-    except SSHError as error:
-        answer: dict[str, Any] = {"reachable": False, "error": visible(str(error))}
-    else:
-        connections = pool.open_targets().get(target, 0)
-        answer = {"reachable": True, "target": str(target), "connections": connections}
-    return answer | {"counters": pool.counters()}
-
-
 def _forget_env_file() -> None:
     """Set FastMCP's settings anew without the `.env` of the working directory, which anybody may have put there."""
     for name, value in type(fastmcp.settings)(_env_file=None):
@@ -261,7 +126,8 @@ if "FASTMCP_ENV_FILE" not in os.environ:
 fastmcp.settings.check_for_updates = "off"
 fastmcp.settings.show_server_banner = False
 
-mcp: _Server = _Server(
+mcp: Server = Server(
+    lambda: _ssh().default_target_report(_cancelled),
     name="ssh-mcp-server",
     version=settings.__version__,
     instructions=(
@@ -290,8 +156,6 @@ Hash = Annotated[
     str | None,
     Field(description="Refuse unless the file has this SHA-256 now", pattern="^[0-9a-fA-F]{64}$"),
 ]
-
-_cancelled = anyio.from_thread.check_cancelled
 
 
 @mcp.tool(
@@ -590,7 +454,8 @@ def _log_to_stderr(level: str) -> None:
     # below that they tell what calls hold, and what strangers call themselves
     for library in ("fastmcp.server", "mcp"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    logging.getLogger("mcp").handlers = [handler]
+    logging.getLogger("fastmcp").handlers = [handler]
+    logging.getLogger().addHandler(handler)  # else the first library that logs there sets up one of its own
 
 
 try:

@@ -40,6 +40,9 @@ SHOWN = frozenset(
 )
 """The arguments whose text is recorded as it is."""
 
+HIDDEN = frozenset({"input", "content", "env", "edits", "old_text", "new_text"})
+"""The arguments of which nothing is recorded as it is, not even a number where text is due."""
+
 _FACTS = (
     *("exit_code", "signal", "stdout_bytes", "stderr_bytes", "job_id", "closed", "total"),
     *("size", "bytes_written", "created", "atomic", "edits_applied", "sha256_before", "sha256"),
@@ -58,7 +61,7 @@ class _Batch:
     def __init__(self, records: tuple[Record, ...]) -> None:
         self.records = records
         self.done = False
-        self.error: str | None = None
+        self.error: str | None = "an error inside the server"
 
 
 class Trail:
@@ -102,10 +105,11 @@ class Trail:
     def _write(self, log: Log) -> None:
         with self._changed:
             batches, self._waiting = self._waiting, []
-        error = "the server is stopping" if self._closed else None
+        error: str | None = "the server is stopping"
         try:
             if not self._closed:
                 log.write([record for batch in batches for record in batch.records])
+                error = None
         except (OSError, SettingsError) as failure:
             error = reason(failure) if isinstance(failure, OSError) else str(failure)
             _log.error("AUDIT_LOG cannot be written, calls are refused: %s", error)
@@ -274,9 +278,9 @@ def described(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _described(name: str, value: object, arguments: Mapping[str, Any]) -> object:
-    if value is None or isinstance(value, bool | int) or (name in SHOWN and isinstance(value, str)):
+    if value is None or isinstance(value, bool) or (name in SHOWN and isinstance(value, str)):
         return value
-    if isinstance(value, float) and math.isfinite(value):
+    if isinstance(value, int | float) and math.isfinite(value) and name not in HIDDEN:
         return value
     if name == "env" and isinstance(value, dict):
         return {"names": sorted(value)}

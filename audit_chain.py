@@ -1,14 +1,14 @@
 """The chain of an audit trail. Pure: records in, lines out; lines in, what is wrong with them out.
 
 A line is one JSON object. `sequence` counts the records of the trail, over all its files; `previous` is the SHA-256 of
-the line before, without its newline. The last line of what was written at once also carries a `signature` (Ed25519,
-RFC 8032) over itself without that member, and so over all before it.
+the line before, without its newline. The last member is a `signature` (Ed25519, RFC 8032) over the line without it.
+Every line has one: what somebody else adds must not be vouched for by the next line that the server signs.
 
 What follows from that:
 
 - Without the key: a record that is altered, removed, moved or put in is found, unless everything after it is made anew,
   or it is the last. Who may write the file can do that.
-- With the public key: making anew is found too. Nobody but who has the private key can write a last record.
+- With the public key: making anew is found too. Nobody but who has the private key can write a record.
 - What is cut off at the end is found by nothing in the file. It takes a hash that was noted elsewhere.
 """
 
@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 Record = Mapping[str, Any]
 
 _SIGNED_AS = b"ssh-mcp-server audit trail\n"
-_SIGNATURE = b',"signature":"'
+_SIGNATURE, _SIGNED = b',"signature":"', b'"}'
 _UNSEEN = (*range(0x7F, 0xA0), 0x061C, *range(0x200B, 0x2010), *range(0x2028, 0x202F), *range(0x2066, 0x206A))
 _ESCAPES = {code: f"\\u{code:04x}" for code in _UNSEEN}
 
@@ -53,15 +53,17 @@ def digest(line: bytes) -> str:
 
 
 def linked(head: Head, records: Sequence[Record], key: Ed25519PrivateKey | None = None) -> list[bytes]:
-    """Return the lines of records that follow `head`, the last one signed."""
+    """Return the lines of records that follow `head`, signed if there is a key."""
     lines = []
     for record in records:
-        lines.append(_encoded({"sequence": head.sequence + 1, **record, "previous": head.hash}))
+        line = _encoded({"sequence": head.sequence + 1, **record, "previous": head.hash})
+        lines.append(line if key is None else _signed(line, key))
         head = head.then(lines[-1])
-    if key is not None:
-        signature = b64encode(key.sign(_SIGNED_AS + lines[-1]))
-        lines[-1] = lines[-1][:-1] + _SIGNATURE + signature + b'"}'
     return lines
+
+
+def _signed(line: bytes, key: Ed25519PrivateKey) -> bytes:
+    return line[:-1] + _SIGNATURE + b64encode(key.sign(_SIGNED_AS + line)) + _SIGNED
 
 
 def _encoded(record: Record) -> bytes:
@@ -117,7 +119,6 @@ class Check:
         self.head: Head | None = None
         self._keys = keys
         self._noted = noted
-        self._unsigned: _Line | None = None
 
     def run(self, files: Iterable[tuple[str, Iterable[bytes]]]) -> Iterator[Finding]:
         """Yield what is found. Each file is its name and its lines, newlines included."""
@@ -145,7 +146,7 @@ class Check:
 
     def _one(self, line: _Line, record: Record, before: _Line | None) -> Iterator[Finding]:
         yield from self._placed(line, record, before)
-        yield from self._signed(line, record)
+        yield from self._vouched(line, record)
         if record["event"] == "damaged":
             yield line.finding(f"the server found damage here: {record.get('error')}")
         self.records += 1
@@ -177,23 +178,22 @@ class Check:
                 f"altered: record {sequence} holds another hash of what was before it"
             )
 
-    def _signed(self, line: _Line, record: Record) -> Iterator[Finding]:
+    def _vouched(self, line: _Line, record: Record) -> Iterator[Finding]:
+        """Tell whether a record bears a signature; nothing may stand behind that, where it would be read as well."""
         if not self._keys:
             return
-        if (signature := record.get("signature")) is None:
-            self._unsigned = self._unsigned or line
+        if "signature" not in record:
+            yield line.finding("it bears no signature: anybody may have written it")
             return
-        self._unsigned = None
-        body = line.data.rpartition(_SIGNATURE)[0] + b"}"
-        if not any(_fits(key, signature, body) for key in self._keys):
+        body, _, rest = line.data.removesuffix(b"\n").rpartition(_SIGNATURE)
+        signature = rest.removesuffix(_SIGNED)
+        if not any(_fits(key, signature, body + b"}") for key in self._keys):
             yield line.finding("its signature is by another key, or it was altered")
 
     def _end(self, last: _Line | None) -> Iterator[Finding]:
         if last is None:
             yield Finding("", 0, "there is no record")
             return
-        if self._unsigned is not None:
-            yield self._unsigned.finding("no signature follows: from here on anybody may have written it")
         if self._noted is not None:
             yield last.finding(
                 f"no record has the hash {self._noted}: the end was cut off, or what it names was altered"
@@ -205,9 +205,9 @@ def _lines(name: str, content: Iterable[bytes]) -> Iterator[_Line]:
         yield _Line(name, number, data, parsed(data))
 
 
-def _fits(key: Ed25519PublicKey, signature: object, body: bytes) -> bool:
+def _fits(key: Ed25519PublicKey, signature: bytes, body: bytes) -> bool:
     try:
-        key.verify(b64decode(str(signature), validate=True), _SIGNED_AS + body)
+        key.verify(b64decode(signature, validate=True), _SIGNED_AS + body)
     except (InvalidSignature, NotBase64, ValueError):
         return False
     return True

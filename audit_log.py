@@ -18,8 +18,10 @@ Invariants of a file:
 
 import errno
 import os
+import select
 import socket
 import stat
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +47,8 @@ if sys.platform != "win32":
 
 _FILE_BYTES = 100 * 1024 * 1024
 _LOCK_SECONDS = 10.0
+_TAKE_SECONDS = 10
+_PIPE_BYTES = 4096
 _STATE_BYTES = 128
 _SYSLOG = "<86>"  # facility authpriv, severity informational (RFC 5424, 6.2.1)
 
@@ -81,7 +85,10 @@ def reason(error: OSError) -> str:
 
 
 class SentLog:
-    """A trail that somebody else keeps. Its chain begins anew with each process, and bears no signature."""
+    """A trail that somebody else keeps. Its chain begins anew with each process, and bears no signature.
+
+    A line that nobody takes within `_TAKE_SECONDS` is an error: whoever takes them may be stopped.
+    """
 
     public_key: str | None = None
 
@@ -95,32 +102,46 @@ class SentLog:
         """Send to a local syslog daemon or journald: a record counts once the daemon's socket has taken it."""
         if sys.platform == "win32":
             raise OSError(errno.EAFNOSUPPORT, "Windows has no syslog")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as trying:
+            trying.connect(path)
         wire = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        try:
-            wire.connect(path)
-        except OSError:
-            wire.close()
-            raise
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _TAKE_SECONDS, 0))
         head = f"{_SYSLOG}ssh-mcp-server[{os.getpid()}]: ".encode()
-        return cls(lambda line: wire.send(head + line), wire.close)
+        return cls(
+            lambda line: wire.sendto(head + line, path), wire.close
+        )  # by name: a daemon is started anew
 
     @classmethod
     def to_descriptor(cls, number: int) -> "SentLog":
         """Write lines to a descriptor that the process was started with, and that stays open."""
         os.write(number, b"")
-
-        def send(line: bytes) -> None:
-            rest = memoryview(line + b"\n")
-            while rest:
-                rest = rest[os.write(number, rest) :]
-
-        return cls(send, lambda: None)
+        return cls(_Descriptor(number).send, lambda: None)
 
     def write(self, records: Sequence[Record]) -> None:
         """Send records one by one. Raises OSError for the first that is not taken."""
         for line in linked(self.head, records):
             self._send(line)
             self.head = self.head.then(line)
+
+
+class _Descriptor:
+    """Writes lines to a descriptor, in parts that a pipe with any room takes whole (pipe(7), `PIPE_BUF`)."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._torn = False
+
+    def send(self, line: bytes) -> None:
+        """Write a line, after the end of one of which only a part was taken. Raises OSError."""
+        rest = memoryview((b"\n" if self._torn else b"") + line + b"\n")
+        while rest:
+            self._wait_for_room()
+            rest = rest[os.write(self._number, rest[:_PIPE_BYTES]) :]
+            self._torn = bool(rest)
+
+    def _wait_for_room(self) -> None:
+        if sys.platform != "win32" and not select.select([], [self._number], [], _TAKE_SECONDS)[1]:
+            raise TimeoutError(errno.ETIMEDOUT, "nobody reads what it writes")
 
 
 @dataclass(frozen=True)
@@ -180,10 +201,13 @@ class FileLog:
                 if found.st_size < _FILE_BYTES:
                     return
                 last = self._standing()[0].sequence
-                self._file.close()
-                self._path.rename(self._path.with_name(f"{self._path.name}.{last:012d}"))
+                full = self._path.with_name(f"{self._path.name}.{last:012d}")
+                if full.exists():  # which rename(2) would delete
+                    raise FileExistsError(errno.EEXIST, f"{full.name} is there already")
+                self._path.rename(full)
+        following = _opened(self._path, os.O_APPEND)
         self._file.close()
-        self._file = _opened(self._path, os.O_APPEND)
+        self._file = following
 
     def _standing(self) -> tuple[Head, list[Record]]:
         """Return the record that the next one follows, and what is to be noted before it."""
@@ -289,12 +313,19 @@ def _opened(path: Path, flags: int = 0) -> BinaryIO:
             raise SettingsError(f"AUDIT_LOG: {path} is no file; for a pipe give fd:3 or the like")
         if os.name == "posix" and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise SettingsError(f"AUDIT_LOG: others may write to {path}; run: chmod go-w {path}")
+        _demand_own(path, found)
         if made:
             _flush_folder(path.parent)
     except BaseException:
         file.close()
         raise
     return file
+
+
+def _demand_own(path: Path, found: os.stat_result) -> None:
+    """Raise SettingsError for a file of another account, which may have read it, and may change it at any time."""
+    if sys.platform != "win32" and found.st_uid not in (0, os.geteuid()):
+        raise SettingsError(f"AUDIT_LOG: {path} belongs to another account; chown or remove it")
 
 
 def _flush_folder(folder: Path) -> None:
@@ -316,10 +347,15 @@ def _key(path: Path) -> Ed25519PrivateKey:
             file.flush()
             os.fsync(file.fileno())
         return key
-    if os.name == "posix" and path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise SettingsError(f"AUDIT_LOG: others may read its key {path}; run: chmod 600 {path}")
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a FIFO would have it wait
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(file.fileno())
+        if os.name == "posix" and found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise SettingsError(f"AUDIT_LOG: others may read its key {path}; run: chmod 600 {path}")
+        _demand_own(path, found)
+        data = file.read()
     try:
-        loaded = load_ssh_private_key(path.read_bytes(), None)
+        loaded = load_ssh_private_key(data, None)
     except (ValueError, TypeError):  # the latter for one with a passphrase
         loaded = None
     if not isinstance(loaded, Ed25519PrivateKey):

@@ -206,7 +206,6 @@ def _not_built(*off: str) -> BeforeValidator:
 
 
 ExpandedPath = Annotated[Path, AfterValidator(_expanded)]
-NotBuilt = Annotated[None, _not_built()]
 NotBuiltSwitch = Annotated[None, _not_built("false", "0", "no", "off", "never")]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
@@ -227,6 +226,9 @@ class Settings(BaseSettings):
     ssh_key_passphrase: SecretStr | None = Field(None, description="the key's passphrase")
     ssh_known_hosts: ExpandedPath = Field(
         Path("~/.ssh/known_hosts").expanduser(), description="the path of a known_hosts file"
+    )
+    ssh_config: ExpandedPath = Field(
+        Path("~/.ssh/config").expanduser(), description="the path of an SSH client configuration, or none"
     )
     ssh_host_key_policy: Literal["strict", "accept-new"] = Field("strict", description="strict or accept-new")
     ssh_allowed_hosts: str | None = Field(
@@ -297,7 +299,6 @@ class Settings(BaseSettings):
         BeforeValidator(lambda v: v.upper() if isinstance(v, str) else v),
     ] = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
 
-    ssh_config: NotBuilt = None
     confirm: NotBuiltSwitch = None
 
     @classmethod
@@ -493,15 +494,24 @@ _SECRETS = _SIGNING | frozenset(
 )
 
 
+def environment_without_secrets() -> dict[str, str]:
+    """Return the environment for a command of the operator's, which needs none of the server's secrets."""
+    return {name: value for name, value in os.environ.items() if name.lower() not in _SECRETS}
+
+
 def _sentence(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False)[0]
     name = str(first["loc"][0])
     if first["msg"].endswith("unset it"):
         return f"{name.upper()} is set, and {first['msg'].removeprefix('Value error, ')}"
     shown = str(first["input"])
-    hidden = name in _SECRETS or ("://" in shown and "@" in shown)  # a URL may hold a password
-    held = "a value that cannot be used" if hidden else repr(shown[:100])
+    held = "a value that cannot be used" if is_secret(name, shown) else repr(shown[:100])
     return f"{name.upper()} is {held}; give {Settings.model_fields[name].description}"
+
+
+def is_secret(name: str, value: str) -> bool:
+    """Tell whether a variable's value is to be kept out of what people see; a URL may hold a password."""
+    return name.lower() in _SECRETS or ("://" in value and "@" in value)
 
 
 def exit_for(error: SettingsError) -> NoReturn:

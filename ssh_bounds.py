@@ -12,13 +12,19 @@ cannot be led elsewhere.
 What remains for somebody who changes links or folders on the host at the right moment:
 
 - where the host has no `/proc`, a file is compared with what stands at its path (owner, mode, size and time), and no
-  folder on that path may be a link by then. One who opens another file by a link, puts everything back, and has a
-  file of the same five values there, is believed. Of a folder its names are.
-- attributes (not content) are asked for by path: type, size and time of a file outside may show.
+  folder on that path may be a link by then, which is looked at eight times over. One who opens another file by a link,
+  puts everything back, and has a file of the same five values there, is believed; so is one who flips the link back and
+  forth in step with every look. Of a folder its names are; so they are where a server opens folders only when they are
+  read (asyncssh).
+- attributes (not content) are asked for by path, and so is where a link points: type, size and time of a file outside
+  may show, and the target of a link there that has the name of one inside.
 - a file or folder that is made by its path is made before it can be looked at: an empty one may be left outside
-  (`create_parents`, `append`, and every new file where there is no `/proc`).
-- where there is no `/proc`, a rename follows its path once more: it may replace a file outside, by one that lies
-  there under the temporary's name.
+  (`create_parents`, `append`, the copy kept beside a file that is overwritten where it stands, and every new file
+  where there is no `/proc`).
+- where there is no `/proc`, or the account may not read the folder, a rename follows its path once more: it may
+  replace a file outside, by one that lies there under the temporary's name.
+- a server whose one process serves several connections (not OpenSSH), with more descriptors open than are looked at,
+  may be asked about a file that another connection opened at that moment.
 
 Hard links cannot be told from files: one inside to a file outside is inside. An entry that can be changed on the host
 means what it was changed to.
@@ -31,15 +37,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
-import ssh_sftp
+import ssh_sftp_packets
 from settings import Target
 from ssh_errors import RefusedError
 from ssh_policy import AllowedPaths, below, is_hidden, is_within
-from ssh_sftp import SFTP, Attributes, Opening, Reply, StatusError
+from ssh_sftp import SFTP, Opening, Reply
+from ssh_sftp_packets import Attributes, StatusError
 
 _MOST_LINKS: Final = 40
-_MOST_LOOKS: Final = 3
+_MOST_TURNS: Final = 3
+_LOOKS: Final = 8
 _SPARE_DESCRIPTORS: Final = 16
+_TURN_SECONDS: Final = 0.25
 
 
 class Bounds:
@@ -103,10 +112,15 @@ class Bounds:
         self, path: bytes, offset: int = 0, end: int | None = None, size: int = 0
     ) -> Iterator[tuple[bytes, Iterator[bytes]]]:
         """Open a file and yield its handle and its bytes, as `SFTP.reading` does. Raises like `open`."""
-        (opening,), opened = self.opening([path], lambda path: self.sftp.open(path, ssh_sftp.READ))
+        (opening,), opened = self.opening([path], lambda path: self.sftp.open(path, ssh_sftp_packets.READ))
         with self.sftp.reading(opening, offset, end, size) as (handle, chunks):
             opened.confirm(path, handle)
             yield handle, chunks
+
+    def content(self, path: bytes, limit: int | None = None, size: int = 0) -> bytes:
+        """Return what a file holds, `limit` bytes at most; `size` is how large it probably is. Raises like `open`."""
+        with self.reading(path, 0, limit, size) as (_, chunks):
+            return b"".join(chunks)
 
     def opening(
         self, paths: Sequence[bytes], send: Callable[[bytes], Opening]
@@ -121,6 +135,23 @@ class Bounds:
             openings = [send(path) for path in paths]
             after = self._descriptors(count)
         return openings, Opened(self, openings, before, after)
+
+    @contextmanager
+    def turn(self, waiting: Callable[[], bool]) -> Iterator[bool]:
+        """Wait for a turn to open many folders, as long as `waiting` says so; yield whether it came.
+
+        Each look goes over all that is open: many who open many would look at more than they list.
+        """
+        if not self.limited:
+            yield True
+            return
+        while not (mine := self.sftp.turns.acquire(timeout=_TURN_SECONDS)) and waiting():
+            pass
+        try:
+            yield mine
+        finally:
+            if mine:
+                self.sftp.turns.release()
 
     def folder_of(self, path: bytes) -> bytes | None:
         """Return the allowed directory that a path lies in."""
@@ -212,29 +243,34 @@ class Opened:
 
     @cached_property
     def _found(self) -> dict[int, bytes]:
-        """Return the descriptors that are new, by number; none where the host does not tell."""
+        """Return the descriptors that are new, by number; none where the host does not tell.
+
+        One that was there before is another's, whose file was renamed meanwhile.
+        """
         before, after = [_link(reply) for reply in self.before], [_link(reply) for reply in self.after]
         return {
             number: now
             for number, (then, now) in enumerate(zip(before, after, strict=True))
-            if now is not None and now != then
+            if now is not None and then is None
         }
 
     def _compare(self, path: bytes, handle: bytes | None) -> None:
         """Compare a file with what stands at its path, and see that no link leads there.
 
-        A file that grows meanwhile may differ once, so it is looked at again. Raises RefusedError.
+        All the looks of a turn must agree: one who flips a link falls between two of them. A file that grows meanwhile
+        may differ once, so there are more turns. Raises RefusedError.
         """
         sftp, folder = self.bounds.sftp, self.bounds.folder_of(path)
         if folder is None:
             raise self.bounds.moved()
-        for _ in range(_MOST_LOOKS):
+        steps = below(path, folder)
+        for _ in range(_MOST_TURNS):
             opened = None if handle is None else sftp.fstat(handle)
-            *on_the_way, last = [sftp.lstat(step) for step in below(path, folder)]
-            if any(reply.attributes().is_link for reply in on_the_way):
+            looks = [[sftp.lstat(step) for step in steps] for _ in range(_LOOKS)]
+            found = [[reply.attributes() for reply in look] for look in looks]
+            if any(one.is_link for look in found for one in look):
                 break
-            found = last.attributes()
-            if not found.is_link and (opened is None or opened.attributes() == found):
+            if opened is None or all(look[-1] == opened.attributes() for look in found):
                 return
         raise self.bounds.moved()
 

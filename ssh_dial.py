@@ -45,25 +45,28 @@ def interleaved(addresses: Iterable[Address]) -> list[Address]:
     return [address for turn in turns for address in turn if address is not None]
 
 
-def dial(target: Target, deadline: float) -> socket.socket:
+def dial(
+    target: Target, deadline: float, *, host: str | None = None, family: int = socket.AF_UNSPEC
+) -> socket.socket:
     """Return a TCP connection to `target`, made by `deadline` (monotonic seconds), a slow look-up excepted.
+
+    `host` is what the target's name leads to, where that is another name, and `family` which addresses of it count.
 
     Raises UnreachableError with what happened at each address; NoAnswerError when none of them answered and one at
     least kept silent. The caller owns the socket. Thread-safe: it keeps no state.
     """
     try:
-        found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host or target.host, target.port, family, socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError):
-        raise UnreachableError(
-            f"{target}: there is no host of that name; check its spelling and the DNS"
-        ) from None
+        name = "of that name" if host in (None, target.host) else f"{host} (HostName of the SSH config)"
+        raise UnreachableError(f"{target}: there is no host {name}; check its spelling and the DNS") from None
     race = _Race(interleaved(Address(family, place) for family, _, _, _, place in found), deadline)
     try:
         winner = race.run()
     finally:
         race.close()
     if winner is None:
-        raise _unreachable(target, race.failures)
+        raise _unreachable(target, host or target.host, race.failures)
     winner.setblocking(True)
     return winner
 
@@ -141,15 +144,14 @@ class _Race:
             key.fileobj.close()
 
 
-def _unreachable(target: Target, failures: dict[Address, OSError]) -> UnreachableError:
+def _unreachable(target: Target, host: str, failures: dict[Address, OSError]) -> UnreachableError:
+    named = str(target) if host == target.host else f"{target} ({host})"
     kind = NoAnswerError if _nobody_answered(failures.values()) else UnreachableError
     if len(failures) == 1:
         (failure,) = failures.values()
-        return kind(f"{target} cannot be reached: {_what(failure, target)}; {_advice(failure)}")
+        return kind(f"{named} cannot be reached: {_what(failure, target)}; {_advice(failure)}")
     each = ", ".join(f"{address.host}: {_what(failure, target)}" for address, failure in failures.items())
-    return kind(
-        f"{target} cannot be reached at any of its addresses ({each}); check the host and the network"
-    )
+    return kind(f"{named} cannot be reached at any of its addresses ({each}); check the host and the network")
 
 
 def _nobody_answered(failures: Iterable[OSError]) -> bool:

@@ -17,6 +17,10 @@ class ArgumentError(SSHError):
     """An argument makes no sense; nothing was sent."""
 
 
+class ConfigError(SSHError):
+    """The SSH config cannot be used; the message names file and line. Nothing was sent."""
+
+
 class AuditError(SSHError):
     """The audit trail could not be written; the message says whether anything was done."""
 

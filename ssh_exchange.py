@@ -17,14 +17,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
+from ssh_errors import ConnectionLostError
 from ssh_lending import Cancelled
 from ssh_output import Kept
+from ssh_session import Session
 from ssh_shells import Dialect, Task
 from ssh_sudo import Dialogue
-from ssh_transport import Session
 
 _TICK_SECONDS = 0.25
 _GRACE_SECONDS = 0.5
+_ASK_SECONDS = 0.1
+_STALL_SECONDS = 10.0
 _PULSE_SECONDS = 1.0
 _LINE_BYTES = 120
 _PACKETS = 16
@@ -115,7 +118,7 @@ class Exchange:
         self.signal_sent: str | None = None
         self.books = threading.Lock()
         self.kept_session: ExitStack | None = None
-        self._session = session
+        self._held: Session | None = session
         self._greeting = greeting
         self._input = memoryview(stdin)
         self._fed = False
@@ -124,6 +127,16 @@ class Exchange:
         self._out = _Marked(mark, _OUT_MARKED, self.outcome.out)
         self._err = _Marked(mark, _ERR_MARKED, self.outcome.err)
         self._grace: _Grace | None = None
+
+    @property
+    def _session(self) -> Session:
+        if self._held is None:
+            raise ConnectionLostError("the command has just ended; ask again")
+        return self._held
+
+    def let_go(self) -> None:
+        """Hold the session no longer: an outcome that is kept for long must not keep a connection in memory."""
+        self._held = None
 
     def finish(self, deadline: float, check: Cancelled, *, until_started: bool = False) -> bool:
         """Go on until the command has ended and return True, or False when the deadline came first."""
@@ -221,8 +234,8 @@ class Exchange:
         if not session.exited:
             return False
         if self._grace is None:
-            self._grace = _Grace()
-        return self._grace.is_over(moved)
+            self._grace = _Grace(session)
+        return self._grace.is_over(moved) and not session.pending
 
     def _conclude(self) -> None:
         outcome = self.outcome
@@ -248,21 +261,30 @@ class Exchange:
 class _Grace:
     """How long output is still taken after the command's own process has ended.
 
-    Half a second, and longer only while more arrives than a chatty background process would print: what the
-    command itself left in pipes and windows comes as fast as the wire carries it.
+    Half a second, and longer while more arrives than a chatty background process would print: what the command itself
+    left in pipes and windows comes as fast as the wire carries it. Where the wire or the server stalls it may come
+    later than that, so the server is asked for an answer, which comes behind it.
     """
 
-    def __init__(self) -> None:
-        self._until = time.monotonic() + _GRACE_SECONDS
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._began_at = time.monotonic()
+        self._until = self._began_at + _GRACE_SECONDS
         self._bytes = 0
+        self._asked = False
 
     def is_over(self, moved: int) -> bool:
         self._bytes += moved
-        if time.monotonic() < self._until:
+        now = time.monotonic()
+        if not self._asked and now - self._began_at >= _ASK_SECONDS:
+            self._session.ask()
+            self._asked = True
+        if now < self._until:
             return False
-        if self._bytes < _FLOOD_BYTES:
+        stalls = not self._session.answered and now - self._began_at < _STALL_SECONDS
+        if not stalls and self._bytes < _FLOOD_BYTES:
             return True
-        self._until, self._bytes = time.monotonic() + _GRACE_SECONDS, 0
+        self._until, self._bytes = now + _GRACE_SECONDS, 0
         return False
 
 

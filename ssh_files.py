@@ -10,6 +10,7 @@ Invariants:
   kernel's files that pass for regular ones, and whose end does not come until something happens.
 - Within `ALLOWED_PATHS`: a path is judged by where it leads, before anything else is said of it (ssh_bounds).
 - Calls of this process that change the same file go one after the other.
+- What changes nothing is asked for once more when the connection ends meanwhile, on another and in the same time.
 """
 
 import base64
@@ -19,12 +20,12 @@ import re
 import stat
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Final, Literal, cast
+from typing import Final, Literal, TypeVar, cast
 
-import ssh_sftp
+import ssh_sftp_packets
 from settings import Settings, Target
 from ssh_answers import EditedFile, FileContent, Listing, WrittenFile, iso_time, octal
 from ssh_bounds import Bounds
@@ -32,11 +33,12 @@ from ssh_edits import Edit, apply_edits
 from ssh_errors import ArgumentError, BusyError, ConnectionLostError, FileError
 from ssh_exchange import Progress, untold
 from ssh_lines import Lines, Window, tail_start
-from ssh_listing import Found, Walk, entry
+from ssh_listing import Found, Owners, Walk, entry
 from ssh_policy import AllowedPaths
 from ssh_pool import Cancelled, Pool
-from ssh_sftp import SFTP, Attributes, NoSFTPError, StatusError, path_bytes, shown_name
-from ssh_writes import Place, Temporaries, Writer, bytes_of, make_folders, new_path
+from ssh_sftp import SFTP, NoSFTPError
+from ssh_sftp_packets import Attributes, StatusError, shown_name
+from ssh_writes import Place, Temporaries, Writer, make_folders, new_path
 
 MOST_WRITTEN_BYTES: Final = 32 * 1024 * 1024
 _COUNTED_BYTES = 64 * 1024 * 1024
@@ -45,6 +47,9 @@ _QUEUE_SECONDS = 30.0
 _READ_SECONDS = 120.0
 _TELL_SECONDS = 1.0
 _MOST_LINKS = 20
+_TIME_TO_REPEAT_SECONDS = 1.0
+
+_Seen = TypeVar("_Seen")
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -110,7 +115,8 @@ class Files:
 
         Raises FileError for what is missing, forbidden, no regular file, or binary.
         """
-        with self._bounds(target, path, "read", cancelled) as bounds:
+
+        def look(bounds: Bounds) -> FileContent:
             place = self._regular(bounds, target, path)
             size = place.found.size or 0
             far = start_line < 1 and size > _COUNTED_BYTES
@@ -122,7 +128,9 @@ class Files:
                     window, seen = self._far_end(bounds.sftp, handle, size, -start_line, max_lines)
                 else:
                     window, seen = self._from_end(b"".join(chunks), -start_line, max_lines)
-        return self._content(target, place, window, seen)
+            return self._content(target, place, window, seen)
+
+        return self._looking(look, target, path, "read", cancelled)
 
     def read_bytes(
         self,
@@ -135,12 +143,15 @@ class Files:
         max_bytes: int = 49_152,
     ) -> FileContent:
         """Read a part of any regular file as base64. Raises FileError."""
-        with self._bounds(target, path, "read", cancelled) as bounds:
+
+        def look(bounds: Bounds) -> tuple[Place, bytes]:
             place = self._regular(bounds, target, path)
             size, last = place.found.size or 0, offset + max_bytes
             with bounds.reading(place.real, offset, last + 1, min(size, last)) as (_, chunks):
-                asked = b"".join(_Transfer(cancelled, progress).passing(chunks, path))
-        data, rest = asked[:max_bytes], asked[max_bytes:]
+                return place, b"".join(_Transfer(cancelled, progress).passing(chunks, path))
+
+        place, asked = self._looking(look, target, path, "read", cancelled)
+        data, rest = memoryview(asked)[:max_bytes], asked[max_bytes:]
         end = offset + len(data)
         whole = offset == 0 and not rest
         found = place.found
@@ -192,12 +203,12 @@ class Files:
                     atomic, attributes = False, writer.append(place, content, mode)
                 else:
                     atomic, attributes = writer.replace(
-                        place, content, mode, overwrite=overwrite, before=before
+                        place, content, mode, overwrite=overwrite, before=before, anew=True
                     )
                 size = attributes.size or 0
                 whole = content
                 if append and size <= MOST_WRITTEN_BYTES:
-                    whole = bytes_of(bounds, place.real, size=size)
+                    whole = bounds.content(place.real, size=size)
         return WrittenFile(
             path=place.shown,
             bytes_written=len(content),
@@ -257,8 +268,10 @@ class Files:
         offset: int = 0,
     ) -> Listing:
         """List a directory, `depth` levels deep. Raises FileError."""
-        with self._bounds(target, path, "list", cancelled) as bounds:
-            sftp, asked = bounds.sftp, path_bytes(path)
+
+        def look(bounds: Bounds) -> Listing:
+            sftp = bounds.sftp
+            asked = sftp.path(path)
             resolving, asking = sftp.real_path(asked), sftp.stat(asked)
             bounds.vouch(asked, resolving)
             start = resolving.path() if bounds.limited else asked
@@ -277,24 +290,46 @@ class Files:
                 sftp.read_link(posixpath.join(start, found.relative)) if found.is_link else None
                 for found in page
             ]
-            entries = [entry(found, link) for found, link in zip(page, links, strict=True)]
-        total = len(walk.found)
-        more = offset + len(page) < total
-        notes = [f"{walk.unreadable} folders could not be read"] if walk.unreadable else []
-        notes += [f"the walk stopped after {walk.seen} names; list a part of it"] if walk.full else []
-        return Listing(
-            path=shown_name(root),
-            entries=entries,
-            total=total,
-            truncated=more or walk.full,
-            next_offset=offset + len(page) if more else None,
-            note="; ".join(notes) or None,
-        )
+            owners = Owners(sftp, page)
+            entries = [entry(found, link, owners) for found, link in zip(page, links, strict=True)]
+            total = len(walk.found)
+            more = offset + len(page) < total
+            notes = [f"{walk.unreadable} folders could not be read"] if walk.unreadable else []
+            notes += [f"the walk stopped after {walk.seen} names; list a part of it"] if walk.full else []
+            return Listing(
+                path=shown_name(root),
+                entries=entries,
+                total=total,
+                truncated=more or walk.full,
+                next_offset=offset + len(page) if more else None,
+                note="; ".join(notes) or None,
+            )
+
+        return self._looking(look, target, path, "list", cancelled)
+
+    def _looking(
+        self, look: Callable[[Bounds], _Seen], target: Target, path: str, verb: str, cancelled: Cancelled
+    ) -> _Seen:
+        """Return what `look`, which changes nothing, finds; it may look twice, on two connections."""
+        deadline = time.monotonic() + self._answer_seconds
+        try:
+            with self._bounds(target, path, verb, cancelled, deadline) as bounds:
+                return look(bounds)
+        except ConnectionLostError:
+            if time.monotonic() > deadline - _TIME_TO_REPEAT_SECONDS:
+                raise
+        with self._bounds(target, path, verb, cancelled, deadline) as bounds:
+            return look(bounds)
 
     @contextmanager
-    def _bounds(self, target: Target, path: str, verb: str, cancelled: Cancelled) -> Iterator[Bounds]:
-        """Lend the target's SFTP channel and what may be touched on it; say in plain words what fails."""
-        deadline = time.monotonic() + self._answer_seconds
+    def _bounds(
+        self, target: Target, path: str, verb: str, cancelled: Cancelled, deadline: float | None = None
+    ) -> Iterator[Bounds]:
+        """Lend the target's SFTP channel, by `deadline` if it is given, and what may be touched on it.
+
+        Say in plain words what fails on it.
+        """
+        deadline = deadline or time.monotonic() + self._answer_seconds
         try:
             with self._pool.standing(target, SFTP, deadline, cancelled) as standing:
                 yield Bounds(cast("SFTP", standing), self._allowed, target, path)
@@ -336,14 +371,15 @@ class Files:
 
     def _place(self, bounds: Bounds, target: Target, path: str) -> Place:
         """Follow links to the file that is meant, also to one that is not there yet."""
-        sftp, current = bounds.sftp, path_bytes(path)
+        sftp = bounds.sftp
+        current = sftp.path(path)
         for _ in range(_MOST_LINKS):
             resolving, asking, looking = sftp.real_path(current), sftp.stat(current), sftp.lstat(current)
             bounds.vouch(current, resolving, written=True)
             try:
                 existing = asking.attributes()
             except StatusError as error:
-                if error.code != ssh_sftp.NO_SUCH_FILE:
+                if error.code != ssh_sftp_packets.NO_SUCH_FILE:
                     raise
             else:
                 _demand_regular(existing, target, path)
@@ -363,8 +399,9 @@ class Files:
 
     def _regular(self, bounds: Bounds, target: Target, path: str, *, written: bool = False) -> Place:
         """Return the place of a regular file that is there."""
-        asked = path_bytes(path)
-        resolving, asking = bounds.sftp.real_path(asked), bounds.sftp.stat(asked)
+        sftp = bounds.sftp
+        asked = sftp.path(path)
+        resolving, asking = sftp.real_path(asked), sftp.stat(asked)
         bounds.vouch(asked, resolving, written=written)
         existing = asking.attributes()
         _demand_regular(existing, target, path)
@@ -429,7 +466,7 @@ class Files:
         )
 
     def _whole(self, bounds: Bounds, target: Target, place: Place) -> bytes:
-        data = bytes_of(bounds, place.real, MOST_WRITTEN_BYTES + 1, place.found.size or 0)
+        data = bounds.content(place.real, MOST_WRITTEN_BYTES + 1, place.found.size or 0)
         if len(data) > MOST_WRITTEN_BYTES:
             raise FileError(f"{place.shown} on {target} is over 32 MiB; change it with a command (sed, awk)")
         return data
@@ -497,9 +534,9 @@ def _sorted(found: Sequence[Found], by: Literal["name", "size", "mtime"]) -> Seq
 
 
 def _sentence(error: StatusError, target: Target, path: str, verb: str) -> str:
-    if error.code == ssh_sftp.NO_SUCH_FILE:
+    if error.code == ssh_sftp_packets.NO_SUCH_FILE:
         return f"{path} does not exist on {target}; list its folder with ssh_list_directory to see what does"
-    if error.code == ssh_sftp.PERMISSION_DENIED:
+    if error.code == ssh_sftp_packets.PERMISSION_DENIED:
         return f"{target.user} has no permission to {verb} {path} on {target}"
     hint = "; is the disk full, or a quota reached?" if verb in ("write", "edit") else ""
     said = error.message[:200] or f"status {error.code}"

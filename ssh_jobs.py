@@ -88,6 +88,7 @@ class Job:
 
     def _end(self) -> None:
         self.running.release()
+        self.running.exchange.let_go()
         with self.changed:
             self.ended_at = time.monotonic()
             self.changed.notify_all()

@@ -11,6 +11,7 @@ Invariants:
 - Waiting callers are served in the order in which they came; each has a deadline and is woken by `close`.
 - A target that timed out again and again (`ssh_breaker`) fails its callers at once; while it is tried again, they
   wait for `_PROBE_SECONDS` at most. What is connected goes on being lent.
+- When one connection falls silent, those that were not heard since lend no more: it may have been the network.
 - State changes under the target's lock; everything that takes time (opening, closing) happens outside of it, and
   one target's lock is never held while another's is wanted.
 - A session is lent before its caller sent anything on it: whoever gets an exception instead knows that nothing was.
@@ -39,7 +40,8 @@ from ssh_errors import (
     SSHError,
     UnreachableError,
 )
-from ssh_transport import Connection, Session, SessionRefusedError, jittered
+from ssh_session import Session
+from ssh_transport import Connection, SessionRefusedError, jittered
 from ssh_warm import Demand, Prepare, Prepared, best
 
 _log = logging.getLogger("ssh_mcp_server.pool")
@@ -212,13 +214,16 @@ class TargetPool:
 
     def _opened_on(self, member: _Member, deadline: float, *, used: bool = True) -> Session | None:
         """Open a session that was reserved; None, and the reservation taken back, when that cannot be had there."""
+        began = time.monotonic()
         try:
-            left = max(0.1, deadline - time.monotonic())
-            session = member.connection.open_session(min(_ANSWER_SECONDS, left))
+            session = member.connection.open_session(min(_ANSWER_SECONDS, max(0.1, deadline - began)))
         except SessionRefusedError:
             self.refused(member, used=used)
         except ConnectionLostError:
             member.retiring = _NO_ANSWER
+            if member.connection.alive:
+                with self._books:
+                    self._distrust(began)
             self.release(member, used=used)
         except BaseException:
             self.release(member, used=used)
@@ -349,6 +354,9 @@ class TargetPool:
         """Give free sessions to who waits, retire what is dead or unwanted, open what is missing."""
         served: list[_Waiter] = []
         with self._books:
+            for member in self._members:
+                if (since := member.connection.silent_since) is not None:
+                    self._distrust(since)
             gone = [m for m in self._members if not m.connection.alive or (m.retiring and m.idle)]
             self._members = [m for m in self._members if m not in gone]
             for member in gone:
@@ -372,6 +380,12 @@ class TargetPool:
             self._serve()
         for attempt in attempts:
             self._start_opening(attempt)
+
+    def _distrust(self, since: float) -> None:
+        """Retire what was not heard since another connection of the target was asked in vain."""
+        for member in self._members:
+            if not member.retiring and member.connection.heard_at < since:
+                member.retiring = "not heard since another one fell silent"
 
     def _grant(self, waiter: _Waiter) -> bool:
         """Give a waiter a prepared session or a free one; return whether there was one."""

@@ -7,10 +7,11 @@ is bounded: a walk stops at `MOST_ENTRIES` and says so.
 import stat
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from fnmatch import translate
+from functools import cached_property
 from re import compile as compile_pattern
 from typing import Final, Literal, Self
 
@@ -18,15 +19,20 @@ from ssh_answers import Entry, iso_time, octal
 from ssh_bounds import Bounds, Opened
 from ssh_errors import ConnectionLostError, FileError
 from ssh_pool import Cancelled
-from ssh_sftp import SFTP, Name, Opening, Reply, StatusError, shown_name
+from ssh_sftp import SFTP, Opening, Reply
+from ssh_sftp_packets import Name, StatusError, shown_name
 
 MOST_ENTRIES: Final = 200_000
 _WALK_SECONDS: Final = 60.0
 _FOLDERS_AT_ONCE: Final = 32
 _READS_AHEAD: Final = 2
-_MOST_READS_AHEAD: Final = 32
+_MOST_READS_AHEAD: Final = 256
+_NAMES_OF_A_READ: Final = 100
+_BYTES_OF_A_READ: Final = 2000
 
-_LONGNAME = compile_pattern(rb"[-a-zA-Z?][-rwxsStTlL]{9}[.+@]?\s+(\d{1,10})\s+(\S+)\s+(\S+)\s+\d+\s")
+_BEGINNING = rb"[-a-zA-Z?][-rwxsStTlL]{9}[.+@]?\s+(\d{1,10})\s+"
+_LONGNAME = compile_pattern(_BEGINNING + rb"(\S+)\s+(\S+)\s+\d+\s")
+_LONGNAME_WITH_BLANKS = compile_pattern(_BEGINNING + rb"\S+\s+\S.*?\s\d+\s")
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,16 @@ class Walk:
         self.full = self.seen > MOST_ENTRIES or now > self.deadline
         return self.full
 
+    def _waits(self) -> bool:
+        """Whether there is time to wait for a turn; look whether the caller is still there."""
+        self.cancelled()
+        self.full = time.monotonic() > self.deadline
+        return not self.full
+
     def _entries(self, folders: list[bytes]) -> Iterator[Found]:
-        with ExitStack() as opened:
+        with self.bounds.turn(self._waits) as came, ExitStack() as opened:
+            if not came:
+                return
             directories = open_folders(self.bounds, [_join(self.root, folder) for folder in folders])
             for directory in directories:
                 opened.enter_context(directory)
@@ -113,15 +127,25 @@ class Walk:
 
 
 class Directory:
-    """A directory that is being read: the requests are under way when it is made. A context manager: it is closed."""
+    """A directory that is being read: the requests are under way when it is made. A context manager: it is closed.
 
-    def __init__(self, sftp: SFTP, path: bytes, opening: Opening, opened: Opened) -> None:
+    Its size says how many reads it will probably take (file systems spend some twenty bytes on a short name, and
+    OpenSSH's server gives a hundred names at a time), so that a crowded one costs hardly more round trips than
+    another. About `most_names` are read.
+    """
+
+    def __init__(
+        self, sftp: SFTP, path: bytes, asking: Reply, opening: Opening, opened: Opened, most_names: int
+    ) -> None:
         self._sftp = sftp
         self._path = path
         self._opening = opening
         self._opened = opened
         self._ahead: deque[Reply] = deque()
-        self._asked: bytes | None = None
+        self._asking = asking
+        self._window = 0
+        self._most_names = most_names
+        self._most_ahead = min(_MOST_READS_AHEAD, most_names // _NAMES_OF_A_READ)
         if opening.guess is not None:
             self._ask(opening.guess, _READS_AHEAD)
 
@@ -133,11 +157,14 @@ class Directory:
             self._sftp.close_handle(self._opening.handle())
 
     def ask(self) -> None:
-        """Send requests for its first names, if none are under way, once it is open. Raises StatusError."""
+        """Send requests for its first names once it is open, if that was not done yet. Raises StatusError."""
         handle = self._opening.handle()
-        if handle != self._asked:
+        if self._window:
+            return
+        if handle != self._opening.guess:
             self._ahead.clear()
-            self._ask(handle, _READS_AHEAD)
+        self._window = self._expected_reads()
+        self._ask(handle, self._window - len(self._ahead))
 
     def confirmed(self) -> bytes:
         """Return the path to use for it while it is open. Raises RefusedError for one that is not within the bounds."""
@@ -151,31 +178,76 @@ class Directory:
         """
         self.ask()
         self.confirmed()
-        handle, window = self._opening.handle(), _READS_AHEAD
+        handle = self._opening.handle()
         seen: set[bytes] = set()
         while names := [name for name in self._ahead.popleft().names() if name.name not in seen]:
             yield from names
             seen.update(name.name for name in names)
-            window = min(_MOST_READS_AHEAD, window * 2)
-            self._ask(handle, window - len(self._ahead))
+            if len(seen) >= self._most_names:
+                return
+            self._window = min(self._most_ahead, self._window * 2)
+            self._ask(handle, self._window - len(self._ahead))
+
+    def _expected_reads(self) -> int:
+        try:
+            size = self._asking.attributes().size if self._asking.arrived else None
+        except StatusError:
+            size = None
+        return max(_READS_AHEAD, min(self._most_ahead, (size or 0) // _BYTES_OF_A_READ))
 
     def _ask(self, handle: bytes, count: int) -> None:
-        self._asked = handle
         self._ahead += [self._sftp.read_directory(handle) for _ in range(count)]
 
 
-def open_folders(bounds: Bounds, paths: list[bytes]) -> list[Directory]:
+def open_folders(bounds: Bounds, paths: list[bytes], most_names: int = MOST_ENTRIES) -> list[Directory]:
     """Begin to read directories; each is to be closed, as a context manager."""
     sftp = bounds.sftp
     with sftp.together():
+        asking = [sftp.stat(path) for path in paths]
         openings, opened = bounds.opening(paths, sftp.open_directory)
-        return [Directory(sftp, path, opening, opened) for path, opening in zip(paths, openings, strict=True)]
+        return [
+            Directory(sftp, path, asked, opening, opened, most_names)
+            for path, asked, opening in zip(paths, asking, openings, strict=True)
+        ]
 
 
-def entry(found: Found, link: Reply | None) -> Entry:
+class Owners:
+    """The names of users and groups, for those entries whose long name does not tell: a name may hold blanks.
+
+    Asks when it is made, if the server answers that (`users-groups-by-id@openssh.com`).
+    """
+
+    def __init__(self, sftp: SFTP, page: Sequence[Found]) -> None:
+        untold = [one.name.attributes for one in page if not _LONGNAME.match(one.name.longname)]
+        self._uids = sorted({one.uid for one in untold if one.uid is not None})
+        self._gids = sorted({one.gid for one in untold if one.gid is not None})
+        can_tell = "users-groups-by-id@openssh.com" in sftp.extensions
+        self._asking = sftp.account_names(self._uids, self._gids) if can_tell and untold else None
+
+    def of(self, name: Name) -> tuple[str | None, str | None]:
+        """Return the owner and the group of an entry: their names, else their numbers, None if the server is silent."""
+        match = _LONGNAME.match(name.longname)
+        if match:
+            return shown_name(match[2]), shown_name(match[3])
+        users, groups = self._told
+        uid, gid = name.attributes.uid, name.attributes.gid
+        return _name_or_number(users, uid), _name_or_number(groups, gid)
+
+    @cached_property
+    def _told(self) -> tuple[dict[int, bytes], dict[int, bytes]]:
+        if self._asking is None:
+            return {}, {}
+        try:
+            users, groups = self._asking.account_names()
+        except StatusError:
+            return {}, {}
+        return dict(zip(self._uids, users, strict=False)), dict(zip(self._gids, groups, strict=False))
+
+
+def entry(found: Found, link: Reply | None, owners: Owners) -> Entry:
     """Return what is shown of an entry; `link` is the answer to its READLINK."""
     attributes = found.name.attributes
-    owner, group = _owners(found.name)
+    owner, group = owners.of(found.name)
     return Entry(
         name=shown_name(found.relative),
         type=_type(attributes.mode),
@@ -193,7 +265,7 @@ def hard_links(name: Name) -> int:
 
     SFTP's attributes lack it; OpenSSH shows it in the long name of a directory's entry.
     """
-    match = _LONGNAME.match(name.longname)
+    match = _LONGNAME_WITH_BLANKS.match(name.longname)
     return int(match[1]) if match else 1
 
 
@@ -215,12 +287,10 @@ def _type(mode: int | None) -> Literal["file", "directory", "symlink", "other"]:
     return "symlink" if stat.S_ISLNK(mode) else "other"
 
 
-def _owners(name: Name) -> tuple[str | None, str | None]:
-    match = _LONGNAME.match(name.longname)
-    if match:
-        return shown_name(match[2]), shown_name(match[3])
-    uid, gid = name.attributes.uid, name.attributes.gid
-    return (None if uid is None else str(uid)), (None if gid is None else str(gid))
+def _name_or_number(names: Mapping[int, bytes], number: int | None) -> str | None:
+    if number is None:
+        return None
+    return shown_name(names.get(number, b"")) or str(number)
 
 
 def _join(folder: bytes, name: bytes) -> bytes:

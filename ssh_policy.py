@@ -1,7 +1,10 @@
-"""What may be reached, run and touched. Pure: what a call names goes in, a target, a verdict or a refusal comes out.
+"""What may be reached, run and touched: what a call names goes in, a target, a verdict or a refusal comes out.
+
+Pure, but for the SSH config that is asked what a host's name means.
 
 A pattern of `SSH_ALLOWED_HOSTS` is `[user@]host[:port]`. Without `user@` or `:port` it allows only the user and the
-port that the settings give; `*` and `?` are wildcards in every part.
+port that the settings or the SSH config give that host; `*` and `?` are wildcards in every part. What the SSH config
+makes of a name, and over which jump hosts it leads, is the operator's and not looked at.
 
 A path is judged by its components and as bytes, once its links have been resolved. One that is not absolute, or still
 holds `.` or `..`, lies nowhere.
@@ -18,6 +21,7 @@ from fnmatch import fnmatchcase
 import ssh_words
 from settings import Settings, SettingsError, Target, host_token, user_token
 from ssh_errors import ArgumentError, RefusedError
+from ssh_hosts import Hosts
 from ssh_words import UnreadableError
 
 WRITING_TOOLS = frozenset({"ssh_write_file", "ssh_edit_file"})
@@ -57,35 +61,35 @@ _OPTIONS_WITH_NAMES = frozenset({"-C", "-H", "-I", "-d", "-g", "-s", "-u"})
 
 @dataclass(frozen=True)
 class _Pattern:
-    user: str
+    user: str | None
     host: str
-    port: str
+    port: str | None
 
-    def allows(self, target: Target) -> bool:
-        return (
-            _glob(self.user, target.user)
-            and _glob(self.host, target.host)
-            and _glob(self.port, str(target.port))
-        )
+    def allows(self, target: Target, own: Target) -> bool:
+        """Whether a target on this host is allowed; `own` is what is meant without a user and without a port."""
+        user = target.user == own.user if self.user is None else _glob(self.user, target.user)
+        port = target.port == own.port if self.port is None else _glob(self.port, str(target.port))
+        return user and port
 
 
 class Reach:
     """Which targets calls may name. Immutable, so thread-safe."""
 
     def __init__(self, settings: Settings) -> None:
-        """Read the patterns. Raises SettingsError when one cannot be read."""
+        """Read the patterns. Raises SettingsError when one, or the SSH config, cannot be read."""
         self._settings = settings
+        self._hosts = Hosts(settings)
+        self._hosts.check()
         texts = (settings.ssh_allowed_hosts or "").split(",")
-        self._patterns = tuple(_pattern(text.strip(), settings) for text in texts if text.strip())
+        self._patterns = tuple(_pattern(text.strip()) for text in texts if text.strip())
         if not self._patterns and settings.ssh_default_host:
-            own = Target(settings.ssh_default_user, settings.ssh_default_host, settings.ssh_default_port)
-            self._patterns = (_Pattern(own.user, own.host, str(own.port)),)
+            self._patterns = (_Pattern(None, settings.ssh_default_host, None),)
 
     def target(self, host: str | None, user: str | None, port: int | None) -> Target:
         """Return the target that a call means.
 
         Raises ArgumentError for what is no host, user or port, RefusedError for what `SSH_ALLOWED_HOSTS` does
-        not allow. Nothing is looked up or reached.
+        not allow, ConfigError for what the SSH config makes impossible. Nothing is reached.
         """
         named = host or self._settings.ssh_default_host
         if named is None:
@@ -93,20 +97,35 @@ class Reach:
                 "no host was named and SSH_DEFAULT_HOST is not set; pass `host` or set the variable"
             )
         try:
-            target = Target(
-                user_token(user) if user else self._settings.ssh_default_user,
-                host_token(named),
-                _port_token(port if port is not None else self._settings.ssh_default_port),
-            )
+            checked_host = host_token(named)
+            checked_user = user_token(user) if user else None
+            checked_port = _port_token(port) if port is not None else None
         except ValueError as error:
             raise ArgumentError(
                 f"{named[:100]!r}, user {(user or '')[:100]!r}, port {port} is no target: give {error}"
             ) from None
-        if not any(pattern.allows(target) for pattern in self._patterns):
-            raise RefusedError(
-                f"{target} is not among the targets that SSH_ALLOWED_HOSTS allows; the operator can add it there"
-            )
+        patterns = [pattern for pattern in self._patterns if _glob(pattern.host, checked_host)]
+        if not patterns:  # said before commands of Match exec run for a host that is not allowed
+            raise _refused(checked_host)
+        target = self._hosts.target(checked_host, checked_user, checked_port)
+        own = self._own(target, checked_user, checked_port)
+        if not any(pattern.allows(target, own) for pattern in patterns):
+            raise _refused(str(target))
         return target
+
+    def _own(self, target: Target, user: str | None, port: int | None) -> Target:
+        """Return the target that is meant when a call leaves the user out, and the port."""
+        return Target(
+            self._hosts.target(target.host, None, port).user if user else target.user,
+            target.host,
+            self._hosts.target(target.host, user, None).port if port else target.port,
+        )
+
+
+def _refused(named: str) -> RefusedError:
+    return RefusedError(
+        f"{named} is not among the targets that SSH_ALLOWED_HOSTS allows; the operator can add it there"
+    )
 
 
 class AllowedCommands:
@@ -247,7 +266,7 @@ def _glob(pattern: str, text: str) -> bool:
     return fnmatchcase(text, pattern.replace("[", "[[]"))
 
 
-def _pattern(text: str, settings: Settings) -> _Pattern:
+def _pattern(text: str) -> _Pattern:
     user, at, rest = text.rpartition("@")
     try:
         host, port = _split_port(rest)
@@ -262,7 +281,7 @@ def _pattern(text: str, settings: Settings) -> _Pattern:
         raise SettingsError(
             f"SSH_ALLOWED_HOSTS holds {text!r}; give comma-separated patterns [user@]host[:port]"
         ) from None
-    return _Pattern(user if at else settings.ssh_default_user, host, port or str(settings.ssh_default_port))
+    return _Pattern(user if at else None, host, port)
 
 
 def _literal(pattern: str) -> str:
@@ -312,8 +331,11 @@ def is_within(path: bytes, folder: bytes) -> bool:
 
 
 def is_hidden(path: bytes, home: bytes) -> bool:
-    """Whether a path is, or lies in, something directly in a folder whose name begins with a dot."""
-    inside, around = _components(path), _components(home)
+    """Whether a path is, or lies in, something directly in a folder whose name begins with a dot.
+
+    Case does not count, as on file systems where `/HOME` is `/home`.
+    """
+    inside, around = _components(path.lower()), _components(home.lower())
     if inside is None or around is None or inside[: len(around)] != around:
         return False
     return any(name.startswith(b".") for name in inside[len(around) :][:1])

@@ -13,9 +13,12 @@ from contextlib import contextmanager
 import telemetry
 from settings import Settings, Target
 from ssh_errors import BusyError, PoolClosedError
+from ssh_hosts import Hosts
 from ssh_keys import Keys
 from ssh_lending import Cancelled, Standing, TargetPool
-from ssh_transport import Connection, Session, connect
+from ssh_route import connect
+from ssh_session import Session
+from ssh_transport import Connection
 from ssh_warm import Prepare
 
 __all__ = ["Cancelled", "Pool", "Standing"]
@@ -44,6 +47,7 @@ class Pool:
         self.idle_seconds = settings.ssh_idle_seconds
         self._max_total = settings.ssh_max_total_connections
         self._settings = settings
+        self._hosts = Hosts(settings)
         self._keys = Keys(settings)
         self._changed = threading.Condition()
         self._targets: dict[Target, TargetPool] = {}
@@ -159,7 +163,7 @@ class Pool:
     def connect(self, target: Target) -> Connection:
         """Open a connection; for the target's pool."""
         with telemetry.connecting(target):
-            connection = connect(target, self._settings, self._keys)
+            connection = connect(target, self._hosts, self._keys)
         with self._changed:
             self._host_keys[target] = connection.host_key.fingerprint
         return connection

@@ -11,23 +11,31 @@ Invariants:
   requests that do no harm on a wrong handle are sent with a guess, never a WRITE or a CLOSE. A READDIR moves what it
   reads, so it goes out `together` with its OPENDIR: if that fails, the next one opened may have the guessed handle.
 - When the channel ends, every pending reply fails, and so does every later request.
-- Names are bytes: a server's file names need not be text. `shown_name` writes what is no UTF-8 as `\\xHH`, and
-  `path_bytes` reads it back, so that every name that was shown can be used again.
 """
 
-import re
-import stat
 import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Final
 
-from ssh_errors import ArgumentError, ConnectionLostError
-from ssh_transport import Session
+from ssh_errors import ConnectionLostError
+from ssh_session import Session
+from ssh_sftp_packets import (
+    EOF,
+    FAILURE,
+    NO_ATTRIBUTES,
+    OK,
+    Attributes,
+    Body,
+    Name,
+    Reader,
+    StatusError,
+    path_bytes,
+    string,
+)
 
 ANSWER_SECONDS: Final = 14.0
 _CHUNK_BYTES: Final = 32 * 1024
@@ -35,14 +43,8 @@ _LARGE_CHUNK_BYTES: Final = 128 * 1024
 _IN_FLIGHT_BYTES: Final = 4 * 1024 * 1024
 _FIRST_READS: Final = 16
 _MOST_WRONG_GUESSES: Final = 3
+_MOST_TURNS: Final = 4
 _MOST_PACKET_BYTES: Final = 1024 * 1024
-
-READ: Final = 0x01
-WRITE: Final = 0x02
-APPEND: Final = 0x04
-CREATE: Final = 0x08
-TRUNCATE: Final = 0x10
-EXCLUSIVE: Final = 0x20
 
 _INIT, _VERSION = 1, 2
 _OPEN, _CLOSE, _READ, _WRITE, _LSTAT, _FSTAT = 3, 4, 5, 6, 7, 8
@@ -51,88 +53,11 @@ _REALPATH, _STAT, _RENAME, _READLINK = 16, 17, 18, 19
 _STATUS, _HANDLE, _DATA, _NAME, _ATTRS = 101, 102, 103, 104, 105
 _EXTENDED, _EXTENDED_REPLY = 200, 201
 
-OK, EOF, NO_SUCH_FILE, PERMISSION_DENIED, FAILURE, OP_UNSUPPORTED = 0, 1, 2, 3, 4, 8
 _CONNECTION_LOST = 7
-
-Body = bytes | memoryview
-
-_ESCAPE = re.compile(r"\\x[0-9a-fA-F]{2}")
-
-
-def shown_name(name: bytes) -> str:
-    """Return a name as text from which `path_bytes` gives the same bytes again."""
-    plain = _ESCAPE.sub(lambda match: "\\x5c" + match[0][1:], name.decode("utf-8", "surrogateescape"))
-    return "".join(f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else c for c in plain)
-
-
-def path_bytes(text: str) -> bytes:
-    """Return the path that a text means: absolute, or relative to the login directory, `~/` included.
-
-    Raises ArgumentError for what cannot be a path.
-    """
-    try:
-        path = b"".join(
-            bytes([int(part[2:], 16)]) if _ESCAPE.fullmatch(part) else part.encode()
-            for part in re.split(f"({_ESCAPE.pattern})", text)
-        )
-    except UnicodeEncodeError:
-        path = b""
-    if not path or b"\0" in path:
-        raise ArgumentError(
-            f"{text[:100]!a} is no path; give an absolute one, or one relative to the login directory"
-        )
-    if path == b"~":
-        return b"."
-    return path.removeprefix(b"~/") or b"."
 
 
 class NoSFTPError(Exception):
     """The server does not speak SFTP."""
-
-
-class StatusError(Exception):
-    """The server refused a request: its status code and its words."""
-
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-
-
-@dataclass(frozen=True)
-class Attributes:
-    """What the server says of a file; None where it does not say."""
-
-    size: int | None = None
-    uid: int | None = None
-    gid: int | None = None
-    mode: int | None = None
-    mtime: int | None = None
-
-    @property
-    def is_link(self) -> bool:
-        """Whether it is a symbolic link."""
-        return stat.S_ISLNK(self.mode or 0)
-
-    def packed(self) -> bytes:
-        """Return the ATTRS structure that sets size, owner and mode, those that are not None."""
-        flags, body = 0, b""
-        if self.size is not None:
-            flags, body = flags | 0x1, body + struct.pack(">Q", self.size)
-        if self.uid is not None and self.gid is not None:
-            flags, body = flags | 0x2, body + struct.pack(">II", self.uid, self.gid)
-        if self.mode is not None:
-            flags, body = flags | 0x4, body + struct.pack(">I", self.mode)
-        return struct.pack(">I", flags) + body
-
-
-@dataclass(frozen=True)
-class Name:
-    """One entry of a directory."""
-
-    name: bytes
-    longname: bytes
-    attributes: Attributes
 
 
 class Reply:
@@ -164,11 +89,11 @@ class Reply:
             self._sftp.close()
             raise ConnectionLostError("the file server does not answer")
         if self._kind == _STATUS:
-            code = _Reader(self._body).uint32()
+            code = Reader(self._body).uint32()
             if code == _CONNECTION_LOST:
                 raise ConnectionLostError("the connection went away")
             if code != OK:
-                reader = _Reader(self._body[4:])
+                reader = Reader(self._body[4:])
                 raise StatusError(code, reader.string().decode("utf-8", "replace") if reader.left else "")
         if self._kind not in (expected or (_STATUS,)):
             self._sftp.close()
@@ -182,7 +107,7 @@ class Reply:
     def data(self) -> bytes:
         """Wait for bytes of a file; none at its end."""
         try:
-            return _Reader(self.wait(_DATA)).string()
+            return Reader(self.wait(_DATA)).string()
         except StatusError as error:
             if error.code == EOF:
                 return b""
@@ -190,20 +115,26 @@ class Reply:
 
     def attributes(self) -> Attributes:
         """Wait for a file's attributes."""
-        return _Reader(self.wait(_ATTRS)).attributes()
+        return Reader(self.wait(_ATTRS)).attributes()
 
     def names(self) -> list[Name]:
         """Wait for names; none at a directory's end."""
         try:
-            reader = _Reader(self.wait(_NAME))
+            reader = Reader(self.wait(_NAME))
         except StatusError as error:
             if error.code == EOF:
                 return []
             raise
         return [Name(reader.string(), reader.string(), reader.attributes()) for _ in range(reader.uint32())]
 
+    def account_names(self) -> tuple[list[bytes], list[bytes]]:
+        """Wait for the names of users and groups; empty where the server knows none."""
+        reader = Reader(self.wait(_EXTENDED_REPLY))
+        users, groups = Reader(reader.string()), Reader(reader.string())
+        return list(users.strings()), list(groups.strings())
+
     def path(self) -> bytes:
-        """Wait for the one name of a REALPATH or READLINK."""
+        """Wait for the one name of a REALPATH, READLINK or `expand-path@openssh.com`."""
         names = self.names()
         if not names:
             raise StatusError(FAILURE, "no name in the answer")
@@ -220,12 +151,12 @@ class Opening(Reply):
 
     def arrive(self, kind: int, body: Body) -> None:
         """See Reply."""
-        self._handles.settle(self.guess, _Reader(body).string() if kind == _HANDLE else None)
+        self._handles.settle(self.guess, Reader(body).string() if kind == _HANDLE else None)
         super().arrive(kind, body)
 
     def handle(self) -> bytes:
         """Wait for the handle."""
-        return _Reader(self.wait(_HANDLE)).string()
+        return Reader(self.wait(_HANDLE)).string()
 
 
 class _Handles:
@@ -317,49 +248,11 @@ class _Reads:
             yield data
 
 
-class _Reader:
-    """Takes SSH data types (RFC 4251, 5) off a packet."""
-
-    def __init__(self, data: Body) -> None:
-        self._data = data
-        self._at = 0
-
-    @property
-    def left(self) -> int:
-        return len(self._data) - self._at
-
-    def take(self, count: int) -> Body:
-        if count > self.left:
-            raise ConnectionLostError("the file server sent a packet that is cut short")
-        self._at += count
-        return self._data[self._at - count : self._at]
-
-    def uint32(self) -> int:
-        return int.from_bytes(self.take(4), "big")
-
-    def uint64(self) -> int:
-        return int.from_bytes(self.take(8), "big")
-
-    def string(self) -> bytes:
-        return bytes(self.take(self.uint32()))
-
-    def attributes(self) -> Attributes:
-        flags = self.uint32()
-        size = self.uint64() if flags & 0x1 else None
-        uid, gid = (self.uint32(), self.uint32()) if flags & 0x2 else (None, None)
-        mode = self.uint32() if flags & 0x4 else None
-        mtime = (self.uint32(), self.uint32())[1] if flags & 0x8 else None
-        for _ in range(self.uint32() * 2 if flags & 0x80000000 else 0):
-            self.string()
-        return Attributes(size, uid, gid, mode, mtime)
-
-
-def _string(data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + data
-
-
 class SFTP:
-    """One SFTP channel. Thread-safe: any number of threads may send requests and wait for their replies."""
+    """One SFTP channel. Thread-safe: any number of threads may send requests and wait for their replies.
+
+    `turns` is for those who hold many handles at once and must not be many.
+    """
 
     def __init__(self, session: Session) -> None:
         """Start the subsystem on a fresh session and wait for its version packet.
@@ -374,6 +267,7 @@ class SFTP:
         self._ended = False
         self._sending = threading.RLock()
         self._handles = _Handles()
+        self.turns = threading.BoundedSemaphore(_MOST_TURNS)
         self._limits: Reply | None = None
         self._buffer = bytearray()
         session.subsystem("sftp")
@@ -400,7 +294,7 @@ class SFTP:
         if self._limits is None or not self._limits.arrived:
             return _CHUNK_BYTES
         try:
-            limits = _Reader(self._limits.wait(_EXTENDED_REPLY))
+            limits = Reader(self._limits.wait(_EXTENDED_REPLY))
         except StatusError:
             return _CHUNK_BYTES
         _, most_read, most_written = limits.uint64(), limits.uint64(), limits.uint64()
@@ -416,6 +310,21 @@ class SFTP:
         """Whether `expand_path` can be asked."""
         return "expand-path@openssh.com" in self.extensions
 
+    def path(self, text: str) -> bytes:
+        """Return the path that a text means, as `path_bytes` does; `~name` is the home of the account of that name.
+
+        Where there is no such account, or the server does not tell, it means a file.
+        """
+        path = path_bytes(text)
+        named = text.startswith("~") and text[:2] not in ("~", "~/")
+        if not named or not self.expands_paths:
+            return path
+        account, slash, rest = path.partition(b"/")
+        try:
+            return self.expand_path(account).path() + slash + rest
+        except StatusError:
+            return path
+
     def close(self) -> None:
         """End the channel; every pending reply fails."""
         self._end()
@@ -427,79 +336,91 @@ class SFTP:
         with self._sending:
             yield
 
-    def open(self, path: bytes, flags: int, attributes: Attributes = Attributes()) -> Opening:
+    def open(self, path: bytes, flags: int, attributes: Attributes = NO_ATTRIBUTES) -> Opening:
         """OPEN: a handle."""
-        return self._open(_OPEN, _string(path) + struct.pack(">I", flags) + attributes.packed())
+        return self._open(_OPEN, string(path) + struct.pack(">I", flags) + attributes.packed())
 
     def close_handle(self, handle: bytes) -> Reply:
         """CLOSE."""
         with self._sending:
             self._handles.give_back(handle)
-            return self._submit(Reply(self), _CLOSE, _string(handle))
+            return self._submit(Reply(self), _CLOSE, string(handle))
 
     def read(self, handle: bytes, offset: int, length: int) -> Reply:
         """READ: bytes, perhaps fewer than asked for."""
-        return self._request(_READ, _string(handle) + struct.pack(">QI", offset, length))
+        return self._request(_READ, string(handle) + struct.pack(">QI", offset, length))
 
     def write(self, handle: bytes, offset: int, data: bytes | memoryview) -> Reply:
         """WRITE."""
-        return self._request(_WRITE, _string(handle) + struct.pack(">QI", offset, len(data)) + bytes(data))
+        return self._request(_WRITE, string(handle) + struct.pack(">QI", offset, len(data)) + bytes(data))
 
     def fstat(self, handle: bytes) -> Reply:
         """FSTAT: attributes."""
-        return self._request(_FSTAT, _string(handle))
+        return self._request(_FSTAT, string(handle))
 
     def stat(self, path: bytes) -> Reply:
         """STAT, links followed: attributes."""
-        return self._request(_STAT, _string(path))
+        return self._request(_STAT, string(path))
 
     def lstat(self, path: bytes) -> Reply:
         """LSTAT, links not followed: attributes."""
-        return self._request(_LSTAT, _string(path))
+        return self._request(_LSTAT, string(path))
 
     def fsetstat(self, handle: bytes, attributes: Attributes) -> Reply:
         """FSETSTAT."""
-        return self._request(_FSETSTAT, _string(handle) + attributes.packed())
+        return self._request(_FSETSTAT, string(handle) + attributes.packed())
 
     def open_directory(self, path: bytes) -> Opening:
         """OPENDIR: a handle."""
-        return self._open(_OPENDIR, _string(path))
+        return self._open(_OPENDIR, string(path))
 
     def read_directory(self, handle: bytes) -> Reply:
         """READDIR: some names."""
-        return self._request(_READDIR, _string(handle))
+        return self._request(_READDIR, string(handle))
 
     def remove(self, path: bytes) -> Reply:
         """REMOVE."""
-        return self._request(_REMOVE, _string(path))
+        return self._request(_REMOVE, string(path))
 
     def make_directory(self, path: bytes) -> Reply:
         """MKDIR with the server's default mode."""
-        return self._request(_MKDIR, _string(path) + Attributes().packed())
+        return self._request(_MKDIR, string(path) + NO_ATTRIBUTES.packed())
 
     def real_path(self, path: bytes) -> Reply:
         """REALPATH: the absolute path, links resolved where the server does that."""
-        return self._request(_REALPATH, _string(path))
+        return self._request(_REALPATH, string(path))
 
     def expand_path(self, path: bytes) -> Reply:
         """`expand-path@openssh.com`: REALPATH that knows `~`."""
-        return self._extended("expand-path@openssh.com", _string(path))
+        return self._extended("expand-path@openssh.com", string(path))
+
+    def account_names(self, uids: Sequence[int], gids: Sequence[int]) -> Reply:
+        """`users-groups-by-id@openssh.com`: the names of users and groups, in the order of their numbers."""
+        numbers = (struct.pack(f">{len(ids)}I", *ids) for ids in (uids, gids))
+        return self._extended("users-groups-by-id@openssh.com", b"".join(map(string, numbers)))
 
     def read_link(self, path: bytes) -> Reply:
         """READLINK: the link's target."""
-        return self._request(_READLINK, _string(path))
+        return self._request(_READLINK, string(path))
 
     def rename(self, old: bytes, new: bytes) -> Reply:
         """RENAME: fails when `new` is there."""
-        return self._request(_RENAME, _string(old) + _string(new))
+        return self._request(_RENAME, string(old) + string(new))
 
     def replace(self, old: bytes, new: bytes) -> Reply:
         """`posix-rename@openssh.com`: takes the place of `new`."""
-        return self._extended("posix-rename@openssh.com", _string(old) + _string(new))
+        return self._extended("posix-rename@openssh.com", string(old) + string(new))
 
-    def fsync(self, handle: bytes) -> Reply:
-        """`fsync@openssh.com`."""
-        return self._extended("fsync@openssh.com", _string(handle))
+    def flush(self, handle: bytes) -> Reply | None:
+        """`fsync@openssh.com`, where it is offered."""
+        if "fsync@openssh.com" not in self.extensions:
+            return None
+        return self._extended("fsync@openssh.com", string(handle))
+
+    def copy_data(self, source: bytes, handle: bytes, offset: int, length: int) -> Reply:
+        """`copy-data`: the server copies so many bytes of one open file to the same place in another."""
+        span = struct.pack(">QQ", offset, length)
+        return self._extended("copy-data", string(source) + span + string(handle) + span[:8])
 
     def chunks(self, handle: bytes, offset: int, end: int | None, size: int = 0) -> Iterator[bytes]:
         """Yield a file's bytes from `offset` to `end` (None: its end), with requests in flight together.
@@ -549,7 +470,7 @@ class SFTP:
         return list(ahead)
 
     def _extended(self, name: str, body: bytes) -> Reply:
-        return self._request(_EXTENDED, _string(name.encode()) + body)
+        return self._request(_EXTENDED, string(name.encode()) + body)
 
     def _request(self, kind: int, body: bytes) -> Reply:
         with self._sending:
@@ -573,7 +494,7 @@ class SFTP:
         return reply
 
     def _send(self, packet: bytes) -> None:
-        rest = memoryview(_string(packet))
+        rest = memoryview(string(packet))
         deadline = time.monotonic() + ANSWER_SECONDS
         while rest:
             sent = self._session.send(rest, wait_seconds=0.5)
@@ -587,7 +508,7 @@ class SFTP:
         packet = self._packet(time.monotonic() + ANSWER_SECONDS)
         if packet is None or packet[0] != _VERSION:
             raise ConnectionLostError("the file server does not answer")
-        reader = _Reader(packet[5:])
+        reader = Reader(packet[5:])
         while reader.left:
             name = reader.string().decode("utf-8", "replace")
             self.extensions[name] = reader.string()
@@ -630,3 +551,17 @@ class SFTP:
             pending, self._pending = list(self._pending.values()), {}
         for reply in pending:
             reply.arrive(_STATUS, struct.pack(">I", _CONNECTION_LOST))
+
+
+def all_done(replies: Iterable[Reply | None]) -> None:
+    """Wait for all that were sent, then raise the first failure."""
+    failure: StatusError | None = None
+    for reply in replies:
+        if reply is None:
+            continue
+        try:
+            reply.done()
+        except StatusError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure

@@ -21,8 +21,8 @@ from typing import Literal
 
 import ssh_background
 from ssh_errors import ArgumentError
+from ssh_session import Session
 from ssh_sudo import Sudo
-from ssh_transport import Session
 from ssh_words import quoted
 
 Dialect = Literal["posix", "foreign", "plain"]

@@ -1,18 +1,16 @@
-"""One verified, logged-in connection, and the sessions on it (RFC 4253, RFC 4252, RFC 4254).
+"""One connection (RFC 4253), which `ssh_login` makes of a wire; the sessions on it are `ssh_session`'s.
 
 Invariants:
 
-- Nothing but the key exchange is sent before the host key was verified.
 - Every wait has a deadline, and ends at once when the connection is closed or found dead.
 - A silent peer is asked `keepalive@openssh.com` and must answer something: within `_PATIENCE_SECONDS` while the
   connection is in use. A socket that takes nothing for `_STALL_SECONDS` is dead too.
-- An exec request is sent at most once per session, and sending it does not wait for the answer.
 
-Borrowed from Paramiko's private parts, checked with 5.1.0 (`tests/test_ssh_transport.py` fails when one moves):
-`Packetizer._check_keepalive` (called while the peer is silent), `Transport._preferred_ciphers`,
-`._preferred_macs`, `._channel_handler_table`, `._send_user_message`, `._parse_newkeys`;
-`Channel._handle_close`, `.eof_received`, `.in_buffer`, `.in_stderr_buffer`, `.status_event`, `.remote_chanid`;
-`Message.packet`.
+Borrowed from Paramiko's private parts, here and in `ssh_session`, checked with 5.1.0 (`tests/test_ssh_transport.py`
+fails when one moves): `Packetizer._check_keepalive` (called while the peer is silent), `Transport._preferred_ciphers`,
+`._preferred_macs`, `._preferred_kex`, `._cipher_info`, `._mac_info`, `._kex_info`, `._channel_handler_table`,
+`._send_user_message`, `._parse_newkeys`; `Channel._handle_close`, `._request_failed`, `.eof_received`, `.in_buffer`,
+`.in_stderr_buffer`, `.status_event`, `.remote_chanid`; `ChannelMap.put`, `Transport._channels`; `Message.packet`.
 """
 
 import logging
@@ -20,26 +18,34 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 import paramiko
 from paramiko.common import (
     MSG_CHANNEL_CLOSE,
+    MSG_CHANNEL_FAILURE,
     MSG_CHANNEL_REQUEST,
     MSG_CHANNEL_WINDOW_ADJUST,
-    cMSG_CHANNEL_REQUEST,
     cMSG_GLOBAL_REQUEST,
 )
 from paramiko.packet import Packetizer
 
-from settings import Settings, Target
-from ssh_dial import dial
-from ssh_errors import ConnectionLostError, LoginError, NoAnswerError, UnreachableError
+from ssh_config import HostConfig
+from ssh_config_values import assembled
+from ssh_errors import ConnectionLostError, NoAnswerError, UnreachableError
 from ssh_host_keys import HostKey
-from ssh_keys import Keys
-from ssh_known_hosts import KnownAs, KnownHosts, UnknownHostKeyError
+from ssh_hosts import Host
+from ssh_session import (
+    SOCKET_ERRORS,
+    Channels,
+    Session,
+    answer_close,
+    channel_answer,
+    channel_request,
+    window_adjust,
+)
 
 logging.getLogger("paramiko").propagate = False  # it prints tracebacks for what our errors say in a sentence
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
@@ -52,15 +58,14 @@ _STALL_SECONDS = 12.0
 _BUSY_SILENCE_SECONDS = 4.0
 _IDLE_SILENCE_SECONDS = 30.0
 _PATIENCE_SECONDS = 8.0
-_SOCKET_ERRORS = (paramiko.SSHException, EOFError, OSError)
 
 
 class SessionRefusedError(Exception):
     """The server opens no further session on this connection (MaxSessions); another one may."""
 
 
-class _Wire(socket.socket):
-    """A TCP socket that remembers when the peer was last heard, and whether it hung up.
+class _ReadAhead:
+    """Reading from a wire that remembers when the peer was last heard, and whether it hung up.
 
     It reads ahead: Paramiko asks for each packet's head and rest, and every system call lets another thread run
     before the next packet is looked at. Read by one thread.
@@ -71,11 +76,14 @@ class _Wire(socket.socket):
     _ahead = b""
     _used = 0
 
+    def _receive(self, size: int) -> bytes:
+        raise NotImplementedError
+
     def recv(self, size: int, flags: int = 0) -> bytes:
         """Return at most `size` bytes, those first that were read ahead."""
         if self._used == len(self._ahead):
             try:
-                self._ahead = super().recv(max(size, _READ_AHEAD_BYTES), flags)
+                self._ahead = self._receive(max(size, _READ_AHEAD_BYTES))
             except ConnectionError:
                 self.hung_up = True
                 raise
@@ -86,10 +94,47 @@ class _Wire(socket.socket):
         return self._ahead[begin : self._used]
 
 
+class SocketWire(_ReadAhead, socket.socket):
+    """A connection by a socket."""
+
+    def _receive(self, size: int) -> bytes:
+        return socket.socket.recv(self, size)
+
+
+class JumpWire(_ReadAhead):
+    """A connection that another host forwards (RFC 4254, 7.2): what Paramiko asks of a socket."""
+
+    def __init__(self, channel: paramiko.Channel) -> None:
+        self._channel = channel
+        self.send: Callable[[bytes | memoryview], int] = channel.send
+        self.settimeout: Callable[[float | None], None] = channel.settimeout
+        self.shutdown: Callable[[int], None] = channel.shutdown
+        self.close: Callable[[], None] = channel.close
+
+    @property
+    def _closed(self) -> bool:
+        """Asked by Paramiko when a connection is closed, since sockets have it."""
+        return bool(self._channel.closed)
+
+    def _receive(self, size: int) -> bytes:
+        data: bytes = self._channel.recv(size)
+        return data
+
+
+Wire = SocketWire | JumpWire
+
+
+class Carrier(Protocol):
+    """What a connection runs over and ends with: the jump host's connection, or the process of a ProxyCommand."""
+
+    def close(self) -> None:
+        """End it."""
+
+
 class _Packetizer(Packetizer):  # type: ignore[misc]
     """Paramiko's, with a watch over silence and a deadline for writing."""
 
-    def __init__(self, wire: _Wire) -> None:
+    def __init__(self, wire: Wire) -> None:
         super().__init__(wire)
         self._wire = wire
         self.on_silence: Callable[[], None] | None = None
@@ -124,102 +169,42 @@ class _Packetizer(Packetizer):  # type: ignore[misc]
             deadline = time.monotonic() + _STALL_SECONDS
 
 
-def _channel_request(channel: paramiko.Channel, message: paramiko.Message) -> None:
-    """Note an `exit-signal` (RFC 4254, 6.10), which Paramiko drops; leave the rest to Paramiko."""
-    start = message.packet.tell()
-    if message.get_text() == "exit-signal":
-        message.get_boolean()
-        channel.exit_signal = message.get_text()
-        channel.status_event.set()
-    else:
-        message.packet.seek(start)
-        channel._handle_request(message)
-
-
-def _window_adjust(channel: paramiko.Channel, message: paramiko.Message) -> None:
-    """Wake who waits to send: OpenSSH opens the window only after the exec request."""
-    channel._window_adjust(message)
-    channel.status_event.set()
-
-
-class _Gate:
-    """Keeps a channel's CLOSE behind whatever is being sent on that channel.
-
-    Paramiko makes a message under the channel's lock and sends it afterwards, so its reading thread can answer a
-    CLOSE in between; OpenSSH and dropbear hang up on who then names a channel that is gone. Waiting for each other
-    would deadlock during a key exchange. So whoever wants to close while others send leaves it to the last of them.
-    """
-
-    def __init__(self, channel: paramiko.Channel) -> None:
-        self._channel = channel
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._endings: list[Callable[[], None]] = []
-        self._shut = False
-
-    def __enter__(self) -> bool:
-        """Return whether the channel may still be sent on."""
-        with self._lock:
-            self._inside += 1
-            return not self._shut
-
-    def __exit__(self, *exc: object) -> None:
-        with self._lock:
-            self._inside -= 1
-        self._end()
-
-    def close(self, ending: Callable[[], None]) -> None:
-        """Let nobody send any more, and call `ending` when nobody does."""
-        with self._lock:
-            self._shut = True
-            self._endings.append(ending)
-        self._end()
-
-    def _end(self) -> None:
-        with self._lock:
-            if self._inside or not self._endings:
-                return
-            endings, self._endings = self._endings, []
-            self._channel.eof_received = True  # so that reading what is left acknowledges nothing
-        for ending in endings:
-            with suppress(
-                *_SOCKET_ERRORS
-            ):  # whoever sent last need not know that another's CLOSE did not get out
-                ending()
-
-
-def _close(channel: paramiko.Channel, message: paramiko.Message) -> None:
-    """Answer the server's CLOSE behind what is being sent; at once when no session was made of the channel yet."""
-    gate: _Gate | None = getattr(channel, "gate", None)
-    if gate is None:
-        channel._handle_close(message)
-    else:
-        gate.close(lambda: channel._handle_close(message))
-
-
-class _Transport(paramiko.Transport):  # type: ignore[misc]
-    _preferred_ciphers = (
+class Transport(paramiko.Transport):  # type: ignore[misc]
+    _preferred_ciphers: tuple[str, ...] = (
         "aes128-gcm@openssh.com",
         "aes256-gcm@openssh.com",
         "aes128-ctr",
         "aes192-ctr",
         "aes256-ctr",
     )
-    _preferred_macs = (
+    _preferred_macs: tuple[str, ...] = (
         "hmac-sha2-256-etm@openssh.com",
         "hmac-sha2-512-etm@openssh.com",
         "hmac-sha2-256",
         "hmac-sha2-512",
     )
+    _preferred_kex: tuple[str, ...] = paramiko.Transport._preferred_kex
     _channel_handler_table = {  # noqa: RUF012
         **paramiko.Transport._channel_handler_table,
-        MSG_CHANNEL_CLOSE: _close,
-        MSG_CHANNEL_REQUEST: _channel_request,
-        MSG_CHANNEL_WINDOW_ADJUST: _window_adjust,
+        MSG_CHANNEL_CLOSE: answer_close,
+        MSG_CHANNEL_FAILURE: channel_answer,
+        MSG_CHANNEL_REQUEST: channel_request,
+        MSG_CHANNEL_WINDOW_ADJUST: window_adjust,
     }
+
+    @classmethod
+    def over(cls, wire: Wire) -> "Transport":
+        """Return one that is not started yet."""
+        return cls(
+            wire,
+            default_window_size=_WINDOW_BYTES,
+            default_max_packet_size=_PACKET_BYTES,
+            packetizer_class=_Packetizer,
+        )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._channels = Channels(self)
         self._held_back: list[paramiko.Message] = []
         self.host_key_algorithms: list[str] = []
 
@@ -240,171 +225,46 @@ class _Transport(paramiko.Transport):  # type: ignore[misc]
         for message in held_back:
             self._send_user_message(message)
 
+    def offer(self, config: HostConfig, host_key_algorithms: Sequence[str]) -> dict[str, Sequence[str]]:
+        """Offer what an SSH config wants of what Paramiko has; return what is left, by keyword."""
+        self.host_key_algorithms = assembled(
+            config.host_key_algorithms, host_key_algorithms, host_key_algorithms
+        )
+        self._preferred_ciphers = _wanted(config.ciphers, self._preferred_ciphers, self._cipher_info)
+        self._preferred_macs = _wanted(config.macs, self._preferred_macs, self._mac_info)
+        self._preferred_kex = _wanted(config.kex_algorithms, self._preferred_kex, self._kex_info)
+        return {
+            "HostKeyAlgorithms": self.host_key_algorithms,
+            "Ciphers": self._preferred_ciphers,
+            "MACs": self._preferred_macs,
+            "KexAlgorithms": self._preferred_kex,
+        }
+
     @property
     def preferred_keys(self) -> tuple[str, ...]:
         """What is asked for: Paramiko would ask for certificates too where no authority is known."""
         return tuple(self.host_key_algorithms)
 
 
-class _Wake:
-    """An event that Paramiko sets when the state of a channel has changed, and that only its owner clears."""
-
-    def __init__(self) -> None:
-        self.event = threading.Event()
-        self.another: threading.Event | None = None
-
-    def set(self) -> None:
-        self.event.set()
-        if self.another is not None:
-            self.another.set()
-
-
-class _Arrivals:
-    """The event of a channel's pipes: passes on the last of so many packets, and always the end of the stream."""
-
-    def __init__(self, channel: paramiko.Channel, wake: _Wake) -> None:
-        self.awaited = 1
-        self._channel = channel
-        self._wake = wake
-        self._arrived = 0
-
-    def set(self) -> None:
-        """Count a packet; Paramiko's pipes call this, from one thread."""
-        self._arrived += 1
-        if self._arrived >= self.awaited or self._channel.eof_received or self._channel.closed:
-            self._arrived = 0
-            self._wake.set()
-
-    def clear(self) -> None:
-        """Paramiko clears a pipe's event when that pipe is empty; the other pipe may hold data still."""
-
-
-class Session:
-    """One session channel (RFC 4254, 6). Used by one thread at a time, or by one that reads and one that sends."""
-
-    def __init__(self, channel: paramiko.Channel) -> None:
-        self._channel = channel
-        self._wake = _Wake()
-        self._gate = _Gate(channel)
-        channel.gate = self._gate
-        channel.exit_signal = None
-        channel.status_event = self._wake
-        self._arrivals = _Arrivals(channel, self._wake)
-        channel.in_buffer.set_event(self._arrivals)
-        channel.in_stderr_buffer.set_event(self._arrivals)
-
-    def exec(self, command: str) -> None:
-        """Send the exec request without waiting for its answer."""
-        self._request("exec", command)
-
-    def signal(self, name: str) -> None:
-        """Ask for a signal to what runs (RFC 4254, 6.9); the server does not say whether it sent it."""
-        self._request("signal", name, answered=False)
-
-    def subsystem(self, name: str) -> None:
-        """Send the subsystem request without waiting for its answer."""
-        self._request("subsystem", name)
-
-    def send(self, data: bytes | memoryview, wait_seconds: float = 0.0) -> int:
-        """Send what the remote window takes and return how many bytes that was.
-
-        When the window is full, wait for it to open, and return 0 when it does not in time; the channel is not
-        closed before that.
-        """
-        self._channel.settimeout(wait_seconds)
-        with self._gate as is_open:
-            try:
-                return int(self._channel.send(data)) if is_open else 0
-            except _SOCKET_ERRORS:
-                return 0
-
-    def send_eof(self) -> None:
-        """Say that no more input comes."""
-        with self._gate as is_open, suppress(*_SOCKET_ERRORS):
-            if is_open:
-                self._channel.shutdown_write()
-
-    def read(self, limit: int = 1 << 20) -> tuple[bytes, bytes]:
-        """Return what has arrived of stdout and stderr, at most `limit` bytes of each, without waiting."""
-        with self._gate:
-            out = self._channel.recv(limit) if self._channel.recv_ready() else b""
-            err = self._channel.recv_stderr(limit) if self._channel.recv_stderr_ready() else b""
-        return out, err
-
-    def wait(self, seconds: float, *, packets: int = 1) -> None:
-        """Wait until something has happened since the last wait, or the time is over.
-
-        That is a new state of the channel, such as its end, or so many packets of output: who needs no single one
-        at once is not woken for it, which costs more than taking the packet does.
-        """
-        self._arrivals.awaited = packets
-        self._wake.event.wait(seconds)
-        self._wake.event.clear()
-
-    def stir(self, event: threading.Event) -> None:
-        """Set this event as well whenever something happens."""
-        self._arrivals.awaited = 1
-        self._wake.another = event
-
-    @property
-    def pending(self) -> bool:
-        """Whether `read` would return something."""
-        return bool(self._channel.recv_ready() or self._channel.recv_stderr_ready())
-
-    @property
-    def ended(self) -> bool:
-        """Whether both streams have ended, or the channel is closed."""
-        return bool(self._channel.eof_received or self._channel.closed)
-
-    @property
-    def closed(self) -> bool:
-        """Whether the channel is closed, by either side or with its connection."""
-        return bool(self._channel.closed)
-
-    @property
-    def connected(self) -> bool:
-        """Whether the connection below is there still."""
-        return bool(self._channel.transport.is_active())
-
-    @property
-    def exit_status(self) -> int | None:
-        """The exit status, once the server has sent it."""
-        status = int(self._channel.exit_status)
-        return None if status < 0 else status
-
-    @property
-    def exit_signal(self) -> str | None:
-        """The name of the signal that ended the command, without SIG, once the server has sent it."""
-        signal: str | None = self._channel.exit_signal
-        return signal
-
-    @property
-    def exited(self) -> bool:
-        """Whether the server has said how the command ended."""
-        return self.exit_status is not None or self.exit_signal is not None
-
-    def close(self) -> None:
-        """Close the channel. What runs on the other side is not ended by this."""
-        self._gate.close(self._channel.close)
-
-    def _request(self, kind: str, argument: str, *, answered: bool = True) -> None:
-        message = paramiko.Message()
-        message.add_byte(cMSG_CHANNEL_REQUEST)
-        message.add_int(self._channel.remote_chanid)
-        message.add_string(kind)
-        message.add_boolean(answered)
-        message.add_string(argument)
-        with self._gate as is_open, suppress(*_SOCKET_ERRORS):
-            if is_open:  # else the channel is closed, which says it all
-                self._channel.transport._send_user_message(message)
+def _wanted(spec: str | None, usual: tuple[str, ...], every: Iterable[str]) -> tuple[str, ...]:
+    """Apply a list of the SSH config to what Paramiko has."""
+    named = {name.removesuffix("@libssh.org"): name for name in every}  # curve25519 has two names
+    chosen = assembled(spec, usual, [*every, *(named.keys() - set(every))])
+    return tuple(dict.fromkeys(named.get(name, name) for name in chosen))
 
 
 class Connection:
     """One connection to one target, verified by its `host_key` and logged in. Thread-safe."""
 
-    def __init__(self, target: Target, transport: _Transport, wire: _Wire, host_key: HostKey) -> None:
-        self.target = target
+    def __init__(
+        self, host: Host, transport: Transport, wire: Wire, carrier: Carrier | None, host_key: HostKey
+    ) -> None:
+        self.target = host.target
         self.host_key = host_key
+        self._carrier = carrier
+        self._idle_silence_seconds = min(
+            host.config.server_alive_interval or _IDLE_SILENCE_SECONDS, _IDLE_SILENCE_SECONDS
+        )
         self.in_use = False
         self._transport = transport
         self._wire = wire
@@ -416,6 +276,16 @@ class Connection:
     def alive(self) -> bool:
         """Whether the connection may be used; a dead wire is found out within seconds of use."""
         return bool(self._transport.is_active())
+
+    @property
+    def heard_at(self) -> float:
+        """When something last came from the other side (monotonic seconds)."""
+        return self._wire.heard_at
+
+    @property
+    def silent_since(self) -> float | None:
+        """When it was asked in vain whether it is there (monotonic seconds), if it ended for that."""
+        return self._asked_at if self._silent else None
 
     @property
     def end(self) -> str:
@@ -434,16 +304,39 @@ class Connection:
             return Session(self._transport.open_session(timeout=timeout))
         except paramiko.ChannelException:
             raise SessionRefusedError from None
-        except _SOCKET_ERRORS as error:
+        except SOCKET_ERRORS as error:
             if self.alive and "Timeout" not in str(error):
                 raise SessionRefusedError from None
             raise ConnectionLostError(f"{self.target}: the connection does not answer") from None
 
+    def open_passage(self, host: str, port: int, timeout: float) -> JumpWire:
+        """Let the other side connect to a host within `timeout` seconds (RFC 4254, 7.2).
+
+        Raises UnreachableError when it does not. The wire is closed with this connection.
+        """
+        where = f"{host}:{port}"
+        try:
+            return JumpWire(
+                self._transport.open_channel(
+                    "direct-tcpip", (host, port), ("127.0.0.1", 0), timeout=max(0.1, timeout)
+                )
+            )
+        except paramiko.ChannelException as error:
+            forbidden = error.code == 1
+            why = "forbids it (AllowTcpForwarding in its sshd_config)" if forbidden else "finds nothing there"
+            raise UnreachableError(
+                f"the jump host {self.target} does not connect to {where}: it {why}"
+            ) from None
+        except SOCKET_ERRORS:
+            raise NoAnswerError(f"the jump host {self.target} does not connect to {where} in time") from None
+
     def close(self) -> None:
-        """Close the connection at once; whoever waits on one of its sessions is woken."""
-        with suppress(OSError):
+        """Close the connection at once, and what it runs over; whoever waits on one of its sessions is woken."""
+        with suppress(*SOCKET_ERRORS):
             self._wire.shutdown(socket.SHUT_RDWR)
         self._transport.close()
+        if self._carrier is not None:
+            self._carrier.close()
 
     def _watch(self) -> None:
         """Ask a silent peer whether it is there. Runs in Paramiko's reading thread, ten times a second."""
@@ -451,7 +344,7 @@ class Connection:
         if self._asked_at is not None and self._wire.heard_at >= self._asked_at:
             self._asked_at = None
         if self._asked_at is None:
-            silence = _BUSY_SILENCE_SECONDS if self.in_use else _IDLE_SILENCE_SECONDS
+            silence = _BUSY_SILENCE_SECONDS if self.in_use else self._idle_silence_seconds
             if now - self._wire.heard_at > silence:
                 self._asked_at = now
                 self._ask()
@@ -469,134 +362,17 @@ class Connection:
         self._transport._send_user_message(message)
 
 
-def connect(target: Target, settings: Settings, keys: Keys) -> Connection:
-    """Open a connection: name look-up, TCP (`ssh_dial`), key exchange, host key, login.
-
-    Takes at most `SSH_CONNECT_TIMEOUT` seconds, a slow name look-up excepted. A server that hangs up before the
-    key exchange (MaxStartups drops log-ins at random) is tried again within that time. Raises UnreachableError
-    and its kinds: HostKeyError, LoginError, NoAnswerError.
-    """
-    deadline = time.monotonic() + settings.ssh_connect_timeout
-    pause = 0.05
-    while True:
-        wire = _Wire(fileno=dial(target, deadline).detach())
-        _tune(wire)
-        try:
-            return _log_in(target, wire, settings, keys, deadline)
-        except _HungUpError:
-            if time.monotonic() + pause > deadline:
-                raise UnreachableError(
-                    f"{target} hangs up before the SSH key exchange; is this an SSH server, and does it take "
-                    "more log-ins (MaxStartups)?"
-                ) from None
-        time.sleep(jittered(pause))
-        pause = min(2 * pause, 1.0)
-
-
 def jittered(seconds: float) -> float:
     """Return between half and one and a half of `seconds`, so that many waiters do not act at once."""
     return seconds * (0.5 + random.random())  # noqa: S311 - no secret depends on it
 
 
-class _HungUpError(Exception):
-    """The server closed the connection before it said who it is."""
-
-
-def _tune(wire: _Wire) -> None:
-    """Set what the socket needs; where it is gone already, the key exchange says so."""
+def tcp_wire(connected: socket.socket) -> SocketWire:
+    """Take over a TCP socket and set what it needs; where it is gone already, the key exchange says so."""
+    wire = SocketWire(fileno=connected.detach())
     with suppress(OSError):
         wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         wire.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(_STALL_SECONDS * 1000))
-
-
-def _log_in(target: Target, wire: _Wire, settings: Settings, keys: Keys, deadline: float) -> Connection:
-    transport = _Transport(
-        wire,
-        default_window_size=_WINDOW_BYTES,
-        default_max_packet_size=_PACKET_BYTES,
-        packetizer_class=_Packetizer,
-    )
-    try:
-        host_key = _exchange_keys(target, transport, settings, deadline)
-        _authenticate(target, transport, keys, deadline)
-        return Connection(target, transport, wire, host_key)
-    except BaseException:
-        transport.packetizer.complete_handshake()  # ends its timer, a thread that would hold up the process's end
-        transport.close()
-        wire.close()
-        raise
-
-
-def _exchange_keys(target: Target, transport: _Transport, settings: Settings, deadline: float) -> HostKey:
-    """Exchange keys, verify the host's key and return it."""
-    known_hosts = KnownHosts(settings.ssh_known_hosts)
-    host = KnownAs(target.host, target.port)
-    transport.host_key_algorithms = known_hosts.algorithms(host)
-    left = max(0.1, deadline - time.monotonic())
-    transport.banner_timeout = transport.handshake_timeout = left
-    try:
-        transport.start_client(timeout=left)
-    except _SOCKET_ERRORS as error:
-        if not transport.remote_version:
-            raise _no_banner(target, transport.sock) from None
-        if isinstance(error, paramiko.ssh_exception.IncompatiblePeer):
-            raise UnreachableError(
-                f"{target} offers no key exchange, cipher or host key type that is still safe; update its SSH server"
-            ) from None
-        raise UnreachableError(
-            f"{target}: the SSH key exchange failed; try again, or see its sshd log"
-        ) from None
-    if not transport.initial_kex_done:
-        raise _silent(target)
-    shown = transport.get_remote_server_key()
-    key = HostKey(shown.get_name(), shown.asbytes())
-    try:
-        known_hosts.verify(host, key, shown.public_blob.key_blob if shown.public_blob else None)
-    except UnknownHostKeyError:
-        if settings.ssh_host_key_policy != "accept-new":
-            raise
-        known_hosts.add(host, key)
-    return key
-
-
-def _no_banner(target: Target, wire: _Wire) -> Exception:
-    if wire.hung_up:
-        return _HungUpError()
-    if wire.heard_at:
-        return UnreachableError(f"{target}: what answers there is no SSH server; check the port")
-    return _silent(target)
-
-
-def _silent(target: Target) -> NoAnswerError:
-    return NoAnswerError(f"{target} accepts connections but does not answer; is its SSH server overloaded?")
-
-
-def _authenticate(target: Target, transport: _Transport, keys: Keys, deadline: float) -> None:
-    tried: list[str] = []
-    with keys.offered() as offered:
-        for name, key in offered:
-            transport.auth_timeout = max(0.1, deadline - time.monotonic())
-            try:
-                if not transport.auth_publickey(target.user, key):
-                    return
-                raise LoginError(
-                    f"{target} asks for more than a key (a second factor); this server can only show keys"
-                )
-            except paramiko.BadAuthenticationType:
-                raise LoginError(
-                    f"{target} takes no key logins; set PubkeyAuthentication yes in its sshd_config"
-                ) from None
-            except _SOCKET_ERRORS:
-                gone = transport.sock.hung_up or not transport.is_active()
-                if gone and not tried:  # else it may have had enough of keys (MaxAuthTries)
-                    raise UnreachableError(
-                        f"{target}: the connection went away during the login; try again, or see its sshd log"
-                    ) from None
-                tried.append(name)
-            if not transport.is_active():
-                break
-    if time.monotonic() >= deadline:
-        raise NoAnswerError(f"{target} does not answer the login; is its SSH server overloaded?")
-    raise LoginError(keys.advice(target, tried))
+    return wire

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from ssh_transport import Session
+from ssh_session import Session
 
 _KEPT_SECONDS = 60.0
 _MOST = 16

@@ -3,31 +3,38 @@
 SFTP's rename (`posix-rename@openssh.com`) is atomic, but the file is then another one: it must be given the old
 one's owner and mode, and it has no other names. Where that cannot be had (several hard links, a foreign owner, a
 folder one may not write to, a server without that extension) the old file is overwritten, and put back on failure;
-a copy of it stands beside it meanwhile, where the folder allows that.
+a copy of it (`ssh_safety_copy`) stands beside it meanwhile, where the folder allows that.
 
 A temporary file says in its name whose it is: `.ssh-mcp-PROCESS-NUMBER.tmp`. One that was left behind, because the
 connection or a process ended, is removed by the next write into its folder: at once if it is this process's own,
-after a quarter of an hour if it is another's.
+after a quarter of an hour if it is another's. A safety copy says also of what it is one, and ends in `.old`: it is not
+removed before that file has been replaced, whole, by a content that owes nothing to what is there.
 """
 
 import itertools
 import posixpath
+import re
 import secrets
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-import ssh_sftp
+import ssh_sftp_packets
 from ssh_bounds import Bounds
 from ssh_errors import ConnectionLostError, FileError, RefusedError
 from ssh_listing import MOST_ENTRIES, Directory, hard_links, open_folders
-from ssh_sftp import SFTP, Attributes, Name, Reply, StatusError
+from ssh_safety_copy import Names, kept
+from ssh_sftp import SFTP, Reply, all_done
+from ssh_sftp_packets import Attributes, Name, StatusError
 
-_MOST_KEPT_BYTES = 256 * 1024 * 1024
 _MOST_LOOKED_AT = 2000
 _STALE_SECONDS = 900
-_PREFIX, _SUFFIX = b".ssh-mcp-", b".tmp"
+_MOST_NAME_BYTES = 200
+
+_TEMPORARY = re.compile(
+    rb"\.ssh-mcp-(?P<process>[0-9a-f]{12})-(?P<number>\d+)(\.tmp|-(?P<file>.+)\.old)", re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -58,31 +65,36 @@ class Temporaries:
     """Names this process's temporary files, and knows which of them are in use. Thread-safe."""
 
     def __init__(self) -> None:
-        self._ours = _PREFIX + secrets.token_hex(6).encode() + b"-"
+        self._process = secrets.token_hex(6).encode()
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._used: set[bytes] = set()
 
     @contextmanager
-    def name(self) -> Iterator[bytes]:
-        """Yield a name that nobody else uses."""
+    def names(self, place: Place) -> Iterator[tuple[bytes, bytes]]:
+        """Yield the names of a temporary file and of a safety copy for a place, that nobody else uses."""
         with self._lock:
-            name = self._ours + str(next(self._numbers)).encode() + _SUFFIX
-            self._used.add(name)
+            number = str(next(self._numbers)).encode()
+            self._used.add(number)
+        name = b".ssh-mcp-" + self._process + b"-" + number
+        copy = name + b"-" + place.name[:_MOST_NAME_BYTES] + b".old"
         try:
-            yield name
+            yield name + b".tmp", copy
         finally:
             with self._lock:
-                self._used.discard(name)
+                self._used.discard(number)
 
-    def is_stale(self, found: Name, now: int) -> bool:
-        """Tell whether a name is that of a temporary file that nobody works on; `now` is the server's time."""
-        name = found.name
-        if not name.startswith(_PREFIX) or not name.endswith(_SUFFIX):
+    def is_stale(self, found: Name, now: int, file: bytes | None = None) -> bool:
+        """Tell whether a name is that of a temporary file that nobody works on; `now` is the server's time.
+
+        With `file`, tell it of the safety copies of the file of that name instead.
+        """
+        match = _TEMPORARY.fullmatch(found.name)
+        if match is None or match["file"] != file:
             return False
         with self._lock:
-            if name.startswith(self._ours):
-                return name not in self._used
+            if match["process"] == self._process:
+                return match["number"] not in self._used
         return now - (found.attributes.mtime or now) > _STALE_SECONDS
 
 
@@ -99,6 +111,8 @@ class Writer:
         self._written = written
         self._temporaries = temporaries
         self._can_replace = "posix-rename@openssh.com" in self._sftp.extensions
+        self._removing: list[Reply] = []
+        self._copies: list[bytes] = []
 
     def replace(
         self,
@@ -108,52 +122,70 @@ class Writer:
         *,
         overwrite: bool = True,
         before: bytes | None = None,
+        anew: bool = False,
     ) -> tuple[bool, Attributes]:
         """Put the content in the file's place; return whether that was atomic, and the new attributes.
 
-        `before` is what the file must hold right before that, if it matters. Raises FileError if it does not.
+        `before` is what the file must hold right before that, if it matters; raises FileError if it does not. `anew`
+        says that the content owes nothing to what the file holds: safety copies that interrupted writes left of it are
+        then removed, after that.
         """
-        with self._temporaries.name() as name:
-            if place.existing is not None and not self._can_replace:
-                return False, self._write_in_place(place, content, mode, name, before)
-            return self._rename_over(place, content, mode, name, overwrite=overwrite, before=before)
+        most = MOST_ENTRIES if place.existing is not None else _MOST_LOOKED_AT
+        (opening,) = open_folders(self._bounds, [place.folder], most)
+        with self._temporaries.names(place) as (temporary, copy), opening as folder:
+            path = folder.confirmed()
+            names = Names(
+                posixpath.join(path, temporary),
+                posixpath.join(path, copy),
+                posixpath.join(place.folder, copy),
+            )
+            attributes = None
+            if place.existing is None or self._can_replace:
+                attributes = self._rename_over(
+                    place, content, mode, names.temporary, folder, overwrite=overwrite, before=before
+                )
+            atomic = attributes is not None
+            if attributes is None:
+                attributes = self._write_in_place(place, content, mode, names, before)
+            if not self._can_replace:
+                self._look_around(folder, place, attributes)
+            self._sweep(self._copies if anew else [])
+        return atomic, attributes
 
     def _rename_over(
         self,
         place: Place,
         content: bytes,
         mode: int | None,
-        name: bytes,
+        temporary: bytes,
+        folder: Directory,
         *,
         overwrite: bool,
         before: bytes | None,
-    ) -> tuple[bool, Attributes]:
-        (opening,) = open_folders(self._bounds, [place.folder])
-        with opening as folder:
-            path = folder.confirmed()
-            temporary = posixpath.join(path, name)
-            handle = self._new_file(temporary, place, mode)
-            if handle is None:
-                return False, self._write_in_place(place, content, mode, None, before)
-            with suppress(StatusError):
-                folder.ask()
-            try:
-                filled = self._filling(handle, content, place.existing, mode)
-                self._must_hold(place, before)
-                attributes = filled()
-                if attributes is not None and self._look_around(folder, path, place, attributes) == 1:
-                    self._rename(temporary, posixpath.join(path, place.name), overwrite=overwrite)
-                    return True, attributes
-            except BaseException:
-                self._remove(temporary)
-                raise
+    ) -> Attributes | None:
+        """Return the new attributes, or None where only the old file itself may be written."""
+        handle = self._new_file(temporary, place, mode)
+        if handle is None:
+            return None
+        with suppress(StatusError):
+            folder.ask()
+        try:
+            filled = self._filling(handle, content, place.existing, mode)
+            self._must_hold(place, before)
+            attributes = filled()
+            if attributes is not None and self._look_around(folder, place, attributes) == 1:
+                self._rename(temporary, posixpath.join(folder.confirmed(), place.name), overwrite=overwrite)
+                return attributes
+        except BaseException:
             self._remove(temporary)
-            return False, self._write_in_place(place, content, mode, name, before)
+            raise
+        self._remove(temporary)
+        return None
 
     def _new_file(self, path: bytes, place: Place, mode: int | None) -> bytes | None:
         """Make the temporary file and return its handle, or None where only the old file itself may be written."""
         private = place.existing is not None or mode is not None
-        flags = ssh_sftp.WRITE | ssh_sftp.CREATE | ssh_sftp.EXCLUSIVE
+        flags = ssh_sftp_packets.WRITE | ssh_sftp_packets.CREATE | ssh_sftp_packets.EXCLUSIVE
         try:
             return self._bounds.open(
                 path, flags, Attributes(mode=0o600 if private else 0o666), name=place.name
@@ -162,7 +194,7 @@ class Writer:
             self._remove(path)
             raise
         except StatusError as error:
-            if place.existing is None or error.code != ssh_sftp.PERMISSION_DENIED:
+            if place.existing is None or error.code != ssh_sftp_packets.PERMISSION_DENIED:
                 raise
             return None
 
@@ -190,13 +222,13 @@ class Writer:
             owning = sftp.fsetstat(handle, Attributes(uid=existing.uid, gid=existing.gid))
         wanted = mode if mode is not None else existing.mode if existing is not None else None
         allowing = None if wanted is None else sftp.fsetstat(handle, Attributes(mode=wanted & 0o7777))
-        flushing, asking, closing = self._flush(handle), sftp.fstat(handle), sftp.close_handle(handle)
+        flushing, asking, closing = sftp.flush(handle), sftp.fstat(handle), sftp.close_handle(handle)
 
         def filled() -> Attributes | None:
-            _all_done([*writing, allowing, flushing, closing])
+            all_done([*writing, allowing, flushing, closing])
             attributes = asking.attributes()
             try:
-                _all_done([owning])
+                all_done([owning])
             except StatusError:
                 if existing is None or (attributes.uid, attributes.gid) != (existing.uid, existing.gid):
                     return None
@@ -207,48 +239,45 @@ class Writer:
     def _must_hold(self, place: Place, before: bytes | None) -> None:
         if before is None:
             return
-        if bytes_of(self._bounds, place.real, len(before) + 1, len(before)) != before:
+        if self._bounds.content(place.real, len(before) + 1, len(before)) != before:
             raise FileError(
                 f"{place.shown} was changed by somebody else in the meantime; nothing was written. Read it again "
                 "and repeat the change"
             )
 
-    def _look_around(self, folder: Directory, path: bytes, place: Place, made: Attributes | None) -> int:
-        """Return the file's number of hard links; remove stale temporaries that stand beside it."""
-        links, removing = 1, []
-        now = made.mtime if made is not None and made.mtime is not None else 0
-        most = MOST_ENTRIES if place.existing is not None else _MOST_LOOKED_AT
-        try:
-            for found in itertools.islice(folder.names(), most):
+    def _look_around(self, folder: Directory, place: Place, made: Attributes) -> int:
+        """Return the file's number of hard links; have stale temporaries that stand beside it removed."""
+        path, links, now = folder.confirmed(), 1, made.mtime or 0
+        with suppress(StatusError):  # a folder that may be written but not read
+            for found in folder.names():
                 if found.name == place.name:
                     links = hard_links(found)
                 elif self._temporaries.is_stale(found, now):
-                    removing.append(self._sftp.remove(posixpath.join(path, found.name)))
-        except StatusError:
-            return links  # a folder that may be written but not read
-        for reply in removing:
-            with suppress(StatusError):
-                reply.done()
+                    self._removing.append(self._sftp.remove(posixpath.join(path, found.name)))
+                elif self._temporaries.is_stale(found, now, place.name):
+                    self._copies.append(posixpath.join(path, found.name))
         return links
 
+    def _sweep(self, copies: list[bytes]) -> None:
+        """Wait until what is stale is removed, which the server does before it renames, and these as well."""
+        with suppress(ConnectionLostError):
+            for reply in [*self._removing, *map(self._sftp.remove, copies)]:
+                with suppress(StatusError):
+                    reply.done()
+
     def _write_in_place(
-        self, place: Place, content: bytes, mode: int | None, name: bytes | None, before: bytes | None
+        self, place: Place, content: bytes, mode: int | None, names: Names, before: bytes | None
     ) -> Attributes:
         """Overwrite a file where it stands; put the old bytes back when that fails."""
-        handle = self._bounds.open(place.real, ssh_sftp.WRITE, Attributes())
+        flags = ssh_sftp_packets.READ | ssh_sftp_packets.WRITE
+        handle = self._bounds.open(place.real, flags, Attributes())
         try:
-            old = bytes_of(self._bounds, place.real, _MOST_KEPT_BYTES + 1, place.found.size or 0)
-            if len(old) > _MOST_KEPT_BYTES:
-                raise FileError(
-                    f"{place.shown} can only be overwritten in place (it has several names, another owner, or a "
-                    "folder you may not write to), and is too big for a copy to fall back on; use a command"
-                )
-            with self._copy_beside(place, old, name):
+            with kept(self._bounds, place.real, handle, place.found.size or 0, names) as copy:
                 self._must_hold(place, before)
                 try:
                     return self._overwrite(handle, content, mode)
                 except StatusError:
-                    self._overwrite(handle, old, None)
+                    copy.put_back()
                     raise
         finally:
             self._let_go(handle)
@@ -258,64 +287,27 @@ class Writer:
         writing = sftp.write_all(handle, content)
         cutting = sftp.fsetstat(handle, Attributes(size=len(content)))
         allowing = None if mode is None else sftp.fsetstat(handle, Attributes(mode=mode))
-        flushing, asking = self._flush(handle), sftp.fstat(handle)
-        _all_done([*writing, cutting, allowing, flushing])
+        flushing, asking = sftp.flush(handle), sftp.fstat(handle)
+        all_done([*writing, cutting, allowing, flushing])
         return asking.attributes()
 
-    @contextmanager
-    def _copy_beside(self, place: Place, old: bytes, name: bytes | None) -> Iterator[None]:
-        """Keep the old bytes in a file beside it, if the folder allows that, until the new ones are written.
-
-        When the connection ends meanwhile the copy stays, and the error names it.
-        """
-        copy = None if name is None else posixpath.join(place.folder, name.removesuffix(_SUFFIX) + b".old")
-        if copy is not None and not self._is_kept(copy, old, place.name):
-            copy = None
-        try:
-            yield
-        except ConnectionLostError as error:
-            if copy is None:
-                raise
-            raise ConnectionLostError(
-                f"{error} (what it held before is in {ssh_sftp.shown_name(copy)})"
-            ) from None
-        except (StatusError, FileError, RefusedError):
-            self._remove(copy)
-            raise
-        self._remove(copy)
-
-    def _is_kept(self, copy: bytes, old: bytes, name: bytes) -> bool:
-        flags = ssh_sftp.WRITE | ssh_sftp.CREATE | ssh_sftp.EXCLUSIVE
-        try:
-            handle = self._bounds.open(copy, flags, Attributes(mode=0o600), name=name)
-        except StatusError:
-            return False
-        try:
-            _all_done(
-                [*self._sftp.write_all(handle, old), self._flush(handle), self._sftp.close_handle(handle)]
-            )
-        except StatusError:
-            self._remove(copy)
-            return False
-        return True
-
-    def _remove(self, path: bytes | None) -> None:
-        if path is not None:
-            with suppress(StatusError, ConnectionLostError):
-                self._sftp.remove(path).done()
+    def _remove(self, path: bytes) -> None:
+        with suppress(StatusError, ConnectionLostError):
+            self._sftp.remove(path).done()
 
     def append(self, place: Place, content: bytes, mode: int | None) -> Attributes:
         """Add at the file's end and return its attributes; take it back when that fails."""
         sftp = self._sftp
-        made = ssh_sftp.CREATE | ssh_sftp.EXCLUSIVE if place.existing is None else 0
-        handle = self._bounds.open(place.real, ssh_sftp.WRITE | ssh_sftp.APPEND | made, Attributes())
+        made = ssh_sftp_packets.CREATE | ssh_sftp_packets.EXCLUSIVE if place.existing is None else 0
+        flags = ssh_sftp_packets.WRITE | ssh_sftp_packets.APPEND | made
+        handle = self._bounds.open(place.real, flags, Attributes())
         try:
             before = sftp.fstat(handle).attributes().size or 0
             writing = sftp.write_all(handle, content, before)
             allowing = None if mode is None else sftp.fsetstat(handle, Attributes(mode=mode))
-            flushing, asking = self._flush(handle), sftp.fstat(handle)
+            flushing, asking = sftp.flush(handle), sftp.fstat(handle)
             try:
-                _all_done([*writing, allowing, flushing])
+                all_done([*writing, allowing, flushing])
             except StatusError:
                 sftp.fsetstat(handle, Attributes(size=before)).done()
                 raise
@@ -328,29 +320,6 @@ class Writer:
         with suppress(ConnectionLostError):
             self._sftp.close_handle(handle)
 
-    def _flush(self, handle: bytes) -> Reply | None:
-        return self._sftp.fsync(handle) if "fsync@openssh.com" in self._sftp.extensions else None
-
-
-def _all_done(replies: list[Reply | None]) -> None:
-    """Wait for all that were sent, then raise the first failure."""
-    failure: StatusError | None = None
-    for reply in replies:
-        if reply is None:
-            continue
-        try:
-            reply.done()
-        except StatusError as error:
-            failure = failure or error
-    if failure is not None:
-        raise failure
-
-
-def bytes_of(bounds: Bounds, path: bytes, limit: int | None = None, size: int = 0) -> bytes:
-    """Return a file's content, `limit` bytes at most; `size` is how large it probably is."""
-    with bounds.reading(path, 0, limit, size) as (_, chunks):
-        return b"".join(chunks)
-
 
 def make_folders(sftp: SFTP, folder: bytes) -> None:
     """Make the folders that are missing, those above first."""
@@ -360,7 +329,7 @@ def make_folders(sftp: SFTP, folder: bytes) -> None:
             sftp.stat(folder).attributes()
             break
         except StatusError as error:
-            if error.code != ssh_sftp.NO_SUCH_FILE:
+            if error.code != ssh_sftp_packets.NO_SUCH_FILE:
                 raise
         missing.append(folder)
         folder = posixpath.dirname(folder)
@@ -372,11 +341,11 @@ def new_path(sftp: SFTP, path: bytes) -> bytes:
     """Return the absolute path of a file that is not there: its folder resolved as far as that is there."""
     name = posixpath.basename(path)
     if name in (b"", b".", b".."):
-        raise StatusError(ssh_sftp.NO_SUCH_FILE, "")
+        raise StatusError(ssh_sftp_packets.NO_SUCH_FILE, "")
     folder = posixpath.dirname(path) or b"."
     try:
         return posixpath.join(sftp.real_path(folder).path(), name)
     except StatusError as error:
-        if error.code != ssh_sftp.NO_SUCH_FILE:
+        if error.code != ssh_sftp_packets.NO_SUCH_FILE:
             raise
     return posixpath.join(new_path(sftp, folder), name)

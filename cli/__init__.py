@@ -22,6 +22,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             secrets.write(options.env_file)
             return
+        if options.command == "config":
+            from cli import config
+
+            wanted = config.Wanted(options.name, tuple(options.env), options.env_file, options.http)
+            raise SystemExit(config.config(options.client, wanted, write=options.write, force=options.force))
         if options.command == "audit":
             from cli import audit
 
@@ -59,8 +64,39 @@ def _parser() -> argparse.ArgumentParser:
         "secrets",
         help="write a settings file with fresh signing keys; --env-file says where, if not the usual place",
     )
+    _add_config(commands)
     _add_audit(commands)
     return parser
+
+
+def _add_config(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "config",
+        help="show how a client is told of this server, or write it into the client's file",
+        description="Show how a client is told of this server. What is to be copied goes to stdout.",
+        epilog="Exit status 1: the client's file was left alone, and it was said why. Secrets belong in the settings "
+        "file: ssh-mcp-server --env-file FILE config CLIENT names it.",
+    )
+    parser.add_argument(
+        "client", nargs="?", metavar="CLIENT", help="which client; without one all are listed"
+    )
+    parser.add_argument("--name", default="ssh", help="what the client calls the server; default: ssh")
+    parser.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting, such as SSH_DEFAULT_HOST=web1.example.com; may be given often",
+    )
+    parser.add_argument(
+        "--http", action="store_true", help="connect to PUBLIC_BASE_URL instead of starting it here"
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="write it into the client's file, and keep a backup"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="with --write: replace another server of that name"
+    )
 
 
 def _add_audit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

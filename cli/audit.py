@@ -7,6 +7,7 @@ that cannot be read.
 import argparse
 import gzip
 import textwrap
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from itertools import chain
@@ -34,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
             _show(files, options)
             return 0
         return _verify(files, [_key(text) for text in options.key], options.head)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise SettingsError(f"the trail cannot be read: {error}") from None
 
 
@@ -110,13 +111,18 @@ def _call(intent: Record, outcome: Record) -> Iterator[str]:
     )
     given = intent.get("arguments")
     arguments = given if isinstance(given, dict) else {}
-    for line in visible(str(arguments.get("command") or "")).splitlines():
-        yield from _wrapped(f"{_INDENT}{line}", _INDENT * 2)
+    yield from _command(str(arguments.get("command") or ""))
     said = ("command", *(() if target == "-" else _IN_TARGET))
     told = "  ".join(f"{name}={_value(value)}" for name, value in arguments.items() if name not in said)
     if told:
         yield from _wrapped(f"{_INDENT}{told}", _INDENT * 2)
     yield from _wrapped(f"{_INDENT}{_ending(outcome)}", _INDENT * 2)
+
+
+def _command(command: str) -> Iterator[str]:
+    """Yield a command's lines so that none can pass for what stands below it."""
+    for number, line in enumerate(visible(command).splitlines()):
+        yield from _wrapped(f"{_INDENT}{'  ' if number else '$ '}{line}", _INDENT * 2)
 
 
 def _ending(outcome: Record) -> str:
@@ -141,7 +147,8 @@ def _value(value: object) -> str:
     if isinstance(value, dict) and "sha256" in value:
         return f"{value.get('bytes')} bytes {str(value['sha256'])[:12]}"
     if isinstance(value, dict):
-        return ",".join(map(str, value.get("names") or ()))
+        names = value.get("names")
+        return ",".join(map(str, names)) if isinstance(names, list) else str(value)
     if isinstance(value, list):
         return f"{len(value)}"
     return str(value)

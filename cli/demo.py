@@ -182,6 +182,7 @@ def _own_settings(folder: Path, port: int) -> Iterator[None]:
         "SSH_DEFAULT_USER": "demo",
         "SSH_KEY_PATH": str(folder / "key"),
         "SSH_KNOWN_HOSTS": str(folder / "known_hosts"),
+        "SSH_CONFIG": "none",
         "LOG_LEVEL": "ERROR",
     }
     try:

@@ -24,7 +24,7 @@ from settings import Settings, Target
 from ssh_commands import Commands
 from ssh_pool import Pool
 
-pytest_plugins = ["oauth"]
+pytest_plugins = ["oauth", "ssh_client"]
 
 
 def program(name: str, package: str) -> str:
@@ -105,6 +105,7 @@ class Server:
             "ssh_default_user": "tester",
             "ssh_key_path": self.key,
             "ssh_known_hosts": self.known_hosts,
+            "ssh_config": Path("none"),
         }
         return Settings(**(values | changes))
 
@@ -121,7 +122,7 @@ class Server:
         wrapper = {
             "LD_PRELOAD": "libnss_wrapper.so",
             "NSS_WRAPPER_PASSWD": str(self.folder / "passwd"),
-            "NSS_WRAPPER_GROUP": "/etc/group",
+            "NSS_WRAPPER_GROUP": str(self.folder / "group"),
         }
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(command, stderr=log, env=os.environ | wrapper)
@@ -179,6 +180,9 @@ SHELLS = {
 ORDINARY_UID = 4242 if os.getuid() == 0 else os.getuid()
 """The user behind the account `ordinary`: not root, also when root runs the tests."""
 
+DOMAIN_USERS_GID = 4343
+"""The group `domain users` of the test servers, a name as Windows domains have them."""
+
 
 def make_accounts(folder: Path) -> None:
     if not any(Path(lib).glob("**/libnss_wrapper.so") for lib in ("/usr/lib", "/usr/lib64")):
@@ -198,6 +202,8 @@ def make_accounts(folder: Path) -> None:
     os.chown(folder / "ordinary", ORDINARY_UID, -1)
     lines.append(f"ordinary:*:{ORDINARY_UID}:{ORDINARY_UID}::{folder}/ordinary:/bin/sh")
     (folder / "passwd").write_text("\n".join(lines) + "\n")
+    groups = Path("/etc/group").read_text()
+    (folder / "group").write_text(f"{groups}domain users:x:{DOMAIN_USERS_GID}:\n")
 
 
 @contextmanager

@@ -33,6 +33,11 @@ class Relay:
         self._accepting = threading.Thread(target=self._accept, daemon=True)
         self._accepting.start()
 
+    @property
+    def files(self) -> int:
+        """How many sockets it holds for connections, some of which may have ended."""
+        return len(self._sockets)
+
     def has_accepted(self, connections: int) -> bool:
         return self.accepted == connections
 
@@ -96,9 +101,20 @@ class Relay:
             server = socket.create_connection(("127.0.0.1", self._server_port))
             for end in (client, server):
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._forget_ended()
             self._sockets += [client, server]
             for way, source, sink in (("up", client, server), ("down", server, client)):
                 self._pumps.append(_Pump(self, way, source, sink, forgotten=self._forgetting))
+
+    def _forget_ended(self) -> None:
+        """Keep nothing of connections that have ended, so that a long run does not grow by them."""
+        running = [pump for pump in self._pumps if not pump.ended]
+        used = {end for pump in running for end in pump.ends}
+        for end in self._sockets:
+            if end not in used:
+                end.close()
+        self._pumps = running
+        self._sockets = [end for end in self._sockets if end in used]
 
     def wait_for_flow(self) -> None:
         self._flowing.wait()
@@ -120,6 +136,14 @@ class _Pump:
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._take, self._pass_on)]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def ends(self) -> tuple[socket.socket, socket.socket]:
+        return self._source, self._sink
+
+    @property
+    def ended(self) -> bool:
+        return not any(thread.is_alive() for thread in self._threads)
 
     def join(self) -> None:
         for thread in self._threads:

@@ -20,8 +20,10 @@ from fastmcp import Client, FastMCP
 import app
 import audit
 from audit_chain import BEGINNING, Check, digest, parsed
+from audit_log import FileLog
 from conftest import Server, marker, running, wait_for
 from settings import os_user
+from ssh_errors import AuditError
 
 CANARY = "canary-7f3a"
 
@@ -183,13 +185,14 @@ def test_no_secret_of_a_call_is_recorded(call: Call, log: Path, tmp_path: Path) 
     for tried in (edits, json.dumps(edits), [CANARY], [{**edits[0], "other": CANARY}]):
         assert call("ssh_edit_file", path=str(path), edits=tried).is_error
     call("ssh_nonsense", secret=CANARY)
-    assert len(calls(log)) == 11
+    call("ssh_write_file", path=str(path), content=7190_7190)
+    assert len(calls(log)) == 12
+    assert "71907190" not in log.read_text()
     assert CANARY not in log.read_text()
     assert base64.b64encode(CANARY.encode()).decode() not in log.read_text()
 
 
 def test_it_was_decided_of_every_argument_of_text_whether_it_is_shown(call: Call) -> None:
-    hidden = {"input", "content", "env", "edits", "old_text", "new_text"}
     tools = with_client(lambda client: client.list_tools())
     named: set[str] = set()
     for tool in tools:
@@ -199,7 +202,7 @@ def test_it_was_decided_of_every_argument_of_text_whether_it_is_shown(call: Call
             kinds = {option.get("type", "object") for option in schema.get("anyOf", [schema])} - {"null"}
             if not kinds <= {"integer", "number", "boolean"}:
                 named.add(name)
-    assert named == audit.SHOWN | hidden
+    assert named == audit.SHOWN | audit.HIDDEN
 
 
 @pytest.mark.parametrize(
@@ -438,3 +441,41 @@ def test_records_that_wait_for_the_disk_are_written_together() -> None:
     for thread in [first, *threads]:
         thread.join()
     assert written == [1, 1, 20]
+
+
+def test_records_that_go_down_with_those_of_another_call_are_not_taken_for_written() -> None:
+    class FailingLog:
+        public_key: str | None = None
+        head = BEGINNING
+
+        def write(self, records: Any) -> None:
+            if len(records) == 2:
+                raise ValueError("what nobody expects")
+
+        def close(self) -> None: ...
+
+    trail = audit.Trail(FailingLog(), lambda _: None)
+    failures: list[type[Exception]] = []
+
+    def append() -> None:
+        try:
+            trail.append({"event": "intent"})
+        except (ValueError, AuditError) as error:
+            failures.append(type(error))
+
+    threads = [threading.Thread(target=append) for _ in range(2)]
+    with trail._writing:
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: len(trail._waiting) == 2)
+    for thread in threads:
+        thread.join()
+    assert failures == [ValueError, AuditError]
+
+
+def test_nothing_is_put_on_record_after_the_end(log: Path) -> None:
+    trail = audit.Trail(FileLog(log), lambda _: None)
+    trail.close()
+    with pytest.raises(AuditError, match="the server is stopping"):
+        trail.append({"event": "intent"})
+    assert [record["event"] for record in records(log)] == ["file", "start", "stop"]

@@ -137,8 +137,7 @@ def test_signature_among_the_arguments_is_none() -> None:
         line + b"\n"
         for line in linked(BEGINNING, [record("file"), record("x", arguments={"a": 1, "signature": "x"})])
     ]
-    (found,) = altered(lines, key=True)
-    assert "no signature" in found.sentence
+    assert ["no signature" in found.sentence for found in altered(lines, key=True)] == [True, True]
     signed = linked(BEGINNING, [record("file", arguments={"a": 1, "signature": "x"})], KEY)
     assert altered([signed[0] + b"\n"], key=True) == []
 
@@ -152,9 +151,24 @@ def test_end_that_was_cut_off_is_found_by_a_hash_noted_before(left: int) -> None
     assert altered(lines, head=noted) == []
 
 
-@pytest.mark.parametrize("left", [1, 3, 5, 7])
-def test_end_that_was_cut_off_inside_of_what_was_written_at_once_is_found_with_the_key(left: int) -> None:
-    assert altered(written()[:left], key=True)
+@pytest.mark.parametrize("at_once", [1, 2, 8])
+def test_record_that_somebody_added_is_found_with_the_key_also_when_the_server_went_on_from_it(
+    at_once: int,
+) -> None:
+    lines = written(at_once=at_once)
+    (added,) = linked(headed(lines), [record("intent", command="forged")])
+    (after,) = linked(headed(lines).then(added), [record("intent")], KEY)
+    (found,) = altered([*lines, added + b"\n", after + b"\n"], key=True)
+    assert found.line == 9
+    assert "no signature" in found.sentence
+
+
+@pytest.mark.parametrize("more", [b',"event":"outcome"}', b',"signature":""}', b" }", b"} "])
+def test_last_record_to_which_something_was_added_is_found_with_the_key(more: bytes) -> None:
+    lines = written()
+    grown = lines[-1].removesuffix(b"}\n") + more + b"\n"
+    assert parsed(grown) is not None
+    assert altered([*lines[:-1], grown], key=True)
 
 
 def test_every_part_of_a_last_line_is_found() -> None:

@@ -104,6 +104,25 @@ def test_log_that_others_come_to_be_able_to_write_is_written_no_more_after_rotat
         with pytest.raises(SettingsError, match="others may write"):
             log.write([{"event": "intent", "command": "b"}])
         assert path.read_bytes() == b""
+        path.chmod(0o600)
+        log.write([{"event": "intent", "command": "c"}])
+    assert commands(path.with_suffix(".1"), path) == ["a", "c"]
+    assert altered(path.with_suffix(".1"), path) == []
+
+
+@pytest.mark.parametrize("name", ["audit.jsonl", ".audit.jsonl.state", ".audit.jsonl.key"])
+def test_file_of_another_account_is_refused(path: Path, name: str) -> None:
+    assert os.geteuid() == 0, "this test gives files away: run it as root"
+    write(path, "a")
+    os.chown(path.with_name(name), 1234, 1234)
+    with pytest.raises(SettingsError, match=f"AUDIT_LOG.*{name} belongs to another account"):
+        FileLog(path)
+
+
+def test_fifo_in_the_place_of_the_key_holds_nobody_up(path: Path) -> None:
+    os.mkfifo(path.with_name(".audit.jsonl.key"), 0o600)
+    with pytest.raises(SettingsError, match="no Ed25519 key"):
+        FileLog(path)
 
 
 @pytest.mark.parametrize("where", ["/nowhere/audit.jsonl", "fd:987", "syslog:/nowhere"])
@@ -147,10 +166,10 @@ def test_operators_own_key_signs(path: Path) -> None:
     assert checked(path) == []
 
 
-def test_records_written_together_are_signed_together(path: Path) -> None:
+def test_each_of_the_records_written_together_is_signed(path: Path) -> None:
     with closing(FileLog(path)) as log:
         log.write([{"event": "intent", "command": str(n)} for n in range(3)])
-    assert ["signature" in record for record in records(path)] == [False, False, False, True]
+    assert ["signature" in record for record in records(path)] == [True] * 4
     assert checked(path) == []
 
 
@@ -217,6 +236,20 @@ def test_new_file_with_the_inode_of_the_old_is_no_damage(path: Path) -> None:
     write(path, "b")
     assert altered(path) == []
     assert records(path)[0]["event"] == "file"
+
+
+def test_full_file_takes_no_other_files_place(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit_log, "_FILE_BYTES", 1)
+    other = path.with_name("audit.jsonl.000000000002")
+    other.write_text("of another trail")
+    with closing(FileLog(path)) as log:
+        log.write([{"event": "intent", "command": "a"}])
+        with pytest.raises(FileExistsError, match="000000000002 is there already"):
+            log.write([{"event": "intent", "command": "b"}])
+        assert other.read_text() == "of another trail"
+        other.unlink()
+        log.write([{"event": "intent", "command": "c"}])
+    assert (commands(other), commands(path)) == (["a"], ["c"])
 
 
 def test_full_file_is_renamed_by_its_last_record(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -461,6 +494,45 @@ def test_syslog_that_went_away_is_an_error(tmp_path: Path) -> None:
         log = open_log(f"syslog:{tmp_path}/log")
     with closing(log), pytest.raises(ConnectionRefusedError):
         log.write([{"event": "intent"}])
+
+
+def test_syslog_daemon_that_was_started_anew_gets_the_next_record(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as daemon:
+        daemon.bind(str(tmp_path / "log"))
+        log = open_log(f"syslog:{tmp_path}/log")
+        log.write([{"event": "intent"}])
+    with closing(log), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as daemon:
+        (tmp_path / "log").unlink()
+        daemon.bind(str(tmp_path / "log"))
+        log.write([{"event": "outcome"}])
+        assert b'"sequence":2' in daemon.recv(10_000)
+
+
+def test_syslog_daemon_that_is_stopped_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit_log, "_TAKE_SECONDS", 1)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as daemon:
+        daemon.bind(str(tmp_path / "log"))
+        with closing(open_log(f"syslog:{tmp_path}/log")) as log:
+            with pytest.raises(BlockingIOError):
+                log.write([{"event": "intent"}] * 100_000)
+            daemon.recv(10_000)
+            log.write([{"event": "intent"}])
+
+
+def test_pipe_that_nobody_reads_is_an_error_and_its_next_line_stands_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(audit_log, "_TAKE_SECONDS", 1)
+    reading, writing = os.pipe()
+    log = open_log(f"fd:{writing}")
+    with pytest.raises(TimeoutError, match="nobody reads"):
+        log.write([{"event": "intent", "command": "x" * 200_000}])
+    part = os.read(reading, 200_000)
+    log.write([{"event": "intent", "command": "a"}])
+    os.close(writing)
+    with os.fdopen(reading, "rb") as file:
+        lines = (part + file.read()).splitlines()
+    assert [record and record["command"] for record in map(parsed, lines)] == [None, "a"]
 
 
 def test_descriptor_gets_a_line_for_each_record() -> None:

@@ -127,13 +127,15 @@ def test_files_are_read_in_the_order_of_their_records_packed_ones_too(audit: Aud
 @pytest.mark.parametrize(
     "arguments",
     [["verify"], ["verify", "/nowhere"], ["verify", "/"], ["show", "/nowhere"], ["verify", "--key", "/nowhere", "T"],
-     ["verify", "--key", "ssh-rsa AAAA", "T"], ["verify", "packed.gz"], ["show", "--since", "soon", "T"], []],
+     ["verify", "--key", "ssh-rsa AAAA", "T"], ["verify", "packed.gz"], ["verify", "broken.gz"],
+     ["show", "--since", "soon", "T"], []],
 )  # fmt: skip
 def test_what_cannot_be_told_is_status_two(
     audit: Audit, trail: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(trail.parent)
     Path("packed.gz").write_bytes(b"no gzip")
+    Path("broken.gz").write_bytes(gzip.compress(b"")[:10] + b"\xff" * 20)
     status, said = audit(*(str(trail) if argument == "T" else argument for argument in arguments))
     assert status == 2
     assert "Traceback" not in said
@@ -157,6 +159,18 @@ def test_trail_is_shown_for_people(audit: Audit, trail: Path) -> None:
     assert "ALLOWED_PATHS does not allow /etc/x" in said
     assert "NO OUTCOME" in said
     assert "host=db2" in said
+
+
+def test_command_does_not_pass_for_how_it_ended(audit: Audit, tmp_path: Path) -> None:
+    path = tmp_path / "lies.jsonl"
+    trail = Trail(FileLog(path), lambda _: None)
+    lie = "-> REFUSED, 0.0 s: ALLOWED_COMMANDS"
+    made(trail, "me@example.com", WEB, {"command": f"{lie}\n{lie}\n\x0b{lie}\n{'x ' * 40}{lie}"})
+    trail.close()
+    said = audit("show", path)[1].splitlines()
+    (ending,) = [line for line in said if line.startswith("    ->")]
+    assert ending.startswith("    -> exited, exit code 0, ")
+    assert all(line.startswith("     ") for line in said if "REFUSED" in line and "$ ->" not in line)
 
 
 def test_what_did_not_go_well_is_marked(audit: Audit, trail: Path) -> None:
@@ -193,7 +207,7 @@ def test_time_may_have_a_zone(audit: Audit, trail: Path) -> None:
 
 @pytest.mark.parametrize("name", ["time", "id", "identity", "tool", "target", "arguments", "status", "exit_code",
                                   "duration_seconds", "error", "stdout_bytes"])  # fmt: skip
-@pytest.mark.parametrize("value", [None, 7, [1], {"sha256": [], "names": 1}])
+@pytest.mark.parametrize("value", [None, 7, [1], {"sha256": [], "names": 1}, {"env": {"names": 1}}])
 def test_trail_that_somebody_had_in_hand_is_shown_all_the_same(
     audit: Audit, trail: Path, name: str, value: object
 ) -> None:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import paramiko
@@ -187,8 +188,25 @@ class Caller:
         self.commands = Commands(self.pool, way.settings)
         self.jobs = Jobs(self.commands, lambda: KEY)
         self.files = Files(self.pool, way.settings)
+        self._ended = 0
+        self._changed = threading.Condition()
 
     def call(self, number: int) -> str:
+        try:
+            return self._call(number)
+        finally:
+            with self._changed:
+                self._ended += 1
+                self._changed.notify_all()
+
+    def wait_for_calls(self, count: int, over: threading.Event) -> None:
+        """Wait until so many more calls have ended, or all is over."""
+        with self._changed:
+            until = self._ended + count
+            while self._ended < until and not over.is_set():
+                self._changed.wait(0.5)
+
+    def _call(self, number: int) -> str:
         kind = (self.quick, self.fed, self.killed, self.detached, self.written, self.background)[number % 6]
         return f"{kind.__name__} {kind(f'{kind.__name__}{number}')}"
 
@@ -244,6 +262,9 @@ class Caller:
         assert (self.server.home / name).read_text() == text
         return "written"
 
+    def writes(self, name: str) -> bool:
+        return self.written(name) == "written"
+
     def background(self, name: str) -> str:
         task = Task.of(f"echo run >> {name}; echo {name}")
         try:
@@ -279,10 +300,11 @@ class Caller:
         self.pool.close(5)
 
 
-def disturb(relay: Relay, over: threading.Event, seed: int) -> None:
-    """Delay, freeze and cut the wire at random until it is over."""
+def disturb(caller: Caller, relay: Relay, over: threading.Event, seed: int) -> None:
+    """Delay, freeze and cut the wire at random until it is over; a slow machine is left time for calls in between."""
     dice = random.Random(seed)
     while not over.wait(dice.uniform(0.05, 0.6)):
+        caller.wait_for_calls(8, over)
         fault = dice.choice(("cut", "cut", "cut_after", "freeze", "delay", "none"))
         if fault == "cut":
             relay.cut()
@@ -310,7 +332,7 @@ def test_thousand_calls_with_random_faults_end_truly_and_leave_nothing(
     over = threading.Event()
     with way_to(server) as way:
         caller = Caller(way)
-        disturbing = threading.Thread(target=disturb, args=(way.relay, over, 5))
+        disturbing = threading.Thread(target=disturb, args=(caller, way.relay, over, 5))
         disturbing.start()
         try:
             with ThreadPoolExecutor(16) as threads:
@@ -320,7 +342,7 @@ def test_thousand_calls_with_random_faults_end_truly_and_leave_nothing(
             disturbing.join()
         for direction in ("up", "down"):
             way.relay.cut_after(direction, 1 << 60)
-        caller.files.write(caller.target, "last", b"x", cancelled=nobody_cancels)
+        wait_for(partial(caller.writes, "last"))  # the last cut may not have been noticed yet
         caller.close()
     assert [path.name for path in server.home.glob(".ssh-mcp-*") if path.is_file()] == []
     assert sum(kinds.values()) == CALLS

@@ -37,8 +37,8 @@ from ssh_edits import Edit
 from ssh_errors import ConnectionLostError, FileError, SSHError
 from ssh_files import Files
 from ssh_pool import Pool
+from ssh_session import Session
 from ssh_sftp import SFTP, _Handles
-from ssh_transport import Session
 from test_faults import processes_of
 from test_ssh_files import Tools, numbered, sha256, strays
 
@@ -522,8 +522,11 @@ def test_failed_overwriting_puts_the_old_content_back(no_rename: tuple[int, Tool
     assert [item.name for item in small_disk.iterdir()] == ["file"]
 
 
-def test_cut_while_a_file_is_overwritten_leaves_a_copy_that_the_error_names(own_sshd: Serve) -> None:
-    server = own_sshd("Subsystem sftp internal-sftp -P posix-rename")
+@pytest.mark.parametrize("lacking", ["posix-rename", "posix-rename,copy-data"])
+def test_cut_while_a_file_is_overwritten_leaves_a_copy_that_the_error_names(
+    own_sshd: Serve, lacking: str
+) -> None:
+    server = own_sshd(f"Subsystem sftp internal-sftp -P {lacking}")
     old, new = content(1, 60_000), content(2, 500_000)
     became: Counter[str] = Counter()
     for step in range(24):
@@ -542,15 +545,61 @@ def test_cut_while_a_file_is_overwritten_leaves_a_copy_that_the_error_names(own_
             except ConnectionLostError as error:
                 said = str(error)
             wait_for(lambda: not server.session_pids())
-        named = re.search(r"what it held before is in (\S+\.old)\)", said)
-        if named:
-            assert Path(named[1]).read_bytes() == old
-            assert strays(path.parent) == [Path(named[1]).name]
-        else:
-            assert path.read_bytes() == old, said
-        became["copy named" if named else "untouched"] += 1
+            named = re.search(r"what it held before is in (\S+\.old)\)", said)
+            if named:
+                assert Path(named[1]).read_bytes() == old
+                assert strays(path.parent) == [Path(named[1]).name]
+            else:
+                assert path.read_bytes() == old, said
+            became["copy named" if named else "copied in part" if strays(path.parent) else "untouched"] += 1
+            way.relay.cut_after("up", NEVER)
+            tools.write(path, new)
+            assert not strays(path.parent)
     assert became["copy named"], became
     assert became["told"], became
+    assert became["copied in part"] or lacking == "posix-rename", became
+
+
+def overwrite_in_part(server: Server, path: Path, new: bytes) -> str:
+    """Kill the file server while it overwrites a file of a megabyte in place; return what the writer was told."""
+    with way_to(server) as way, tools_on(server, way.settings) as tools, ThreadPoolExecutor() as threads:
+        tools.read(path)
+        writing = threads.submit(tools.write, path, new)
+        wait_for(lambda: any(name.endswith(".old") for name in strays(path.parent)))
+        way.relay.delay_seconds = 0.1
+        old = path.read_bytes()
+        wait_for(lambda: path.read_bytes() != old)
+        kill_file_servers(server)
+        with pytest.raises(ConnectionLostError) as raised:
+            writing.result(20)
+    return str(raised.value)
+
+
+def test_copy_of_a_file_whose_overwriting_was_killed_stays_until_the_file_is_replaced(
+    own_sshd: Serve, tmp_path: Path
+) -> None:
+    server = own_sshd(f"Subsystem sftp {SFTP_SERVER} -P posix-rename")
+    path, beside = tmp_path / "file", tmp_path / "beside"
+    old, new = content(1, 1_000_000), content(2, 30_000_000)
+    path.write_bytes(old)
+    said = overwrite_in_part(server, path, new)
+    assert path.read_bytes() not in (old, new)
+    (copy,) = strays(tmp_path)
+    assert f"what it held before is in {tmp_path / copy})" in said
+    assert (tmp_path / copy).read_bytes() == old
+    with tools_on(server) as tools:
+        tools.edit(path, Edit(start_line=1, new_text="edited\n"))
+        tools.write(path, "more\n", append=True)
+        tools.write(beside, "new\n")
+        tools.write(path, new)
+        assert strays(tmp_path) == [copy], "it may be another process's"
+        long_ago = time.time() - 3600
+        os.utime(tmp_path / copy, (long_ago, long_ago))
+        tools.edit(path, Edit(start_line=1, new_text="edited\n"))
+        tools.write(beside, "newer\n")
+        assert strays(tmp_path) == [copy]
+        tools.write(path, new)
+    assert not strays(tmp_path)
 
 
 # Accounts and servers

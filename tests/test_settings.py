@@ -33,6 +33,7 @@ def test_defaults_are_those_of_the_contract(monkeypatch: pytest.MonkeyPatch) -> 
     )
     assert (values.ssh_key_path, values.ssh_key_passphrase, values.ssh_allowed_hosts) == (None, None, None)
     assert values.ssh_known_hosts == Path("~/.ssh/known_hosts").expanduser()
+    assert values.ssh_config == Path("~/.ssh/config").expanduser()
     assert values.ssh_host_key_policy == "strict"
     assert (values.ssh_max_connections, values.ssh_max_total_connections) == (10, 500)
     assert (values.ssh_idle_seconds, values.ssh_connect_timeout) == (600, 10)
@@ -120,7 +121,6 @@ def test_bad_value_is_one_line_that_says_what_would_do(
 @pytest.mark.parametrize(
     "variable",
     [
-        "SSH_CONFIG",
         "CONFIRM",
     ],
 )
@@ -198,6 +198,20 @@ def test_example_file_names_every_setting_and_loads() -> None:
     assert built <= names
 
 
+def test_example_file_leaves_to_the_ssh_config_what_that_may_decide() -> None:
+    set_there = load(Path(__file__).parents[1] / ".env.example").model_fields_set
+    assert set_there.isdisjoint(
+        {
+            "ssh_config",
+            "ssh_connect_timeout",
+            "ssh_default_port",
+            "ssh_default_user",
+            "ssh_host_key_policy",
+            "ssh_known_hosts",
+        }
+    )
+
+
 def test_file_named_by_argument_is_the_only_one_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write(tmp_path / "config" / "ssh-mcp-server" / ".env", "SSH_DEFAULT_USER=configured")
     monkeypatch.setenv("SSH_MCP_ENV_FILE", str(write(tmp_path / "named", "SSH_DEFAULT_PORT=23")))
@@ -233,7 +247,7 @@ def test_restriction_in_the_environment_stops_the_start(
         load()
 
 
-@pytest.mark.parametrize("variable", ["SSH_KEY_PATH", "SSH_KNOWN_HOSTS"])
+@pytest.mark.parametrize("variable", ["SSH_CONFIG", "SSH_KEY_PATH", "SSH_KNOWN_HOSTS"])
 def test_home_of_an_account_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     monkeypatch.setenv(variable, "~no-such-account/file")
     with pytest.raises(SettingsError, match=f"^{variable} .*~no-such-account/file"):

@@ -4,19 +4,23 @@ import ctypes
 import itertools
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import ssh_bounds
+import ssh_listing
 from conftest import Server, nobody_cancels, wait_for
 from ssh_edits import Edit
 from ssh_errors import FileError, RefusedError, SSHError
 from ssh_files import Files
 from ssh_pool import Pool
+from ssh_sftp import SFTP, Opening
 
 SECRET = b"OUTSIDE, and longer than what is inside\n"
 EDIT = [Edit(operation="insert", start_line=0, new_text="changed")]
@@ -306,8 +310,10 @@ def test_entry_that_is_not_there_allows_nothing(world: World) -> None:
 
 def test_allowed_directory_itself_is_listed_and_not_replaced(world: World) -> None:
     tools = world.files(f"{world.allowed}/new")
-    with pytest.raises(RefusedError):
-        tools.write(world.allowed / "new")
+    for way in ("write", "append", "create"):
+        with pytest.raises(RefusedError, match="is not in a directory that ALLOWED_PATHS allows"):
+            tools.every()[way](str(world.allowed / "new"))
+    assert not (world.allowed / "new").exists()
     tools.write(world.allowed / "new" / "file", create_parents=True)
     assert tools.list(world.allowed / "new") == ["file"]
 
@@ -477,6 +483,86 @@ def test_what_is_made_outside_while_a_link_moves_is_empty(twins: World, way: str
     assert before.items() <= twins.untouched().items()
 
 
+def test_file_that_another_call_has_open_may_be_renamed_meanwhile(
+    twins: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send, inside = SFTP.open, twins.allowed / "sub"
+
+    def open_after_renaming(sftp: SFTP, path: bytes, *more: Any) -> Opening:
+        sftp.stat(b".").attributes()  # the server has come to here
+        inside.rename(twins.outside / "moved")
+        return send(sftp, path, *more)
+
+    with channel(twins) as sftp:
+        handle = sftp.open_directory(os.fsencode(inside)).handle()
+        monkeypatch.setattr(SFTP, "open", open_after_renaming)
+        assert twins.files().read(twins.allowed / "file") == "inside\n"
+        sftp.close_handle(handle).done()
+
+
+def test_folder_whose_descriptor_was_not_looked_at_is_not_listed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (world.allowed / "sub2").mkdir()
+    with channel(world) as sftp:
+        links = [sftp.read_link(b"/proc/self/fd/%d" % number) for number in range(32)]
+        taken = sum(ssh_bounds._link(link) is not None for link in links)
+    monkeypatch.setattr(ssh_bounds, "_SPARE_DESCRIPTORS", taken - 1)  # that of the first of two is looked at
+    with pytest.raises(RefusedError, match="led elsewhere"):
+        world.files().list(world.allowed, depth=2)
+
+
+# Many listings at once
+
+
+@contextmanager
+def channel(world: World) -> Iterator[SFTP]:
+    """The channel that the tools use, too."""
+    with world.pool.standing(world.server.target, SFTP, time.monotonic() + 20, nobody_cancels) as standing:
+        assert isinstance(standing, SFTP)
+        yield standing
+
+
+@contextmanager
+def no_turn_left(world: World) -> Iterator[None]:
+    with channel(world) as sftp, ExitStack() as taken:
+        while sftp.turns.acquire(blocking=False):
+            taken.callback(sftp.turns.release)
+        yield
+
+
+class CallerLeftError(Exception):
+    pass
+
+
+def test_listing_waits_for_its_turn_as_long_as_its_caller_does(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssh_bounds, "_TURN_SECONDS", 0.01)
+    opened = []
+
+    def leave_after_a_while() -> None:
+        opened.append(sftp.open_handles)
+        if len(opened) == 10:
+            raise CallerLeftError
+
+    with channel(world) as sftp, no_turn_left(world):
+        with pytest.raises(CallerLeftError):
+            world.files()._files.list(world.server.target, str(world.allowed), cancelled=leave_after_a_while)
+        unlimited = Tools(world, Files(world.pool, world.server.settings()))
+        assert unlimited.list(world.allowed) == ["file", "sub"]
+    assert opened == [0] * 10
+    assert world.files().list(world.allowed) == ["file", "sub"]
+
+
+def test_listing_whose_turn_does_not_come_says_so(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssh_listing, "_WALK_SECONDS", 0)
+    with no_turn_left(world):
+        listing = world.files()._files.list(world.server.target, str(world.allowed), cancelled=nobody_cancels)
+    assert listing.truncated
+    assert "stopped after 0 names" in (listing.note or "")
+
+
 # Hosts that do not tell what is open
 
 
@@ -524,3 +610,20 @@ def test_nothing_outside_is_written_where_the_host_tells_nothing(silent: World, 
     with flipping(silent.allowed / "sub" / "same", silent.outside / "sub" / "same"):
         catch(lambda: touch(str(silent.allowed / "sub" / "same")))
     assert (silent.outside / "sub" / "same").read_bytes() == SECRET
+
+
+def test_temporary_file_that_was_made_outside_is_removed_where_the_host_tells_nothing(
+    silent: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send, inside, before = SFTP.open, silent.allowed / "sub", silent.untouched()
+
+    def open_elsewhere(sftp: SFTP, path: bytes, *more: Any) -> Opening:
+        inside.rename(silent.allowed / "moved")
+        inside.symlink_to(silent.outside / "sub")
+        return send(sftp, path, *more)
+
+    monkeypatch.setattr(SFTP, "open", open_elsewhere)
+    with pytest.raises(RefusedError, match="led elsewhere"):
+        silent.files().write(inside / "new")
+    assert inside.is_symlink()
+    assert silent.untouched() == before

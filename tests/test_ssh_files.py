@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 import ssh_files
-from conftest import ORDINARY_UID, Server, nobody_cancels, wait_for
+import ssh_safety_copy
+from conftest import DOMAIN_USERS_GID, ORDINARY_UID, Server, nobody_cancels, wait_for
 from relay import Relay
 from settings import Settings, Target
 from ssh_answers import EditedFile, FileContent, Listing, WrittenFile
@@ -23,10 +24,11 @@ from ssh_bounds import Bounds
 from ssh_edits import Edit
 from ssh_errors import ArgumentError, ConnectionLostError, EditError, FileError, SSHError
 from ssh_files import Files
-from ssh_listing import open_folders
+from ssh_listing import Directory, open_folders
 from ssh_policy import AllowedPaths
 from ssh_pool import Pool
-from ssh_sftp import Attributes, Name
+from ssh_sftp_packets import Attributes, Name
+from ssh_writes import Writer
 
 
 class Tools:
@@ -107,6 +109,16 @@ def test_small_file_is_read_whole(tools: Tools, tmp_path: Path) -> None:
         "sha256": sha256(b"one\ntwo"),
     }
     assert read.text().startswith("one\ntwo\n[")
+
+
+def test_tilde_and_a_name_mean_the_home_of_that_account_if_there_is_one(tools: Tools, sshd: Server) -> None:
+    (sshd.folder / "dash" / "theirs").write_text("theirs\n")
+    assert tools.read("~dash/theirs").content == "theirs\n"
+    assert tools.list("~dash").path == f"{sshd.folder}/dash"
+    assert tools.write("~dash/ours", "ours\n").path == f"{sshd.folder}/dash/ours"
+    for name in ("~no-such", "~$report.docx", "~/~dash"):
+        assert tools.write(name, "mine\n").path == f"{sshd.home}/{name.removeprefix('~/')}"
+        assert tools.read(name).content == "mine\n"
 
 
 @pytest.mark.parametrize("path", ["~/sub/file", "sub/file", "./sub/../sub/file"])
@@ -349,6 +361,47 @@ def test_file_with_several_names_is_written_in_place(tools: Tools, tmp_path: Pat
     assert tools.write(path, "new").atomic is False
     assert (tmp_path / "other").read_text() == "new"
     assert not strays(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 1, 40_000_000])
+def test_copy_of_a_file_that_is_written_in_place_is_made_by_the_server(
+    tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    path, old = tmp_path / "file", os.urandom(size)
+    path.write_bytes(old)
+    os.link(path, tmp_path / "other")
+    kept: list[bytes] = []
+    overwrite = Writer._overwrite
+
+    def look(writer: Writer, handle: bytes, content: bytes, mode: int | None) -> Attributes:
+        kept.extend((tmp_path / name).read_bytes() for name in strays(tmp_path) if name.endswith("-file.old"))
+        return overwrite(writer, handle, content, mode)
+
+    def read(*_: object) -> bytes:
+        raise AssertionError("the old content is read")
+
+    monkeypatch.setattr(Writer, "_overwrite", look)
+    monkeypatch.setattr(ssh_safety_copy.SafetyCopy, "_read", read)
+    assert tools.write(path, "new").atomic is False
+    assert kept == [old]
+    assert path.read_text() == "new"
+    assert not strays(tmp_path)
+
+
+def test_group_with_a_blank_in_its_name_hides_neither_itself_nor_other_names_of_the_file(
+    tools: Tools, tmp_path: Path
+) -> None:
+    assert os.getuid() == 0, "this test gives files away: run it as root"
+    path = tmp_path / "file"
+    path.write_text("old")
+    os.chown(path, 4344, DOMAIN_USERS_GID)
+    os.link(path, tmp_path / "other")
+    (tmp_path / "plain").touch()
+    owned = {entry.name: (entry.owner, entry.group) for entry in tools.list(tmp_path).entries}
+    assert owned["file"] == ("4344", "domain users")
+    assert owned["plain"] == (tmp_path.owner(), tmp_path.group())
+    assert tools.write(path, "new").atomic is False
+    assert (tmp_path / "other").read_text() == "new"
 
 
 def test_forbidden_file_names_the_account_and_the_path(ordinary: Tools, its_folder: Path) -> None:
@@ -715,36 +768,77 @@ def test_caller_is_told_how_far_a_transfer_is(
     assert (tmp_path / "file").read_bytes() == content
 
 
-class _Repeating:
-    """A server whose directory begins anew once it was read past its end."""
+class _Names:
+    """Answers of a server about one directory."""
 
-    def __init__(self) -> None:
-        self._batches = [[b"a", b"b"], [b"c"], [b"a", b"b"], [b"c"], []]
+    guess = None
+    arrived = True
+
+    def __init__(self, names: Iterable[bytes] = (), size: int | None = None) -> None:
+        self._names = list(names)
+        self._size = size
+
+    def handle(self) -> bytes:
+        return b"h"
+
+    def attributes(self) -> Attributes:
+        return Attributes(size=self._size)
+
+    def names(self) -> list[Name]:
+        return [Name(name, b"", Attributes()) for name in self._names]
+
+
+class _Folder:
+    """A server with one directory of so many bytes, which gives its names in batches, whose handle nobody foretells."""
+
+    def __init__(self, *batches: list[bytes], size: int = 4096) -> None:
+        self._batches = list(batches)
+        self._size = size
+        self.asked = 0
 
     @contextmanager
     def together(self) -> Iterator[None]:
         yield
 
-    def open_directory(self, _: bytes) -> "_Repeating":
-        return self
+    def stat(self, _: bytes) -> _Names:
+        return _Names(size=self._size)
 
-    guess = None
+    def open_directory(self, _: bytes) -> _Names:
+        return _Names()
 
-    def handle(self) -> bytes:
-        return b"h"
-
-    def read_directory(self, _: bytes) -> "_Repeating":
-        return self
-
-    def names(self) -> list[Name]:
-        return [Name(name, b"", Attributes()) for name in self._batches.pop(0)]
+    def read_directory(self, _: bytes) -> _Names:
+        self.asked += 1
+        return _Names(self._batches.pop(0) if self._batches else [])
 
     def close_handle(self, _: bytes) -> None:
         """Take it back."""
 
 
+def in_folder(folder: _Folder, most: int = 9999) -> Directory:
+    bounds = Bounds(folder, AllowedPaths(Settings()), Target("u", "h", 22), "")  # type: ignore[arg-type]
+    (opening,) = open_folders(bounds, [b"."], most)
+    return opening
+
+
 def test_name_that_a_server_repeats_is_listed_once() -> None:
-    bounds = Bounds(_Repeating(), AllowedPaths(Settings()), Target("u", "h", 22), "")  # type: ignore[arg-type]
-    (opening,) = open_folders(bounds, [b"."])
-    with opening as directory:
+    beginning_anew = _Folder([b"a", b"b"], [b"c"], [b"a", b"b"], [b"c"])
+    with in_folder(beginning_anew) as directory:
         assert [name.name for name in directory.names()] == [b"a", b"b", b"c"]
+
+
+def test_directory_that_was_asked_ahead_is_listed_whole() -> None:
+    with in_folder(_Folder([b"a"], [b"b"], [b"c"], [b"d"], [b"e"])) as directory:
+        directory.ask()
+        assert [name.name for name in directory.names()] == [b"a", b"b", b"c", b"d", b"e"]
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "asked"), [(4096, 9999, 2), (400_000, 99_999, 200), (400_000, 500, 5)]
+)
+def test_directory_is_asked_at_once_for_as_many_names_as_its_size_tells(
+    size: int, most: int, asked: int
+) -> None:
+    folder = _Folder(size=size)
+    with in_folder(folder, most) as directory:
+        directory.ask()
+    assert folder.asked == asked

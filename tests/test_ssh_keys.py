@@ -15,12 +15,13 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, x25519
 from paramiko import SSHException
+from paramiko.agent import AgentSSH
 
-from conftest import Server, keygen, program, wait_for
+from conftest import keygen, program, wait_for
 from settings import Settings, Target
+from ssh_config import HostConfig, SshConfig
 from ssh_errors import LoginError
 from ssh_keys import Keys
-from ssh_transport import connect
 
 TARGET = Target("me", "web1", 22)
 KINDS = {
@@ -269,19 +270,125 @@ def test_agent_that_hangs_up_leaves_the_default_keys(monkeypatch: pytest.MonkeyP
     assert names == ["id_ed25519"]
 
 
-@pytest.mark.parametrize("kind", ["ed25519", "ecdsa384", "rsa"])
-def test_encrypted_key_with_a_certificate_logs_in_where_only_its_authority_is_trusted(
-    own_sshd: Callable[..., Server], tmp_path: Path, kind: str
-) -> None:
-    authority, path = keygen(tmp_path / "authority"), keygen(tmp_path / "key", *KINDS[kind], "-N", "hunter2")
-    server = own_sshd(f"TrustedUserCAKeys {authority}.pub")
-    settings = server.settings(ssh_key_path=path, ssh_key_passphrase="hunter2")
-    with pytest.raises(LoginError, match="does not accept"):
-        connect(server.target, settings, Keys(settings))
-    signing = ["-s", str(authority), "-I", "me", "-n", "tester", f"{path}.pub"]
-    subprocess.run(["ssh-keygen", "-q", *signing], check=True)
-    connect(server.target, settings, Keys(settings)).close()
-    assert "CERT" in (server.folder / "log").read_text()
+def configured(tmp_path: Path, *lines: str) -> HostConfig:
+    path = tmp_path / "config"
+    path.write_text("\n".join(lines) + "\n")
+    path.chmod(0o600)
+    return SshConfig(path).lookup("web", "me")
+
+
+def names(config: HostConfig, **values: Any) -> list[str]:
+    with Keys(Settings(**values)).offered(config) as offer:
+        return [Path(name).name for name, _ in offer]
+
+
+def held(agent: Path, tmp_path: Path, *keys: str) -> None:
+    for key in keys:
+        subprocess.run(["ssh-add", "-q", keygen(tmp_path / key)], check=True)
+        assert agent.exists()
+
+
+def test_identity_files_take_the_place_of_the_default_keys(tmp_path: Path) -> None:
+    (tmp_path / ".ssh").mkdir()
+    keygen(tmp_path / ".ssh" / "id_ed25519")
+    one, two = keygen(tmp_path / "one"), keygen(tmp_path / "two")
+    assert names(configured(tmp_path, f"IdentityFile {two}", f"IdentityFile {one}")) == ["two", "one"]
+    assert names(configured(tmp_path, "IdentityFile none")) == []
+    assert names(configured(tmp_path, "Port 1")) == ["id_ed25519"]
+
+
+def test_identity_files_that_cannot_be_used_are_told_of(tmp_path: Path) -> None:
+    good = keygen(tmp_path / "good")
+    locked = keygen(tmp_path / "locked", "-t", "ed25519", "-N", "secret")
+    config = configured(
+        tmp_path, *(f"IdentityFile {path}" for path in (locked, tmp_path / "gone", good, tmp_path / "config"))
+    )
+    keys = Keys(Settings())
+    with keys.offered(config) as offer:
+        assert [name for name, _ in offer] == [str(good)]
+        told = keys.advice(TARGET, [str(good)], offer.unusable)
+    assert f"{locked} is encrypted" in told
+    assert f"{tmp_path / 'gone'} (IdentityFile) cannot be read" in told
+
+
+def test_key_of_the_agent_that_an_identity_file_names_comes_first(agent: Path, tmp_path: Path) -> None:
+    held(agent, tmp_path, "one", "two")
+    file = tmp_path / "two"
+    file.unlink()
+    other = keygen(tmp_path / "other")
+    config = configured(tmp_path, f"IdentityFile {file}", f"IdentityFile {other}")
+    with Keys(Settings()).offered(config) as offer:
+        first, second, third = (key for _, key in offer)
+    shown = [key.get_base64() for key in (first, second, third)]
+    assert shown == [(tmp_path / f"{name}.pub").read_text().split()[1] for name in ("two", "one", "other")]
+
+
+@pytest.mark.parametrize("form", ["RFC4716", "PEM"])
+def test_key_that_the_agent_holds_is_shown_once(agent: Path, tmp_path: Path, form: str) -> None:
+    path = keygen(tmp_path / "key", "-t", "ecdsa", "-m", form)
+    subprocess.run(["ssh-add", "-q", path], check=True)
+    if form == "RFC4716":
+        path.with_suffix(".pub").unlink()
+    assert len(names(configured(tmp_path, f"IdentityFile {path}"))) == 1
+
+
+def test_identities_only_leaves_out_what_else_the_agent_holds(agent: Path, tmp_path: Path) -> None:
+    held(agent, tmp_path, "one", "two")
+    config = configured(tmp_path, "IdentitiesOnly yes", f"IdentityFile {tmp_path / 'two'}.pub")
+    with Keys(Settings()).offered(config) as offer:
+        ((_, key),) = offer
+    assert key.get_base64() == (tmp_path / "two.pub").read_text().split()[1]
+
+
+def test_public_key_that_no_agent_serves_is_told_of(tmp_path: Path) -> None:
+    keygen(tmp_path / "key")
+    with Keys(Settings()).offered(configured(tmp_path, f"IdentityFile {tmp_path}/key.pub")) as offer:
+        assert list(offer) == []
+        assert "is a public one, and the SSH agent does not hold" in offer.unusable[0]
+
+
+def test_agent_of_the_config_is_asked(agent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held(agent, tmp_path, "one")
+    monkeypatch.delenv("SSH_AUTH_SOCK")
+    assert names(configured(tmp_path, f"IdentityAgent {agent}")) == ["the agent's ssh-ed25519 key"]
+    assert names(configured(tmp_path, f"IdentityAgent {tmp_path}/gone")) == []
+    monkeypatch.setenv("OTHER", str(agent))
+    assert names(configured(tmp_path, "IdentityAgent $OTHER")) == ["the agent's ssh-ed25519 key"]
+    monkeypatch.setenv("SSH_AUTH_SOCK", str(agent))
+    assert names(configured(tmp_path, "IdentityAgent none")) == []
+
+
+def test_key_path_is_for_hosts_without_an_identity_file_and_for_the_default_one(tmp_path: Path) -> None:
+    own, named = keygen(tmp_path / "own"), keygen(tmp_path / "named")
+    config = configured(tmp_path, f"IdentityFile {named}")
+    assert names(config, ssh_key_path=own) == ["named"]
+    assert names(configured(tmp_path, "Port 1"), ssh_key_path=own) == ["own"]
+    with Keys(Settings(ssh_key_path=own)).offered(config, is_default=True) as offer:
+        assert [name for name, _ in offer] == [str(own)]
+
+
+def test_certificate_file_is_shown_with_its_key_alone(agent: Path, tmp_path: Path) -> None:
+    held(agent, tmp_path, "one")
+    two, three = keygen(tmp_path / "two"), keygen(tmp_path / "three")
+    authority = keygen(tmp_path / "authority")
+    files = []
+    for key in ("one", "three"):
+        sign(authority, tmp_path / key, key)
+        files.append((tmp_path / f"{key}-cert.pub").rename(tmp_path / f"{key}.certificate"))
+    config = configured(
+        tmp_path,
+        *(f"CertificateFile {file}" for file in [*files, tmp_path / "gone"]),
+        f"IdentityFile {two}",
+        f"IdentityFile {three}",
+    )
+    with Keys(Settings()).offered(config) as offer:
+        certified = [key.public_blob is not None for _, key in offer]
+    assert certified == [True, False, True]
+
+
+def test_agents_of_paramiko_are_connected_as_before() -> None:
+    assert callable(AgentSSH._connect)
+    assert callable(AgentSSH._close)
 
 
 def security_key(path: Path) -> Path:
@@ -315,3 +422,11 @@ def test_fido_key_of_the_agent_is_passed_over(agent: Path, tmp_path: Path) -> No
     subprocess.run(["ssh-add", "-q", security_key(tmp_path / "fido"), keygen(tmp_path / "held")], check=True)
     ((name, _),) = offered()
     assert name == "the agent's ssh-ed25519 key"
+
+
+def test_fido_key_of_the_config_is_told_of(tmp_path: Path) -> None:
+    path = security_key(tmp_path / "id_sk")
+    keys = Keys(Settings())
+    with keys.offered(configured(tmp_path, f"IdentityFile {path}")) as offer:
+        assert list(offer) == []
+        assert "FIDO key, which asks for a touch" in keys.advice(TARGET, [], offer.unusable)

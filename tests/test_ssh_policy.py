@@ -243,6 +243,7 @@ def test_path_lies_in_a_folder_by_its_components(path: bytes, folder: bytes, wit
         (b"/home/u/.config/fish/config.fish", True),
         (b"/home/u//.profile", True),
         (b"/home/u/...", True),
+        (b"/HOME/U/.bashrc", True),
         (b"/home/u/.", False),
         (b"/home/u", False),
         (b"/home/u/notes/.hidden", False),

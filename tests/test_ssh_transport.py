@@ -8,13 +8,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 import paramiko
 import pytest
-from paramiko.common import MSG_CHANNEL_REQUEST, MSG_CHANNEL_WINDOW_ADJUST, cMSG_CHANNEL_EOF
+from paramiko.common import (
+    MSG_CHANNEL_FAILURE,
+    MSG_CHANNEL_REQUEST,
+    MSG_CHANNEL_WINDOW_ADJUST,
+    cMSG_CHANNEL_EOF,
+)
 from paramiko.packet import Packetizer
 
 from conftest import Server, nobody_cancels, wait_for
 from ssh_commands import Commands
 from ssh_pool import Pool
-from ssh_transport import _Gate, _Transport, _Wire
+from ssh_session import _Gate
+from ssh_transport import SocketWire, Transport
 
 
 def test_silent_reads_call_the_keepalive_check() -> None:
@@ -25,16 +31,36 @@ def test_writes_go_through_write_all() -> None:
     assert "self.write_all(out)" in inspect.getsource(Packetizer.send_message)
 
 
-@pytest.mark.parametrize("name", ["_preferred_ciphers", "_preferred_macs"])
-def test_algorithms_are_paramikos_own(name: str) -> None:
-    assert set(getattr(_Transport, name)) <= set(getattr(paramiko.Transport, name))
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("_preferred_ciphers", "_cipher_info"),
+        ("_preferred_macs", "_mac_info"),
+        ("_preferred_kex", "_kex_info"),
+    ],
+)
+def test_algorithms_are_paramikos_own(name: str, table: str) -> None:
+    assert set(getattr(Transport, name)) <= set(getattr(paramiko.Transport, name))
+    assert set(getattr(Transport, name)) <= set(getattr(Transport, table))
 
 
 def test_handlers_are_looked_up_in_the_table() -> None:
     table = paramiko.Transport._channel_handler_table
+    assert table[MSG_CHANNEL_FAILURE] is paramiko.Channel._request_failed
     assert table[MSG_CHANNEL_REQUEST] is paramiko.Channel._handle_request
     assert table[MSG_CHANNEL_WINDOW_ADJUST] is paramiko.Channel._window_adjust
     assert "self._channel_handler_table[ptype](chan, m)" in inspect.getsource(paramiko.Transport.run)
+
+
+def test_channel_that_is_listed_when_its_connection_ends_is_told() -> None:
+    ours, theirs = socket.socketpair()
+    transport, channel = Transport(ours), paramiko.Channel(1)
+    assert "self._channels.put(chanid, chan)" in inspect.getsource(paramiko.Transport.open_channel)
+    transport._channels.put(1, channel)
+    channel._unlink()
+    assert channel.closed
+    ours.close()
+    theirs.close()
 
 
 def test_channels_have_what_sessions_use() -> None:
@@ -57,7 +83,7 @@ def test_end_of_a_stream_is_known_before_its_pipes_tell() -> None:
 
 def test_wire_is_read_ahead_to_its_end() -> None:
     ours, theirs = socket.socketpair()
-    with theirs, _Wire(fileno=ours.detach()) as wire:
+    with theirs, SocketWire(fileno=ours.detach()) as wire:
         theirs.send(b"abcdef")
         assert [wire.recv(2), wire.recv(3)] == [b"ab", b"cde"]
         theirs.close()
@@ -112,14 +138,14 @@ def test_nothing_is_sent_after_a_channel_was_closed(pool: Pool, sshd: Server) ->
 def test_channel_is_closed_behind_what_is_still_being_sent(
     pool: Pool, sshd: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    send = _Transport._send_user_message
+    send = Transport._send_user_message
 
-    def late(self: _Transport, message: paramiko.Message) -> None:
+    def late(self: Transport, message: paramiko.Message) -> None:
         if threading.current_thread() is not self and message.asbytes().startswith(cMSG_CHANNEL_EOF):
             time.sleep(1)  # the server's CLOSE comes meanwhile
         send(self, message)
 
-    monkeypatch.setattr(_Transport, "_send_user_message", late)
+    monkeypatch.setattr(Transport, "_send_user_message", late)
     with pool.session(sshd.target, time.monotonic() + 20, nobody_cancels) as session:
         session.exec("true")
         session.send_eof()

@@ -1,0 +1,95 @@
+"""FastMCP as this product serves it: over stdio as it is, over HTTP with both transports behind the login.
+
+Whether HTTP is served is known only once it is asked for, so its settings are demanded there and not before.
+"""
+
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import anyio.to_thread
+import fastmcp
+from fastmcp import FastMCP
+from fastmcp.server.auth import AccessToken
+
+import settings
+from settings import SettingsError
+from ssh_jobs import local_key
+
+if TYPE_CHECKING:
+    from fastmcp.server.http import StarletteWithLifespan
+
+_MOST_FILES = 65_536
+
+_UVICORN: dict[str, Any] = {
+    "proxy_headers": False,  # the application knows which proxies to believe
+    "access_log": False,  # it would hold codes, and goes to stdout
+    "log_config": None,
+    "server_header": False,
+    "ws": "none",
+    "backlog": 512,  # asyncio tries that often, and logs as often, to accept what it has no descriptor for
+}
+
+
+async def _always(_: AccessToken) -> bool:
+    return True
+
+
+class Server(FastMCP[None]):
+    """FastMCP, whose HTTP transports are one application behind the login."""
+
+    job_key: Callable[[], str | Sequence[bytes]] = staticmethod(local_key)
+    in_force: Callable[[AccessToken], Awaitable[bool]] = staticmethod(_always)
+    _listens_on: str | None = None
+
+    def __init__(self, report: Callable[[], dict[str, Any]], **options: Any) -> None:
+        """Make it; `report` is what holders of a token are told of the default target, and may block."""
+        super().__init__(**options)
+        self._report = report
+
+    async def run_http_async(self, *args: Any, **kwargs: Any) -> None:
+        """Serve over HTTP until told to stop; a setting that cannot be used ends the process before it listens."""
+        host = kwargs.get("host") or fastmcp.settings.host
+        self._listens_on = settings.http_url(host, kwargs.get("port") or fastmcp.settings.port)
+        from http_deadline import PunctualProtocol
+
+        _allow_many_connections()
+        kwargs["uvicorn_config"] = (
+            _UVICORN | {"http": PunctualProtocol} | (kwargs.get("uvicorn_config") or {})
+        )
+        try:
+            await super().run_http_async(*args, **kwargs)
+        except SettingsError as error:
+            settings.exit_for(error)
+
+    def http_app(self, *args: Any, **kwargs: Any) -> "StarletteWithLifespan":
+        """Return the application that serves both HTTP transports. Raises SettingsError without a complete login."""
+        import http_server  # what only HTTP needs takes a second to import
+
+        current = settings.load()
+        login = settings.login(current, self._listens_on)
+        self.job_key = lambda: login.session_keys[::-1]  # itsdangerous signs with the last
+        served = http_server.http_app(
+            self,
+            login,
+            current.forwarded_allow_ips,
+            lambda: anyio.to_thread.run_sync(self._report),
+            json_response=bool(kwargs.get("json_response")),
+            stateless=bool(kwargs.get("stateless_http")),
+        )
+        self.in_force = served.state.in_force
+        return served
+
+
+def _allow_many_connections() -> None:
+    """Raise the soft limit of file descriptors, usually 1024: each stream holds one, and each message another."""
+    if os.name != "posix":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with suppress(ValueError, OSError):  # macOS allows less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

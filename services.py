@@ -1,0 +1,74 @@
+"""What the tools work with: the rooms below them, made from one set of settings, and what these allow."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import telemetry
+from audit import RecordedReach, Trail
+from audit_log import open_log
+from calls import Rate
+from settings import Settings, Target
+from ssh_commands import Commands
+from ssh_errors import RefusedError, SSHError
+from ssh_files import Files
+from ssh_jobs import Jobs
+from ssh_output import visible
+from ssh_policy import AllowedCommands, Reach, no_running, no_writing
+from ssh_pool import Cancelled, Pool
+from ssh_sudo import Sudo
+from ssh_system import SystemReports
+
+_FINISH_SECONDS = 3.0
+
+
+class Services:
+    """What the tools work with, made from one set of settings."""
+
+    def __init__(self, current: Settings, job_key: Callable[[], str | Sequence[bytes]]) -> None:
+        self.reach = RecordedReach(Reach(current))
+        self.rate = Rate(current.rate_limit)
+        self.allowed = AllowedCommands(current)
+        self.no_running = no_running(current)
+        self.no_writing = no_writing(current)
+        self.pool = Pool(current)
+        self.trail = Trail(open_log(current.audit_log) if current.audit_log else None, self.pool.host_key)
+        telemetry.observe(self.pool.counters, lambda: sum(self.pool.open_targets().values()))
+        self.commands = Commands(self.pool, current)
+        self.jobs = Jobs(self.commands, job_key)
+        self.files = Files(self.pool, current)
+        self.systems = SystemReports(self.commands.script)
+        self.sudo = Sudo(current.ssh_sudo_password) if current.ssh_sudo else None
+
+    def through_sudo(self, asked: bool) -> Sudo | None:
+        """Return how to run a command through sudo, None if that is not asked for.
+
+        Raises RefusedError where it is not allowed.
+        """
+        if asked and self.sudo is None:
+            raise RefusedError("sudo is not allowed: SSH_SUDO is not true; nothing was run")
+        return self.sudo if asked else None
+
+    def target_to_write(self, host: str | None, user: str | None, port: int | None) -> Target:
+        """Return the target of a call that writes. Raises what `Reach.target` raises, RefusedError where none may."""
+        if self.no_writing:
+            raise RefusedError(self.no_writing)
+        return self.reach.target(host, user, port)
+
+    def default_target_report(self, cancelled: Cancelled) -> dict[str, Any]:
+        """Tell whether the default target can be reached, and what the pool has counted: for monitoring."""
+        try:
+            target = self.reach.target(None, None, None)
+            self.commands.script(target, ":", cancelled=cancelled)
+        except SSHError as error:
+            answer: dict[str, Any] = {"reachable": False, "error": visible(str(error))}
+        else:
+            connections = self.pool.open_targets().get(target, 0)
+            answer = {"reachable": True, "target": str(target), "connections": connections}
+        return answer | {"counters": self.pool.counters()}
+
+    def close(self) -> None:
+        """End what waiting calls run, let files be finished for a moment, then close connections and trail."""
+        self.commands.stop()
+        self.jobs.close()
+        self.pool.close(_FINISH_SECONDS)
+        self.trail.close(_FINISH_SECONDS)
