@@ -83,6 +83,8 @@ def test_no_keyword_is_in_two_tables() -> None:
         ("Match version OpenSSH_9*\n", "Match version is not known"),
         ('Match exec "test \\"a\\" = a"\n', "backslash"),
         ("Include a\\*b\n", "backslash"),
+        ("Include hosts/%h\n", "Include differently"),
+        ("Include ${HOME}/hosts\n", "Include differently"),
         ('"Port 22\n', "quote is not closed"),
         ("Port 22\0\n", "NUL"),
         ("User a;b\n", "account name"),
