@@ -85,6 +85,7 @@ def test_no_keyword_is_in_two_tables() -> None:
         ("Include a\\*b\n", "backslash"),
         ("Include hosts/%h\n", "Include differently"),
         ("Include ${HOME}/hosts\n", "Include differently"),
+        ("UserKnownHostsFile # mine\n", "no argument"),
         ('"Port 22\n', "quote is not closed"),
         ("Port 22\0\n", "NUL"),
         ("User a;b\n", "account name"),
