@@ -173,6 +173,8 @@ class Matched:
         for word in line.words:
             if not word or "\\" in word:
                 raise line.error(f"Include takes paths without a backslash, not {word!r}")
+            if "%" in word or "${" in word:
+                raise line.error("versions of OpenSSH read % and ${ in Include differently; do without them")
             pattern = self.at_home(line, word) if word.startswith("~") else word
             if not Path(pattern).is_absolute():
                 pattern = f"{self.local.home}/.ssh/{pattern}"

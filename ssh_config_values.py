@@ -153,8 +153,8 @@ def _parted(line: Line, text: str) -> Hop:
 
 
 def _check_hosts_files(line: Line) -> None:
-    if not all(line.words):
-        raise line.error(f"{line.keyword} has an empty argument")
+    if not line.words or not all(line.words):
+        raise line.error(f"{line.keyword} has no argument, or an empty one")
     if len(line.words) > 1 and "none" in [word.lower() for word in line.words]:
         raise line.error(f"none stands alone in {line.keyword}")
 

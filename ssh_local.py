@@ -17,6 +17,7 @@ from ssh_output import visible
 
 _LONGEST_LINE_BYTES = 300
 _LAST_WORDS_SECONDS = 1.0
+_END_SECONDS = 1.0
 
 
 def _start(command: str, *, stdin: int, stdout: int, stderr: int) -> subprocess.Popen[bytes]:
@@ -43,13 +44,14 @@ def run(command: str, seconds: float) -> int:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a command and what it started; wait for the command."""
+    """Kill a command and what it started; wait for the command, but not for one that has become somebody else's."""
     with suppress(ProcessLookupError, PermissionError):
         if hasattr(os, "killpg"):
             os.killpg(process.pid, signal.SIGKILL)
         else:
             process.kill()
-    process.wait()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_END_SECONDS)
 
 
 class Proxy:

@@ -4,7 +4,8 @@ Pure, but for the SSH config that is asked what a host's name means.
 
 A pattern of `SSH_ALLOWED_HOSTS` is `[user@]host[:port]`. Without `user@` or `:port` it allows only the user and the
 port that the settings or the SSH config give that host; `*` and `?` are wildcards in every part. What the SSH config
-makes of a name, and over which jump hosts it leads, is the operator's and not looked at.
+makes of a name, and over which jump hosts it leads, is the operator's and not looked at. So that it cannot be evaded, a
+host is named in its usual spelling, or in one that the settings hold.
 
 A path is judged by its components and as bytes, once its links have been resolved. One that is not absolute, or still
 holds `.` or `..`, lies nowhere.
@@ -14,9 +15,12 @@ simple command in it begins with the words of a prefix, and is then rebuilt from
 """
 
 import itertools
+import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from ipaddress import IPv6Address
 
 import ssh_words
 from settings import Settings, SettingsError, Target, host_token, user_token
@@ -84,6 +88,7 @@ class Reach:
         self._patterns = tuple(_pattern(text.strip()) for text in texts if text.strip())
         if not self._patterns and settings.ssh_default_host:
             self._patterns = (_Pattern(None, settings.ssh_default_host, None),)
+        self._spelled = {settings.ssh_default_host, *(pattern.host for pattern in self._patterns)}
 
     def target(self, host: str | None, user: str | None, port: int | None) -> Target:
         """Return the target that a call means.
@@ -107,6 +112,12 @@ class Reach:
         patterns = [pattern for pattern in self._patterns if _glob(pattern.host, checked_host)]
         if not patterns:  # said before commands of Match exec run for a host that is not allowed
             raise _refused(checked_host)
+        usual = _usual_spelling(checked_host)
+        if usual != checked_host and checked_host not in self._spelled:
+            raise ArgumentError(
+                f"{checked_host} is an unusual spelling, for which the SSH config and known_hosts may say something "
+                f"else; name {usual}"
+            )
         target = self._hosts.target(checked_host, checked_user, checked_port)
         own = self._own(target, checked_user, checked_port)
         if not any(pattern.allows(target, own) for pattern in patterns):
@@ -120,6 +131,17 @@ class Reach:
             target.host,
             self._hosts.target(target.host, user, None).port if port else target.port,
         )
+
+
+def _usual_spelling(host: str) -> str:
+    """Return how the SSH config and known_hosts would spell a host: `10.0.5` is 10.0.0.5, `web.` is web."""
+    host = host.removesuffix(".")
+    with suppress(ValueError):
+        if mapped := IPv6Address(host).ipv4_mapped:
+            return str(mapped)
+    with suppress(OSError):
+        return socket.inet_ntoa(socket.inet_aton(host))
+    return host
 
 
 def _refused(named: str) -> RefusedError:

@@ -20,7 +20,8 @@ from pydantic import SecretStr
 
 from ssh_words import quoted
 
-_DIRECTORIES = "/run/wrappers/bin /usr/pkg/bin /usr/local/bin /bin /usr/bin"
+# those that only root writes to come first: /usr/local/bin may belong to a group, or to the account (Homebrew)
+_DIRECTORIES = "/run/wrappers/bin /usr/bin /bin /usr/pkg/bin /usr/local/bin"
 _CHARACTERS = 200
 
 

@@ -9,7 +9,7 @@ What differs from OpenSSH on purpose, tested in `test_ssh_config.py`:
 - Files that others may write to are refused also when they are named, not only in their usual place; and by a group
   also where Debian's ssh finds nobody else in it.
 - An unclosed quote in the keyword, a value that a flag does not know, a NUL byte: refused, never passed over.
-- A backslash in Match or Include is refused: versions of OpenSSH read it differently.
+- A backslash in Match or Include, and `%` or `${` in Include, is refused: versions of OpenSSH read it differently.
 - `Match exec` in a file that is included where it cannot apply is not run.
 - Keywords that are passed over are not looked at further; an unknown cipher is no error, since it is not offered.
 - `~` and %d are the HOME of the environment, as everywhere in this server; OpenSSH asks the account database.

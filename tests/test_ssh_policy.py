@@ -3,7 +3,7 @@
 import itertools
 import os
 import string
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -83,6 +83,29 @@ def test_patterns(allowed: str, named: tuple[Any, Any, Any], fits: bool) -> None
     else:
         with pytest.raises(RefusedError):
             policy.target(*named)
+
+
+@pytest.mark.parametrize(
+    ("host", "usual"),
+    [
+        ("10.0.0.05", "10.0.0.5"),
+        ("10.0.5", "10.0.0.5"),
+        ("0xa.0.0.5", "10.0.0.5"),
+        ("167772165", "10.0.0.5"),
+        ("::ffff:10.0.0.5", "10.0.0.5"),
+        ("10.0.0.5.", "10.0.0.5"),
+        ("web2.", "web2"),
+    ],
+)
+def test_host_is_not_given_another_account_by_another_spelling(tmp_path: Path, host: str, usual: str) -> None:
+    config = tmp_path / "config"
+    config.write_text("Host 10.0.0.5 web2\n User guest\n")
+    config.chmod(0o600)
+    assert str(reach("*", ssh_config=config).target(usual, None, None)).startswith("guest@")
+    with pytest.raises(ArgumentError, match=f"name {usual}$"):
+        reach("*", ssh_config=config).target(host, None, None)
+    assert reach(f"*,{host}", ssh_config=config).target(host, None, None)
+    assert reach("*", ssh_config=config, ssh_default_host=host).target(None, None, None)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """The way to a host as the SSH config describes it, over real servers: jump hosts, proxy commands, keys, host keys."""
 
 import asyncio
+import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -37,6 +39,7 @@ from ssh_errors import (
 )
 from ssh_hosts import Hosts
 from ssh_keys import Keys
+from ssh_local import Proxy
 from ssh_policy import Reach
 from ssh_pool import Pool
 from ssh_route import connect
@@ -285,6 +288,26 @@ def test_proxy_command_ends_with_the_connection(config: Config, sshd: Server, re
     assert running(sign)
     connection.close()
     wait_for(lambda: not running(sign))
+
+
+def test_proxy_command_that_may_not_be_killed_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as `sudo nc`, which is root's."""
+    sign = marker()
+    proxy = Proxy(f"sleep 60{sign}")
+
+    def refuse(*_: int) -> None:
+        raise PermissionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "killpg", refuse)
+        closing_it = threading.Thread(target=proxy.close, daemon=True)
+        closing_it.start()
+        closing_it.join(15)
+        assert running(sign)
+    held_up = closing_it.is_alive()
+    proxy.close()
+    assert not held_up
+    proxy.socket.close()
 
 
 def test_last_words_of_a_failed_proxy_command_are_told(config: Config, sshd: Server) -> None:

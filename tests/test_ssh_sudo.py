@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
+import ssh_sudo
 from conftest import Server, make_server, marker, nobody_cancels, open_folder, program, running, wait_for
 from settings import Target
 from ssh_answers import CommandResult
@@ -209,6 +210,21 @@ def test_sudo_that_the_account_put_into_its_path_gets_no_password(run: Run, host
     assert run("asks", "id -u").stdout == "0\n"
     assert not (home / "stolen").exists()
     (home / ".bashrc").unlink()
+
+
+def test_directory_that_only_root_writes_to_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Debian a group may write to /usr/local/bin, under Homebrew the account itself."""
+    for directory in ("usr/bin", "usr/local/bin"):
+        stand_in = tmp_path / directory / "sudo"
+        stand_in.parent.mkdir(parents=True)
+        stand_in.write_text(f"#!/bin/sh\necho {directory}\n")
+        stand_in.chmod(0o755)
+    inside = " ".join(f"{tmp_path}{directory}" for directory in ssh_sudo._DIRECTORIES.split())
+    monkeypatch.setattr(ssh_sudo, "_DIRECTORIES", inside)
+    started = ["sh", "-c", Sudo(None).start("true", secrets.token_hex(16))]
+    assert subprocess.run(started, capture_output=True, text=True, check=True).stdout == "usr/bin\n"
 
 
 def test_account_with_a_forced_command_is_refused(host: Host, commands: Commands) -> None:
