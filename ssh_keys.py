@@ -239,7 +239,7 @@ def _certify(key: paramiko.PKey, certificates: Iterable[Path]) -> None:
 def _is_for(key: paramiko.PKey, certificate: Path) -> bool:
     """Whether a certificate is for a key."""
     fields = certificate.read_text("utf-8", "replace").split()
-    certified = read_certified_key(*fields[:2]) if len(fields) > 1 else None
+    certified = read_certified_key(fields[1]) if len(fields) > 1 else None
     return certified is not None and certified.blob == key.asbytes()
 
 

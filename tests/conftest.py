@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from settings import Settings, Target
@@ -25,6 +26,8 @@ from ssh_commands import Commands
 from ssh_pool import Pool
 
 pytest_plugins = ["oauth", "ssh_client"]
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 
 def program(name: str, package: str) -> str:

@@ -334,10 +334,10 @@ def test_diff_is_bounded_and_says_so() -> None:
 
 def test_big_files_take_time_in_proportion() -> None:
     big = b"".join(b"line %d of the file\n" % number for number in range(400_000))
-    started = time.monotonic()
+    started = time.process_time()
     assert len(edited(big, lines(399_999, None, "x"), replace("line 7 of", "y"))) < len(big)
     assert "nearest" in refusal(big, replace("\n".join(f"line {n}  of the file" for n in range(100)), "x"))
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
 
 
 @pytest.mark.parametrize(
@@ -349,15 +349,15 @@ def test_big_files_take_time_in_proportion() -> None:
     ],
 )
 def test_a_diff_of_lines_alike_takes_time_in_proportion(edits: list[Edit]) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     assert "-b" in diff_of("a\nb\n" * 20_000, *edits)
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
 
 
 def test_a_search_for_empty_lines_takes_time_in_proportion() -> None:
-    started = time.monotonic()
+    started = time.process_time()
     assert "not in the file" in refusal(("\n" * 999 + "a") * 500, replace("\n" * 1000, "x"))
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
 
 
 # A naive model: what the contract's words say, without regard to speed.
