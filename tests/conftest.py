@@ -112,6 +112,18 @@ class Server:
         }
         return Settings(**(values | changes))
 
+    def environment(self, home: Path) -> dict[str, str]:
+        """Return the variables of a server process for which this is the default target."""
+        return {
+            "PATH": os.environ["PATH"],
+            "HOME": str(home),
+            "SSH_DEFAULT_HOST": "127.0.0.1",
+            "SSH_DEFAULT_PORT": str(self.port),
+            "SSH_DEFAULT_USER": "tester",
+            "SSH_KEY_PATH": str(self.key),
+            "SSH_KNOWN_HOSTS": str(self.known_hosts),
+        }
+
     def trust(self) -> None:
         """Write the host key into known_hosts."""
         public = (self.folder / "host_key.pub").read_text().split()

@@ -29,15 +29,7 @@ WAYS = {
 
 @pytest.fixture
 def environment(sshd: Server, tmp_path: Path) -> dict[str, str]:
-    return {
-        "PATH": os.environ["PATH"],
-        "HOME": str(tmp_path),
-        "SSH_DEFAULT_HOST": "127.0.0.1",
-        "SSH_DEFAULT_PORT": str(sshd.port),
-        "SSH_DEFAULT_USER": "tester",
-        "SSH_KEY_PATH": str(sshd.key),
-        "SSH_KNOWN_HOSTS": str(sshd.known_hosts),
-    }
+    return sshd.environment(tmp_path)
 
 
 def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:

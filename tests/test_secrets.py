@@ -1,7 +1,6 @@
 """A canary in every secret: it must be heard nowhere, whatever goes wrong."""
 
 import asyncio
-import os
 import secrets
 import subprocess
 import sys
@@ -58,18 +57,14 @@ def arguments_of_all_processes() -> Iterator[Callable[[], str]]:
 
 def environment_of(sshd: Server, folder: Path, key: Path, **more: str) -> dict[str, str]:
     return {
-        "PATH": os.environ["PATH"],
-        "HOME": str(folder),
-        "SSH_DEFAULT_HOST": "127.0.0.1",
-        "SSH_DEFAULT_PORT": str(sshd.port),
-        "SSH_DEFAULT_USER": "tester",
+        **sshd.environment(folder),
         "SSH_KEY_PATH": str(key),
-        "SSH_KNOWN_HOSTS": str(sshd.known_hosts),
         "SSH_ALLOWED_HOSTS": "*@*:*",
         "SSH_SUDO": "true",
         "AUDIT_LOG": str(folder / "audit.jsonl"),
         "LOG_LEVEL": "DEBUG",
-    } | more
+        **more,
+    }
 
 
 def drive(environment: dict[str, str], folder: Path, calls: list[tuple[str, dict[str, Any]]]) -> list[str]:
