@@ -27,7 +27,7 @@ from settings import Settings, Target
 from ssh_accounts import AHEAD, Accounts
 from ssh_answers import CommandResult, Status
 from ssh_errors import ArgumentError, ConnectionLostError, SSHError
-from ssh_exchange import Exchange, Progress, Pulse, untold
+from ssh_exchange import Exchange, Outcome, Progress, Pulse, untold
 from ssh_kill import Signal, ending, signalling
 from ssh_output import Kept, share, visible
 from ssh_pool import Cancelled, Pool
@@ -85,7 +85,7 @@ class Commands:
         """Do as `run` does for a task."""
         started_at = time.monotonic()
         exchange = self._run(target, task, started_at + timeout, cancelled, self.budget, progress=progress)
-        return Running(target, exchange, started_at, self.budget).result()
+        return Report(target, exchange.outcome, exchange.books, started_at, self.budget).result()
 
     def run_or_detach(
         self, target: Target, task: Task, *, timeout: float, cancelled: Cancelled, progress: Progress = untold
@@ -95,8 +95,8 @@ class Commands:
         exchange = self._run(
             target, task, started_at + timeout, cancelled, self.budget, progress=progress, detach=True
         )
-        running = Running(target, exchange, started_at, self.budget)
-        return running.result() if exchange.kept_session is None else running
+        report = Report(target, exchange.outcome, exchange.books, started_at, self.budget)
+        return report.result() if exchange.kept_session is None else Running(report, exchange)
 
     def script(self, target: Target, text: str, *, cancelled: Cancelled, timeout: float = 15) -> str:
         """Run a program of ours with `/bin/sh`, whatever the login shell is, and return what it prints.
@@ -158,7 +158,7 @@ class Commands:
 
         What cannot be ended is said in its outcome's note.
         """
-        self._kill(running.target, running.exchange, over)
+        self._kill(running.report.target, running.exchange, over)
 
     def send_signal(self, running: "Running", signal: Signal) -> None:
         """Send a signal to everything a command that was handed over has started. Raises SSHError if that fails."""
@@ -170,13 +170,13 @@ class Commands:
             return
         pid = running.exchange.outcome.pid
         if pid is None or pid <= 1:
-            raise SSHError(f"{running.target}: the job's process id is unknown; no signal was sent")
+            raise SSHError(f"{running.report.target}: the job's process id is unknown; no signal was sent")
         through_sudo = running.exchange.sudo is not None
         program = signalling(pid, signal, through_sudo=through_sudo)
-        said = self._by_sh(running.target, program, running.exchange)
+        said = self._by_sh(running.report.target, program, running.exchange)
         if said != [signal]:
             raise SSHError(
-                f"{running.target}: SIG{signal} was not delivered; the job may just have ended. Ask again"
+                f"{running.report.target}: SIG{signal} was not delivered; the job may just have ended. Ask again"
             )
 
     def _run(
@@ -372,33 +372,28 @@ def _kill_plainly(exchange: Exchange, over: Callable[[float], bool]) -> None:
 
 
 @dataclass(frozen=True)
-class Running:
-    """A command, its exchange, and the session that it keeps."""
+class Report:
+    """What can be told of a command, as it goes and after its end. `books` guards the streams."""
 
     target: Target
-    exchange: Exchange
+    outcome: Outcome
+    books: threading.Lock
     started_at: float
     budget: int
 
     @property
     def kept_bytes(self) -> int:
         """How much of its output is in memory."""
-        return self.exchange.outcome.out.held + self.exchange.outcome.err.held
-
-    def release(self) -> None:
-        """Give the session back. What runs on it is not ended by this."""
-        if self.exchange.kept_session is not None:
-            self.exchange.kept_session.close()
+        return self.outcome.out.held + self.outcome.err.held
 
     def result(self, ended_at: float | None = None) -> CommandResult:
         """Return how it ended, with all of its output."""
-        outcome = self.exchange.outcome
-        return self._result(outcome.status, outcome.out, outcome.err, ended_at)
+        return self._result(self.outcome.status, self.outcome.out, self.outcome.err, ended_at)
 
     def since(self, seen: tuple[int, int], ended_at: float | None) -> tuple[CommandResult, str]:
         """Return how it goes, with what its streams said after so many bytes of each, and the cursor after that."""
-        outcome, going = self.exchange.outcome, ended_at is None
-        with self.exchange.books:
+        outcome, going = self.outcome, ended_at is None
+        with self.books:
             totals = outcome.out.total, outcome.err.total
             out, err = (
                 stream.after(offset, whole=going)
@@ -409,7 +404,7 @@ class Running:
         return result.model_copy(update={"stdout_bytes": totals[0], "stderr_bytes": totals[1]}), cursor
 
     def _result(self, status: Status, out: Kept, err: Kept, ended_at: float | None) -> CommandResult:
-        outcome = self.exchange.outcome
+        outcome = self.outcome
         head, tail = share(self.budget, out, err)
         return CommandResult(
             status=status,
@@ -425,6 +420,19 @@ class Running:
             target=str(self.target),
             note=outcome.note,
         )
+
+
+@dataclass(frozen=True)
+class Running:
+    """A command that was handed over: its report, its exchange, and the session that this keeps."""
+
+    report: Report
+    exchange: Exchange
+
+    def release(self) -> None:
+        """Give the session back. What runs on it is not ended by this."""
+        if self.exchange.kept_session is not None:
+            self.exchange.kept_session.close()
 
 
 class _Count:

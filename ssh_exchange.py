@@ -33,7 +33,7 @@ _LINE_BYTES = 120
 _PACKETS = 16
 
 
-@dataclass
+@dataclass(slots=True)
 class Outcome:
     """What came of one exec request."""
 
@@ -135,7 +135,7 @@ class Exchange:
         return self._held
 
     def let_go(self) -> None:
-        """Hold the session no longer: an outcome that is kept for long must not keep a connection in memory."""
+        """Use the session no longer: it has been given back."""
         self._held = None
 
     def finish(self, deadline: float, check: Cancelled, *, until_started: bool = False) -> bool:

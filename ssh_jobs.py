@@ -48,6 +48,7 @@ _TICK_SECONDS = 0.25
 _ANSWERS_SECONDS = 3600.0
 _SWEEP_SECONDS = 60.0
 _ENDED_BYTES = 64 * 1024 * 1024
+_ITSELF_BYTES = 2048
 _AFTER_KILL_SECONDS = 3.0
 _LOOK_SECONDS = 20.0
 _ANSWER_SECONDS = 15.0
@@ -57,56 +58,69 @@ _BACKGROUND = "b"
 
 
 class Job:
-    """A detached command. `changed` guards `ended_at` and wakes who waits."""
+    """A detached command. `changed`, which all jobs share, guards `ended_at` and wakes who waits for an end.
 
-    def __init__(self, running: Running, owner: str) -> None:
+    An ended job holds its report alone, since it is kept for long.
+    """
+
+    def __init__(self, running: Running, owner: str, changed: threading.Condition) -> None:
         self.name = f"d{secrets.token_hex(8)}"
         self.owner = owner
-        self.running = running
-        self.changed = threading.Condition()
+        self.report = running.report
+        self.running: Running | None = running
         self.ended_at: float | None = None
+        self._changed = changed
 
     @property
     def target(self) -> Target:
         """Where it runs."""
-        return self.running.target
+        return self.report.target
+
+    @property
+    def held_bytes(self) -> int:
+        """About how much memory it takes once it has ended."""
+        return self.report.kept_bytes + _ITSELF_BYTES
 
     def step(self) -> int:
         """Move what can be moved; note the end and give the session back. Return how many bytes were moved."""
+        if self.running is None:
+            return 0
         moved, over = self.running.exchange.step()
         if over:
-            self._end()
+            self._end(self.running)
         return moved
 
     def give_up(self) -> None:
         """Let it go: what has become of it cannot be known."""
         _log.error("%s: a detached job is given up after an error of this server", self.target)
-        outcome = self.running.exchange.outcome
+        outcome = self.report.outcome
         outcome.lost = True
         outcome.note = "this server failed while it followed the command; its log on stderr says where"
-        self._end()
+        if self.running is not None:
+            self._end(self.running)
 
-    def _end(self) -> None:
-        self.running.release()
-        self.running.exchange.let_go()
-        with self.changed:
+    def _end(self, running: Running) -> None:
+        running.release()
+        running.exchange.let_go()
+        with self._changed:
             self.ended_at = time.monotonic()
-            self.changed.notify_all()
+            self.running = None
+            self._changed.notify_all()
 
     def wait(self, deadline: float, cancelled: Cancelled, progress: Progress = untold) -> bool:
         """Wait for its end; return whether it has ended. Raises what `cancelled` raises."""
         pulse = Pulse(progress)
         while True:
-            with self.changed:
+            with self._changed:
                 left = deadline - time.monotonic()
-                if self.changed.wait_for(
-                    lambda: self.ended_at is not None, min(_TICK_SECONDS, max(0.0, left))
-                ):
-                    return True
+                self._changed.wait_for(lambda: self.ended_at is not None, min(_TICK_SECONDS, max(0.0, left)))
+                running = self.running
+            if running is None:
+                return True
             if left <= 0:
                 return False
             cancelled()
-            pulse.beat(self.running.exchange)
+            pulse.beat(running.exchange)
 
 
 class Jobs:
@@ -117,6 +131,7 @@ class Jobs:
         self._key = key
         self._books = threading.Lock()
         self._jobs: dict[str, Job] = {}
+        self._changed = threading.Condition()
         self._stirred = threading.Event()
         self._driving = False
         self._closed = False
@@ -143,7 +158,7 @@ class Jobs:
         )
         if isinstance(ended, CommandResult):
             return ended
-        job = Job(ended, owner)
+        job = Job(ended, owner, self._changed)
         with self._books:
             self._forget_old()
             self._jobs[job.name] = job
@@ -196,14 +211,15 @@ class Jobs:
             )
             return self._looked(owner, name, target, look, seen)
         job = self._found(name)
-        if signal is not None and job.ended_at is None:
-            self._commands.send_signal(job.running, signal)
-        if not job.wait(deadline, cancelled, progress) and on_timeout == "kill":
+        running = job.running
+        if signal is not None and running is not None:
+            self._commands.send_signal(running, signal)
+        if not job.wait(deadline, cancelled, progress) and on_timeout == "kill" and running is not None:
 
             def over(seconds: float) -> bool:
                 return job.wait(time.monotonic() + seconds, lambda: None)
 
-            self._commands.kill(job.running, over)
+            self._commands.kill(running, over)
             over(_AFTER_KILL_SECONDS)
         return self._answer(job, seen)
 
@@ -214,11 +230,11 @@ class Jobs:
             jobs = list(self._jobs.values())
         self._stirred.set()
         for job in jobs:
-            if job.ended_at is None:
-                job.running.release()
+            if (running := job.running) is not None:
+                running.release()
 
     def _answer(self, job: Job, seen: tuple[int, int]) -> CommandResult:
-        result, cursor = job.running.since(seen, job.ended_at)
+        result, cursor = job.report.since(seen, job.ended_at)
         handle = None
         if result.status == "running":
             handle = self._signed(job.owner, job.name, job.target)
@@ -337,10 +353,10 @@ class Jobs:
             (job for job in self._jobs.values() if job.ended_at is not None),
             key=lambda job: job.ended_at or 0,
         )
-        held = sum(job.running.kept_bytes for job in ended)
+        held = sum(job.held_bytes for job in ended)
         for job in ended:
             if time.monotonic() - (job.ended_at or 0) > _ANSWERS_SECONDS or held > _ENDED_BYTES:
-                held -= job.running.kept_bytes
+                held -= job.held_bytes
                 del self._jobs[job.name]
 
     def _drive(self) -> None:

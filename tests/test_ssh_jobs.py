@@ -1,10 +1,13 @@
 """Commands that outlive the call that began them, against a real sshd."""
 
+import gc
 import stat
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FunctionType, ModuleType
 
 import pytest
 from hypothesis import HealthCheck, given
@@ -183,7 +186,7 @@ def test_chatty_job_is_bounded_and_counted_to_the_byte(start: Start, go_on: Star
     for shown, omitted in ((ended.stdout, ended.stdout_omitted), (ended.stderr, ended.stderr_omitted)):
         head, tail = shown.split(f"\n[... {omitted} bytes omitted ...]\n")
         assert len(head) + omitted + len(tail) == size
-    assert sum(job.running.kept_bytes for job in jobs._jobs.values()) < 2_000_000
+    assert sum(job.report.kept_bytes for job in jobs._jobs.values()) < 2_000_000
 
 
 def test_many_callers_wait_for_one_job_and_read_all_of_it(start: Start, go_on: Start) -> None:
@@ -350,6 +353,7 @@ def test_error_in_one_job_leaves_the_others(
     monkeypatch.setattr(threading, "excepthook", lambda args: told.append(args.exc_type))
     one, other = start("sleep 4; echo one"), start("sleep 4; echo other")
     broken = next(iter(jobs._jobs.values()))
+    assert broken.running
     monkeypatch.setattr(broken.running.exchange, "step", lambda: 1 // 0)
     ended = go_on(one.job_id)
     assert (ended.status, ended.exit_code) == ("lost", None)
@@ -371,10 +375,34 @@ def test_ended_jobs_are_forgotten_without_another_call(
     assert go_on(start("sleep 2; echo more").job_id).stdout == "more\n"
 
 
+def test_ended_job_holds_little_but_its_output(start: Start, jobs: Jobs) -> None:
+    started = [start(f"sleep 2; echo {number}") for number in range(8)]
+    wait_for(lambda: all(job.ended_at is not None for job in jobs._jobs.values()))
+    assert len(jobs._jobs) == len(started)
+    for job in jobs._jobs.values():
+        assert _reachable_bytes(job, but=jobs) < job.held_bytes
+
+
+def _reachable_bytes(thing: object, but: Jobs) -> int:
+    """Return the size of all that an object refers to, classes, modules and what all jobs share excepted."""
+    shared = {id(but), id(but._changed)}
+    seen: dict[int, object] = {}
+    waiting = [thing]
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen or id(one) in shared or isinstance(one, type | ModuleType | FunctionType):
+            continue
+        seen[id(one)] = one
+        waiting += gc.get_referents(one)
+    return sum(map(sys.getsizeof, seen.values()))
+
+
 def test_kill_of_what_has_just_ended_keeps_its_own_outcome(start: Start, go_on: Start, jobs: Jobs) -> None:
     first = start("sleep 2; exit 6")
     (job,) = jobs._jobs.values()
+    was_running = job.running
+    assert was_running
     wait_for(lambda: job.ended_at is not None)
-    jobs._commands.kill(job.running, lambda seconds: True)
+    jobs._commands.kill(was_running, lambda seconds: True)
     ended = go_on(first.job_id)
     assert (ended.status, ended.exit_code, ended.note) == ("exited", 6, None)
