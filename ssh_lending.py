@@ -127,6 +127,11 @@ class _Member:
         self.connection.in_use = self.users > 0
         self.idle_since = time.monotonic()
 
+    def take_back(self, *, used: bool) -> None:
+        self.sessions -= 1
+        if used:
+            self.leave()
+
 
 @dataclass(eq=False)
 class _Waiter:
@@ -244,9 +249,7 @@ class TargetPool:
     def release(self, member: _Member, *, used: bool = True) -> None:
         """Take back a session that was reserved, by a caller or (not `used`) ahead of need."""
         with self._books:
-            member.sessions -= 1
-            if used:
-                member.leave()
+            member.take_back(used=used)
         self._serve()
 
     def refused(self, member: _Member, *, used: bool = True) -> None:
@@ -255,15 +258,16 @@ class TargetPool:
         Raises UnreachableError when the server opens no session at all.
         """
         with self._books:
-            others = member.sessions - 1
-            self._granted = max(1, min(self._granted, others))
+            member.take_back(used=used)
+            granted = self._granted = max(1, min(self._granted, member.sessions))
             self._learned_at = time.monotonic()
             self._counts["sessions_refused"] += 1
-            if others == 0:
+            none = member.sessions == 0
+            if none:
                 member.retiring = "it grants no session"
-        _log.info("%s grants %d sessions on a connection", self.target, self._granted)
-        self.release(member, used=used)
-        if others == 0 and not member.proven:
+        _log.info("%s grants %d sessions on a connection", self.target, granted)
+        self._serve()
+        if none and not member.proven:
             raise UnreachableError(
                 f"{self.target} lets you log in but opens no session; see MaxSessions in its sshd_config"
             )
