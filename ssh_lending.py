@@ -4,8 +4,7 @@ Invariants:
 
 - A target has at most `SSH_MAX_CONNECTIONS` connections, those being opened included and those on their way out
   not. `_OPENING_AT_ONCE` are being opened at most.
-- Every member's `sessions` counts its open channels: those lent, the standing one (SFTP) if there is one, and those
-  prepared ahead of need. It never exceeds what the server is known to grant.
+- A member never has more sessions than the server is known to grant.
 - A prepared session is never in the way: none is opened while somebody waits, none takes the last free session of
   a connection or the one that SFTP needs, and one that nobody came for is closed after a minute.
 - Waiting callers are served in the order in which they came; each has a deadline and is woken by `close`.
@@ -40,33 +39,20 @@ from ssh_errors import (
     SSHError,
     UnreachableError,
 )
+from ssh_members import NO_ANSWER, Grants, Member, Standing
 from ssh_session import Session
 from ssh_transport import Connection, SessionRefusedError, jittered
 from ssh_warm import Demand, Prepare, Prepared, best
 
 _log = logging.getLogger("ssh_mcp_server.pool")
 
-_SESSIONS = 10
 _OPENING_AT_ONCE = 3
 _ANSWER_SECONDS = 4.0
-_RELEARN_SECONDS = 60.0
 _PROBE_SECONDS = 2.0
 _POLL_SECONDS = 0.25
-_NO_ANSWER = "it opens no session in time"
 
 Cancelled = Callable[[], None]
 """Called now and then by whoever waits; raises when nobody wants the answer any more."""
-
-
-class Standing(Protocol):
-    """What is kept open on a connection between calls, on a session of its own."""
-
-    @property
-    def usable(self) -> bool:
-        """Whether the next call may use it."""
-
-    def close(self) -> None:
-        """Close it and its session."""
 
 
 class Opener(Protocol):
@@ -86,54 +72,6 @@ class Opener(Protocol):
 
 
 @dataclass(eq=False)
-class _Member:
-    """A connection and the pool's books about it; `retiring` says why it lends no more, if it does not."""
-
-    connection: Connection
-    idle_seconds: float
-    sessions: int = 0
-    users: int = 0
-    idle_since: float = field(default_factory=time.monotonic)
-    proven: bool = False
-    retiring: str = ""
-    standing: "Future[Standing] | None" = None
-    prepared: list[Prepared] = field(default_factory=list)
-
-    @property
-    def lends(self) -> bool:
-        return not self.retiring and self.connection.alive
-
-    @property
-    def idle(self) -> bool:
-        return self.users == 0
-
-    @property
-    def lost(self) -> bool:
-        return self.retiring == _NO_ANSWER or not self.connection.alive
-
-    @property
-    def end(self) -> str:
-        """What the log says when it leaves the books."""
-        if not self.connection.alive:
-            return f"connection lost: {self.connection.end}"
-        return f"connection {'lost' if self.lost else 'closed'}: {self.retiring or 'the server is stopping'}"
-
-    def enter(self) -> None:
-        self.users += 1
-        self.connection.in_use = True
-
-    def leave(self) -> None:
-        self.users -= 1
-        self.connection.in_use = self.users > 0
-        self.idle_since = time.monotonic()
-
-    def take_back(self, *, used: bool) -> None:
-        self.sessions -= 1
-        if used:
-            self.leave()
-
-
-@dataclass(eq=False)
 class _Waiter:
     """A caller in the queue; gets a member with a session reserved on it, or an error."""
 
@@ -141,7 +79,7 @@ class _Waiter:
     prepare: Prepare | None = None
     since: float = field(default_factory=time.monotonic)
     served: threading.Event = field(default_factory=threading.Event)
-    member: _Member | None = None
+    member: Member | None = None
     prepared: Prepared | None = None
     error: SSHError | None = None
 
@@ -154,13 +92,12 @@ class TargetPool:
         self._counts: Counter[str] = Counter()
         self._opener = opener
         self._books = threading.Lock()
-        self._members: list[_Member] = []
+        self._members: list[Member] = []
         self._waiters: deque[_Waiter] = deque()
         self._opening = 0
         self._open_again_at = 0.0
         self._breaker = Breaker(time.monotonic, jittered)
-        self._granted = _SESSIONS
-        self._learned_at = 0.0
+        self._grants = Grants()
         self._closed = False
         self._demand = Demand()
         self._stock_changed = threading.Condition(self._books)
@@ -169,7 +106,7 @@ class TargetPool:
 
     def reserve(
         self, deadline: float, cancelled: Cancelled, *, control: bool, prepare: Prepare | None = None
-    ) -> tuple[_Member, Prepared | None]:
+    ) -> tuple[Member, Prepared | None]:
         """Return a member with one of its sessions reserved, or a prepared one, in the order of arrival."""
         waiter = _Waiter(control, prepare)
         with self._books:
@@ -199,7 +136,7 @@ class TargetPool:
 
     def open_session(
         self, deadline: float, cancelled: Cancelled, *, control: bool = False
-    ) -> tuple[_Member, Session]:
+    ) -> tuple[Member, Session]:
         """Return a member and a fresh session on it; moves to another connection when one turns out dead."""
         while True:
             member, _ = self.reserve(deadline, cancelled, control=control)
@@ -208,7 +145,7 @@ class TargetPool:
 
     def prepared_session(
         self, prepare: Prepare | None, deadline: float, cancelled: Cancelled
-    ) -> tuple[_Member, Session, bytes | None]:
+    ) -> tuple[Member, Session, bytes | None]:
         """Return a member and a prepared session on it with its greeting, or a fresh session where there is none."""
         while True:
             member, prepared = self.reserve(deadline, cancelled, control=False, prepare=prepare)
@@ -217,7 +154,7 @@ class TargetPool:
             if session := self._opened_on(member, deadline):
                 return member, session, None
 
-    def _opened_on(self, member: _Member, deadline: float, *, used: bool = True) -> Session | None:
+    def _opened_on(self, member: Member, deadline: float, *, used: bool = True) -> Session | None:
         """Open a session that was reserved; None, and the reservation taken back, when that cannot be had there."""
         began = time.monotonic()
         try:
@@ -225,7 +162,7 @@ class TargetPool:
         except SessionRefusedError:
             self.refused(member, used=used)
         except ConnectionLostError:
-            member.retiring = _NO_ANSWER
+            member.retiring = NO_ANSWER
             if member.connection.alive:
                 with self._books:
                     self._distrust(began)
@@ -246,21 +183,20 @@ class TargetPool:
             self._demand.note(prepare, found_ready=False)
         self._serve()
 
-    def release(self, member: _Member, *, used: bool = True) -> None:
+    def release(self, member: Member, *, used: bool = True) -> None:
         """Take back a session that was reserved, by a caller or (not `used`) ahead of need."""
         with self._books:
             member.take_back(used=used)
         self._serve()
 
-    def refused(self, member: _Member, *, used: bool = True) -> None:
+    def refused(self, member: Member, *, used: bool = True) -> None:
         """Note that the server opened no session for a reservation, and take that back.
 
         Raises UnreachableError when the server opens no session at all.
         """
         with self._books:
             member.take_back(used=used)
-            granted = self._granted = max(1, min(self._granted, member.sessions))
-            self._learned_at = time.monotonic()
+            granted = self._grants.refused(member.sessions)
             self._counts["sessions_refused"] += 1
             none = member.sessions == 0
             if none:
@@ -408,7 +344,7 @@ class TargetPool:
         waiter.member = member
         return True
 
-    def _take_prepared(self, prepare: Prepare) -> tuple[_Member, Prepared] | None:
+    def _take_prepared(self, prepare: Prepare) -> tuple[Member, Prepared] | None:
         owners = {one: m for m in self._members if m.lends for one in m.prepared if one.prepare == prepare}
         one = best(owners)
         if one is None:
@@ -416,23 +352,16 @@ class TargetPool:
         owners[one].prepared.remove(one)
         return owners[one], one
 
-    def _free_member(self, control: bool) -> _Member | None:
-        limit = self._limit(control)
+    def _free_member(self, control: bool) -> Member | None:
+        limit = self._grants.limit(control=control)
         free = [m for m in self._members if m.lends and m.sessions < limit]
         return min(free, key=lambda m: m.sessions, default=None)
-
-    def _limit(self, control: bool) -> int:
-        """How many sessions a member may have: one is kept for killing, which must not wait for what it kills."""
-        if self._granted < _SESSIONS and time.monotonic() - self._learned_at > _RELEARN_SECONDS:
-            self._granted += 1
-            self._learned_at = time.monotonic()
-        return self._granted if control else max(1, self._granted - 1)
 
     def _missing(self) -> int:
         """How many more connections to start opening now."""
         if not self._waiters or time.monotonic() < self._open_again_at:
             return 0
-        wanted = ceil(len(self._waiters) / self._limit(control=False)) - self._opening
+        wanted = ceil(len(self._waiters) / self._grants.limit(control=False)) - self._opening
         staying = sum(not member.retiring for member in self._members)
         room = self._opener.max_connections - staying - self._opening
         return max(0, min(wanted, room, _OPENING_AT_ONCE - self._opening, self._breaker.most_attempts))
@@ -461,27 +390,16 @@ class TargetPool:
         full = len(self._members) + self._opening >= self._opener.max_connections
         if not (self._waiters and full and not self._opening):
             return None
-        for member in self._members:
-            if member.prepared:
-                member.sessions -= 1
-                return member.prepared.pop()
-            if member.idle and member.standing is not None and member.standing.done():
-                standing = member.standing.result()
-                member.standing = None
-                member.sessions -= 1
-                return standing
-        return None
+        unused = (member.take_unused() for member in self._members)
+        return next((one for one in unused if one is not None), None)
 
     def _drop_broken_standings(self) -> None:
         for member in self._members:
-            future = member.standing
-            if future is not None and future.done() and (future.exception() or not future.result().usable):
-                member.standing = None
-                member.sessions -= 1
+            member.drop_broken_standing()
 
     def _standing_member(
         self, make: Callable[[Session], Standing], deadline: float, cancelled: Cancelled
-    ) -> tuple[_Member, "Future[Standing]"]:
+    ) -> tuple[Member, "Future[Standing]"]:
         """Return a member, entered, whose standing session exists or is being made by one caller for all."""
         while True:
             with self._books:
@@ -522,7 +440,7 @@ class TargetPool:
         """Prepare sessions and close those that grew old, one after the other, until there are none."""
         while True:
             with self._books:
-                over = self._take_over()
+                over = [one for member in self._members for one in member.take_over(self._demand)]
                 pause = self._demand.waits_seconds(self._prepared())
                 member = None if pause else self._room_for_one_more()
                 prepare = self._demand.prepare
@@ -540,29 +458,18 @@ class TargetPool:
             if member is not None and prepare is not None:
                 self._prepare_on(member, prepare)
 
-    def _take_over(self) -> list[Prepared]:
-        """Take those that are to be closed out of the books."""
-        over = []
-        for member in self._members:
-            for one in [one for one in member.prepared if self._demand.is_over(one)]:
-                member.prepared.remove(one)
-                member.sessions -= 1
-                self._demand.unused()
-                over.append(one)
-        return over
-
     def _prepared(self) -> int:
         return sum(len(member.prepared) for member in self._members)
 
-    def _room_for_one_more(self) -> _Member | None:
+    def _room_for_one_more(self) -> Member | None:
         """Return where a session may be prepared: with one left free for a caller there, and one for SFTP."""
         if self._closed or self._waiters or self._prepared() >= self._demand.wanted:
             return None
-        most = self._limit(control=False) - 2
+        most = self._grants.limit(control=False) - 2
         free = [m for m in self._members if m.lends and m.sessions + (m.standing is None) <= most]
         return min(free, key=lambda m: m.sessions, default=None)
 
-    def _prepare_on(self, member: _Member, prepare: Prepare) -> None:
+    def _prepare_on(self, member: Member, prepare: Prepare) -> None:
         """Prepare a session that was reserved."""
         try:
             session = self._opened_on(member, time.monotonic() + _ANSWER_SECONDS, used=False)
@@ -587,20 +494,20 @@ class TargetPool:
     def _open(self, attempt: int) -> None:
         """Open one connection; owns the place in `_opening` that was taken for it."""
         error: SSHError | None = None
-        member: _Member | None = None
+        member: Member | None = None
         try:
             self._opener.make_room(self)
             started = time.monotonic()
             connection = self._opener.connect(self.target)
             _log.info("%s: connected in %.2f s", self.target, time.monotonic() - started)
-            member = _Member(connection, jittered(self._opener.idle_seconds))
+            member = Member(connection, jittered(self._opener.idle_seconds))
         except SSHError as failure:
             error = failure
             _log.warning("%s", failure)
         finally:
             self._opened(attempt, member, error)
 
-    def _opened(self, attempt: int, member: _Member | None, error: SSHError | None) -> None:
+    def _opened(self, attempt: int, member: Member | None, error: SSHError | None) -> None:
         failed: list[_Waiter] = []
         with self._books:
             self._opening -= 1
@@ -621,7 +528,7 @@ class TargetPool:
             waiter.served.set()
         self._serve()
 
-    def _judge(self, attempt: int, member: _Member | None, error: SSHError | None) -> str:
+    def _judge(self, attempt: int, member: Member | None, error: SSHError | None) -> str:
         """Count how an attempt ended, and tell the breaker; return what the log is to say of that."""
         was_closed = self._breaker.state == "closed"
         self._counts["connects" if member is not None else "connects_failed"] += 1
@@ -652,7 +559,7 @@ class TargetPool:
         if waiter.member is not None:
             self.release(waiter.member)
 
-    def _discard(self, member: _Member) -> None:
+    def _discard(self, member: Member) -> None:
         _log.info("%s: %s", self.target, member.end)
         member.connection.close()
         self._opener.changed()

@@ -15,7 +15,8 @@ from settings import Settings, Target
 from ssh_errors import BusyError, PoolClosedError
 from ssh_hosts import Hosts
 from ssh_keys import Keys
-from ssh_lending import Cancelled, Standing, TargetPool
+from ssh_lending import Cancelled, TargetPool
+from ssh_members import Standing
 from ssh_route import connect
 from ssh_session import Session
 from ssh_transport import Connection
