@@ -3,9 +3,7 @@
 import asyncio
 import itertools
 import socket
-import ssl
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_urlsafe
 from typing import Any
@@ -16,53 +14,12 @@ from fastmcp import Client
 from fastmcp.client.transports import SSETransport, StreamableHttpTransport
 
 import oauth
-from conftest import Server, free_port
-from front import nginx
+from conftest import Server, free_port, wait_for
+from front import Behind, nginx, replaced, site_places, trust
 from oauth import ME, STRANGER, App, Browser, Google, Remote, make_remote, query_of, tokens_of
 from tls import certificates
 
 SITE = Path(__file__).parents[1] / "deploy" / "nginx" / "ssh-mcp-server.conf"
-
-
-@dataclass
-class Behind(Remote):
-    """A server that is only reached through nginx."""
-
-    nginx_folder: Path = Path()
-    http_port: int = 0
-
-    @property
-    def url(self) -> str:
-        """The server's URL is nginx's."""
-        return self.environment["PUBLIC_BASE_URL"]
-
-    @property
-    def tls(self) -> ssl.SSLContext:
-        return ssl.create_default_context(cafile=self.nginx_folder / "ca.pem")
-
-    def nginx_logs(self) -> str:
-        return "".join(path.read_text() for path in sorted(self.nginx_folder.glob("*.log")))
-
-
-def site_for(folder: Path, http_port: int, https_port: int, behind: int) -> str:
-    """Return the shipped site with the tests' own places; each of the shipped ones must stand in it."""
-    site = SITE.read_text()
-    changes = {
-        "listen 80;": f"listen 127.0.0.1:{http_port};",
-        "    listen [::]:80;\n": "",
-        "listen 443 ssl;": f"listen 127.0.0.1:{https_port} ssl;",
-        "    listen [::]:443 ssl;\n": "",
-        "return 301 https://mcp.example.com$request_uri": f"return 301 https://localhost:{https_port}$request_uri",
-        "server_name mcp.example.com;": "server_name localhost;",
-        "/etc/letsencrypt/live/mcp.example.com/fullchain.pem": f"{folder}/cert.pem",
-        "/etc/letsencrypt/live/mcp.example.com/privkey.pem": f"{folder}/key.pem",
-        "/var/log/nginx/": f"{folder}/",
-        "http://127.0.0.1:3003": f"http://127.0.0.1:{behind}",
-    }
-    for shipped, ours in changes.items():
-        assert shipped in site, shipped
-        site = site.replace(shipped, ours)
-    return site
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +28,13 @@ def behind(google: Google, sshd: Server, tmp_path_factory: pytest.TempPathFactor
     folder, http_port, https_port = tmp_path_factory.mktemp("nginx"), free_port(), free_port()
     certificates(folder)
     plain = make_remote(folder / "remote", google, sshd, PUBLIC_BASE_URL=f"https://localhost:{https_port}")
-    remote = Behind(plain.folder, plain.port, plain.environment, nginx_folder=folder, http_port=http_port)
-    with nginx(folder, site_for(folder, http_port, https_port, plain.port), https_port):
+    remote = Behind(plain.folder, plain.port, plain.environment, front=folder, http_port=http_port)
+    site = replaced(
+        SITE.read_text(),
+        site_places(folder, http_port, https_port)
+        | {"http://127.0.0.1:3003": f"http://127.0.0.1:{plain.port}"},
+    )
+    with nginx(folder, site, https_port):
         Remote.start(plain)
         remote.process = plain.process
         yield remote
@@ -81,21 +43,14 @@ def behind(google: Google, sshd: Server, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def trusting(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> Behind:
-    """Let browsers and applications of the test trust the CA."""
-
-    def http_from(address: str | None = None, **options: Any) -> httpx.Client:
-        transport = httpx.HTTPTransport(local_address=address or oauth.own_address(), verify=behind.tls)
-        return httpx.Client(
-            transport=transport, follow_redirects=False, timeout=30, trust_env=False, **options
-        )
-
-    monkeypatch.setattr(oauth, "http_from", http_from)
+    """The server, whose CA browsers and applications of the test trust."""
+    trust(behind, monkeypatch)
     return behind
 
 
 def test_nginx_itself_takes_the_site(behind: Behind) -> None:
-    assert "emerg" not in behind.nginx_logs()
-    assert "warn" not in behind.nginx_logs()
+    assert "emerg" not in behind.front_logs()
+    assert "warn" not in behind.front_logs()
 
 
 def test_plain_http_is_sent_to_tls(behind: Behind) -> None:
@@ -169,7 +124,7 @@ def test_client_cannot_choose_the_address_that_the_server_sees(
     address = oauth.own_address()
     with oauth.http_from(address) as http:
         http.get(f"{trusting.url}/health?seen=1", headers={"X-Forwarded-For": "203.0.113.7"})
-    assert address in trusting.log()
+    wait_for(lambda: address in trusting.log())
     assert "203.0.113.7" not in trusting.log()
 
 
@@ -216,7 +171,7 @@ def test_large_message_without_a_login_reaches_no_disk_and_is_told_why(trusting:
             answer = http.post(f"{trusting.url}/mcp", content=b"x" * 20_000_000, headers=token)
         assert answer.status_code == 401
         assert "resource_metadata" in answer.headers["WWW-Authenticate"]
-    assert not [path for path in (trusting.nginx_folder / "body").rglob("*") if path.is_file()]
+    assert not [path for path in (trusting.front / "body").rglob("*") if path.is_file()]
 
 
 def test_wrong_account_is_refused_through_nginx(
@@ -242,7 +197,7 @@ def test_no_log_of_nginx_holds_a_code_a_state_or_a_token(
         assert browser.http.get(callback_url).status_code == 502
     finally:
         trusting.start()
-    logs = trusting.nginx_logs()
+    logs = trusting.front_logs()
     assert '"GET /google/callback" 502' in logs
     secrets = [
         app.state,
