@@ -4,8 +4,8 @@ import os
 import socket
 import ssl
 import subprocess
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,11 @@ import httpx
 import pytest
 
 import oauth
-from conftest import program, wait_for
-from oauth import Remote
+from conftest import Server, free_port, program, wait_for
+from oauth import Google, Remote, make_remote
+from tls import certificates
+
+DEPLOY = Path(__file__).parents[1] / "deploy"
 
 # gzip is on, as in Debian's own nginx.conf
 _AROUND = """
@@ -128,6 +131,10 @@ class Behind(Remote):
         return self.environment["PUBLIC_BASE_URL"]
 
     @property
+    def https_port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    @property
     def tls(self) -> ssl.SSLContext:
         return ssl.create_default_context(cafile=self.front / "ca.pem")
 
@@ -145,3 +152,52 @@ def trust(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     monkeypatch.setattr(oauth, "http_from", http_from)
+
+
+@contextmanager
+def behind_nginx(folder: Path, google: Google, sshd: Server) -> Iterator[Behind]:
+    """Run a server behind nginx, with the site that ships."""
+
+    def proxy(remote: Behind) -> AbstractContextManager[None]:
+        site = (DEPLOY / "nginx" / "ssh-mcp-server.conf").read_text()
+        places = site_places(folder, remote.http_port, remote.https_port)
+        site = replaced(site, places | {"http://127.0.0.1:3003": f"http://127.0.0.1:{remote.port}"})
+        return nginx(folder, site, remote.https_port)
+
+    with _behind(folder, google, sshd, proxy) as remote:
+        yield remote
+
+
+@contextmanager
+def behind_caddy(folder: Path, google: Google, sshd: Server) -> Iterator[Behind]:
+    """Run a server behind Caddy, with the Caddyfile that ships."""
+
+    def proxy(remote: Behind) -> AbstractContextManager[None]:
+        ports = f"http_port {remote.http_port}\n\thttps_port {remote.https_port}"
+        places = {
+            "{\n\t# who opens": f"{{\n\tadmin off\n\tdefault_bind 127.0.0.1\n\t{ports}\n\t# who opens",
+            "\nmcp.example.com {": f"\nlocalhost {{\n\ttls {folder}/cert.pem {folder}/key.pem",
+            "reverse_proxy 127.0.0.1:3003": f"reverse_proxy 127.0.0.1:{remote.port}",
+        }
+        config = replaced((DEPLOY / "Caddyfile").read_text(), places)
+        return caddy(folder, config, remote.https_port)
+
+    with _behind(folder, google, sshd, proxy) as remote:
+        yield remote
+
+
+@contextmanager
+def _behind(
+    folder: Path, google: Google, sshd: Server, proxy: Callable[[Behind], AbstractContextManager[None]]
+) -> Iterator[Behind]:
+    http_port, https_port = free_port(), free_port()
+    certificates(folder)
+    plain = make_remote(folder / "remote", google, sshd, PUBLIC_BASE_URL=f"https://localhost:{https_port}")
+    remote = Behind(plain.folder, plain.port, plain.environment, front=folder, http_port=http_port)
+    with proxy(remote):
+        plain.start()
+        remote.process = plain.process
+        try:
+            yield remote
+        finally:
+            remote.stop()

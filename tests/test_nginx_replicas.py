@@ -13,13 +13,12 @@ from fastmcp.client.transports import SSETransport, StreamableHttpTransport
 
 import oauth
 from conftest import Server, free_port
-from front import Behind, nginx, replaced, site_places, trust
+from front import DEPLOY, Behind, nginx, replaced, site_places, trust
 from oauth import App, Google, Remote, tokens_of
 from replicas import running_replicas
 from tls import certificates
 
-SITES = Path(__file__).parents[1] / "deploy" / "nginx"
-SITE = SITES / "ssh-mcp-server-replicas.conf"
+SITE = DEPLOY / "nginx" / "ssh-mcp-server-replicas.conf"
 
 
 @dataclass
@@ -67,7 +66,7 @@ def test_nginx_itself_takes_the_site(running: Replicated) -> None:
 
 
 def test_site_for_replicas_has_every_limit_of_the_site_for_one_server() -> None:
-    one = SITES.joinpath("ssh-mcp-server.conf").read_text().partition("\nlog_format")[2].splitlines()
+    one = SITE.with_name("ssh-mcp-server.conf").read_text().partition("\nlog_format")[2].splitlines()
     several = SITE.read_text().partition("\nlog_format")[2].splitlines()
     passing = ("location", "proxy_pass")
     assert [line for line in one if line not in several and not line.strip().startswith(passing)] == []
