@@ -66,6 +66,7 @@ exec unshare --mount --uts --ipc --net --pid --cgroup --fork --kill-child sh -c 
 """
 _END_CGROUP = 'mount -t cgroup2 cgroup2 "$1" && find "$1/$2" -depth -type d -exec rmdir {} +'
 
+SLEEP = ["/bin/sleep", "infinity"]
 SYSTEMD = ["/lib/systemd/systemd", "--system", "--unit=basic.target", "--log-target=journal"]
 
 
@@ -79,20 +80,11 @@ class Machine:
         return Path(f"/proc/{self._pid}/root") / inside.lstrip("/")
 
     def run(
-        self,
-        command: str,
-        *,
-        network: bool = False,
-        cwd: str = "/",
-        uid: int = 0,
-        **variables: str,
+        self, command: str, *, network: bool = False, cwd: str = "/", **variables: str
     ) -> "subprocess.CompletedProcess[str]":
         """Run a command line there, with the network of the machine outside if it has to download something."""
-        namespaces = ["--mount", "--uts", "--ipc", "--pid", "--cgroup", *([] if network else ["--net"])]
-        account = [f"--setuid={uid}", f"--setgid={uid}"]
-        within = ["bash", "-c", f"cd {shlex.quote(cwd)} && {command}"]
         return subprocess.run(
-            ["nsenter", "--target", str(self._pid), *namespaces, *account, *within],
+            self.command(f"cd {shlex.quote(cwd)} && {command}", network=network),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -100,6 +92,11 @@ class Machine:
             timeout=600,
             env=_environment() | variables,
         )
+
+    def command(self, line: str, *, network: bool = False) -> list[str]:
+        """Return the arguments of a process that runs a command line there."""
+        namespaces = ["--mount", "--uts", "--ipc", "--pid", "--cgroup", *([] if network else ["--net"])]
+        return ["nsenter", "--target", str(self._pid), *namespaces, "bash", "-c", line]
 
 
 def _environment() -> dict[str, str]:
