@@ -30,7 +30,7 @@ class Stage:
 
     machine: Machine
     environment: dict[str, str] = field(
-        default_factory=lambda: {"PATH": "/usr/local/image/bin:/usr/bin:/bin", "HOME": _HOME}
+        default_factory=lambda: {"PATH": "/usr/local/image/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": _HOME}
     )
     folder: str = "/"
     user: str = "0:0"

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from conftest import program, wait_for
 
-# In namespaces of its own: $1 is an empty folder, the rest is the first process
+# In namespaces of its own: $1 is an empty folder, $2 the clone (which may be a mount), the rest the first process
 _BOOT = """
 set -eu
-disk=$1 root=$1/root
-shift
+disk=$1 root=$1/root clone=$2
+shift 2
 mount --make-rprivate /
 mount -t tmpfs tmpfs "$disk"
 mkdir "$disk/upper" "$disk/work" "$root"
@@ -45,6 +45,8 @@ ln -s /proc/self/fd dev/fd
 mount -t tmpfs -o mode=755 tmpfs run
 mount -t tmpfs tmpfs tmp
 ip link set lo up
+mount --bind "$clone" "$root$clone"
+mount -o remount,bind,ro "$root$clone"
 # services of the machine that the tests run on stay there
 rm -rf etc/systemd/system/*.wants etc/machine-id usr/sbin/policy-rc.d
 : > etc/machine-id
@@ -65,6 +67,8 @@ shift 2
 exec unshare --mount --uts --ipc --net --pid --cgroup --fork --kill-child sh -c "$@"
 """
 _END_CGROUP = 'mount -t cgroup2 cgroup2 "$1" && find "$1/$2" -depth -type d -exec rmdir {} +'
+
+_CLONE = Path(__file__).parents[1]
 
 SLEEP = ["/bin/sleep", "infinity"]
 SYSTEMD = ["/lib/systemd/systemd", "--system", "--unit=basic.target", "--log-target=journal"]
@@ -119,7 +123,7 @@ def machine(first_process: list[str]) -> Iterator[Machine]:
     in_cgroup = ["unshare", "--mount", "sh", "-c", _IN_CGROUP, "sh", str(folder / "cgroup"), name]
     with (folder / "log").open("wb") as log:
         outer = subprocess.Popen(
-            [*in_cgroup, _BOOT, "sh", str(folder / "disk"), *first_process],
+            [*in_cgroup, _BOOT, "sh", str(folder / "disk"), str(_CLONE), *first_process],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -18,7 +18,8 @@ def running_replicas(
     """Run that many servers; the changes are environment variables of each."""
     with ExitStack() as ending:
         state_url = ending.enter_context(redis_server(folder))
-        remotes = [make_remote(folder / "1", google, sshd, STATE_URL=state_url, **changes)]
+        remotes = [make_remote(folder / "1", google, sshd, STATE_URL=state_url)]
+        remotes[0].environment |= changes
         for number in range(2, count + 1):
             another = make_remote(folder / str(number), google, sshd)
             own = {name: another.environment[name] for name in ("HOME", "SSH_MCP_ENV_FILE")}

@@ -42,7 +42,7 @@ def service() -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     project = yaml.safe_load(done.stdout)
-    (service,) = project["services"].values()
+    service: dict[str, Any] = project["services"]["ssh-mcp-server"]
     return service | {"gateway": project["networks"]["front"]["ipam"]["config"][0]["gateway"]}
 
 
@@ -105,27 +105,30 @@ def container(
 
 
 @pytest.fixture
-def running(container: Container, tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """Its process."""
-    line = container.line([*container.image.entrypoint, *container.image.arguments])
+def status(container: Container, tmp_path: Path) -> Iterator[dict[str, str]]:
+    """What the kernel says of its process, which runs and is healthy."""
+    machine, image = container.image.machine, container.image
+    line = container.line([*image.entrypoint, *image.arguments])
     with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(
-            container.image.machine.command(f"cd {container.image.folder} && exec {line}"),
+        entered = subprocess.Popen(
+            machine.command(f"cd {image.folder} && exec {line}"),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
         )
 
     def healthy() -> bool:
-        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert entered.poll() is None, (tmp_path / "log").read_text()
         return container.healthy()
 
     try:
         wait_for(healthy, 90)
-        yield process
+        pid = machine.run("pgrep --uid ssh-mcp-server").stdout.strip()
+        lines = machine.path(f"/proc/{pid}/status").read_text().splitlines()
+        yield dict(line.split(":\t", 1) for line in lines if ":\t" in line)
     finally:
-        process.terminate()
-        process.wait()
+        machine.run("pkill --uid ssh-mcp-server")
+        entered.wait()
 
 
 def test_linter_finds_nothing_in_the_dockerfile() -> None:
@@ -150,15 +153,13 @@ def test_compose_lets_the_server_believe_its_own_gateway_alone(service: dict[str
 
 
 def test_server_is_healthy_without_a_right_and_with_its_files_read_only(
-    container: Container, running: "subprocess.Popen[bytes]"
+    container: Container, status: dict[str, str]
 ) -> None:
+    assert set(status["Uid"].split()) == set(status["Gid"].split()) == {"10001"}
+    assert int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 0
+    assert status["NoNewPrivs"] == "1"
     assert container.run("touch", "/srv/x").returncode != 0
     assert container.run("touch", "/var/lib/ssh-mcp-server/x").returncode == 0
-    status = Path(f"/proc/{running.pid}/status").read_text()
-    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
-    assert set(fields["Uid"].split()) == {"10001"}
-    assert int(fields["CapEff"], 16) == int(fields["CapBnd"], 16) == 0
-    assert container.healthy()
 
 
 def test_health_check_fails_when_nothing_answers(container: Container) -> None:
