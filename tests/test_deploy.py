@@ -180,7 +180,7 @@ def go_all_the_way(walk: Walk) -> None:
     go("5. The service")
     go("6. TLS")
     go("7. Connect")
-    walk.connect("df -P /", "touch /tmp/harm", "cat /proc/self/status")
+    walk.connect("df -P /", "touch /tmp/harm")
     commit(walk, "an upgrade")
     go("Later")
     go("When it does not work")
@@ -238,7 +238,7 @@ def test_steps_for_chatgpt_name_the_server(walk: Walk) -> None:
 
 
 def test_who_connects_can_look_and_not_touch(walk: Walk) -> None:
-    disks, touched, *_ = walk.answers
+    disks, touched = walk.answers
     assert "deploy@web1.example.com:22" in disks
     assert "ALLOWED_COMMANDS does not allow" in touched
     assert not walk.machine.path("/tmp/harm").exists()
