@@ -1,6 +1,7 @@
 """What our reader of the SSH config does that `ssh -G` does not tell of, or that differs from OpenSSH on purpose."""
 
 import os
+import pwd
 import shlex
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from settings import Settings, host_token, user_token
 from ssh_client import Home
 from ssh_config import SshConfig
 from ssh_config_keywords import ALIASES, PASSED_OVER, REFUSED
+from ssh_config_match import Local
 from ssh_config_values import ACTED_UPON, Hop
 from ssh_errors import ArgumentError, ConfigError
 from ssh_policy import Reach
@@ -260,3 +262,17 @@ def test_answer_is_of_now(home: Home) -> None:
     assert config.lookup("web").port == 1
     home.write("Port 2\n")
     assert config.lookup("web").port == 2
+
+
+def test_process_whose_account_has_no_name_reads_the_config_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in containers that run as any number."""
+
+    def no_entry(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", no_entry)
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    assert Local.now().user == ""

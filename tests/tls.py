@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 
-def certificates(folder: Path) -> None:
-    """Make a CA of our own (`ca.pem`) and a certificate for `localhost` (`cert.pem`, `key.pem`)."""
+def certificates(folder: Path, host: str = "localhost") -> None:
+    """Make a CA of our own (`ca.pem`) and a certificate for a host (`cert.pem`, `key.pem`)."""
     now = datetime.datetime.now(datetime.UTC)
 
     def name(text: str) -> x509.Name:
@@ -53,8 +53,8 @@ def certificates(folder: Path) -> None:
         .sign(ca_key, hashes.SHA256())
     )
     certificate = (
-        begun("localhost", key)
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        begun(host, key)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(of_ca), critical=False)
         .sign(ca_key, hashes.SHA256())
     )
