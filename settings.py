@@ -184,7 +184,7 @@ def os_user() -> str:
     """Return the name of the account that this process runs as, an empty one if it has none."""
     try:
         return getpass.getuser()
-    except (OSError, KeyError):
+    except (OSError, KeyError, ImportError):  # the last on Windows, before Python 3.13
         return ""  # no account name: the operator is asked for one
 
 

@@ -207,6 +207,8 @@ def _agent(named: str | None) -> Iterator[list[paramiko.AgentKey]]:
 
 
 def _unix_socket(path: str) -> socket.socket:
+    if not hasattr(socket, "AF_UNIX"):
+        raise OSError("this system has no sockets with paths")
     connected = socket.socket(socket.AF_UNIX)
     try:
         connected.settimeout(_AGENT_SECONDS)
