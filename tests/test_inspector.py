@@ -34,7 +34,7 @@ EXPECTED = {
 def arguments_of(tool: str, folder: str) -> dict[str, Any]:
     """Return what a tool is called with: each works on what no other one touches."""
     edit = {"operation": "replace", "old_text": "old", "new_text": "new"}
-    return {
+    calls: dict[str, dict[str, Any]] = {
         "ssh_execute": {"command": "echo hello"},
         "ssh_read_file": {"path": f"{folder}/read"},
         "ssh_write_file": {"path": f"{folder}/written/file", "content": "new\n", "create_parents": True},
@@ -42,7 +42,8 @@ def arguments_of(tool: str, folder: str) -> dict[str, Any]:
         "ssh_list_directory": {"path": f"{folder}/listed"},
         "ssh_system_info": {},
         "ssh_close_connection": {},
-    }[tool]
+    }
+    return calls[tool]
 
 
 @dataclass(frozen=True)
