@@ -155,3 +155,16 @@ def test_settings_that_cannot_be_read_offer_nothing_and_say_nothing(environment:
     broken = environment | {"SSH_MAX_CONNECTIONS": "many"}
     assert by_fish("ssh-mcp-server config codex --env SSH_DEFAULT_HOST=", broken) == []
     assert "config" in by_fish("ssh-mcp-server ", broken)
+
+
+def test_start_that_no_shell_asked_for_imports_nothing_of_it() -> None:
+    ask = "import sys, cli\ntry: cli.main(['--version'])\nexcept SystemExit: print('argcomplete' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", ask],
+        cwd=BIN.parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout.splitlines()[-1] == "False"
