@@ -1,0 +1,152 @@
+"""`ssh-mcp-server check`: what is wrong with a configuration, found by doing what the server would do with it.
+
+Exit status: 0 when nothing is wrong (warnings may be there), 1 when something is, 2 when the settings do not load. Each
+line is printed as soon as it is known. Nothing is changed on any host, and no host key is recorded.
+"""
+
+import json
+import logging
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from cli import check_settings
+from cli.findings import Finding, Status, Waiting, findings
+from settings import Settings, __version__
+
+_INTERRUPTED = 130
+_COLUMNS = 80
+_NAME_COLUMNS = 14
+_MARKS: dict[Status, tuple[str, str]] = {
+    "ok": ("✓", "green"),
+    "warning": ("!", "yellow"),
+    "error": ("✗", "bold red"),
+    "skipped": ("-", "dim"),
+}
+_PLAIN_MARKS: dict[Status, str] = {"ok": "ok", "warning": "!", "error": "X", "skipped": "-"}
+_SECTION = "settings"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be checked: targets besides the default one, as `[user@]host[:port]`, and HTTP even if it is off."""
+
+    hosts: tuple[str, ...]
+    env_file: Path | None
+    http: bool
+
+
+def check(asked: Asked, *, as_json: bool) -> int:
+    """Check, print what was found, and return the exit status."""
+    logging.disable(logging.CRITICAL)  # what the server would log is said here
+    loaded: list[Settings] = []
+    found: list[Finding] = []
+    report = _Json() if as_json else _Lines()
+    try:
+        for finding in _findings(asked, loaded, report.waiting):
+            found.append(finding)
+            report.show(finding)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    report.end(found)
+    if not loaded:
+        return 2
+    return 1 if any(finding.verdict.status == "error" for finding in found) else 0
+
+
+def _findings(asked: Asked, loaded: list[Settings], waiting: Waiting) -> Iterator[Finding]:
+    yield from findings(_SECTION, check_settings.steps(asked.env_file, loaded), waiting)
+    if not loaded:
+        return
+    (current,) = loaded
+    yield from findings(_SECTION, check_settings.steps_of_loaded(current), waiting)
+    from cli.check_ssh import TargetCheck, target_steps  # the SSH rooms take a second to import
+
+    default = [None] if current.ssh_default_host else []
+    for named in (*default, *asked.hosts):
+        with TargetCheck(current, named) as target:
+            yield from findings(named or str(current.ssh_default_host), target_steps(target), waiting)
+
+
+class _Lines:
+    """The findings for people: a heading for each section, a line for each finding, its remedy below it."""
+
+    def __init__(self) -> None:
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._progress = Console(stderr=True, highlight=False)
+        self._about = ""
+        self._columns = min(100, self._console.width) if self._console.is_terminal else _COLUMNS
+        self._draws = self._console.encoding.lower().startswith("utf")
+
+    def waiting(self, what: str) -> AbstractContextManager[object]:
+        """Show on a terminal what is being done."""
+        if not self._progress.is_terminal:
+            return nullcontext()
+        return self._progress.status(f"{what} …")
+
+    def show(self, finding: Finding) -> None:
+        """Print a finding."""
+        from ssh_output import one_line
+
+        if finding.about != self._about:
+            self._console.print(Text(f"{'' if not self._about else chr(10)}{finding.about}", style="bold"))
+            self._about = finding.about
+        verdict = finding.verdict
+        mark, style = _MARKS[verdict.status]
+        first, *others = textwrap.wrap(
+            one_line(verdict.message),
+            self._columns - _NAME_COLUMNS - 5,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        shown = mark if self._draws else _PLAIN_MARKS[verdict.status]
+        line = Text.assemble("  ", (shown, style), f" {finding.name:{_NAME_COLUMNS}} ", first)
+        self._console.print(line, style="dim" if verdict.status == "skipped" else "")
+        indent = " " * (_NAME_COLUMNS + 5)
+        for other in others:
+            self._console.print(Text(indent + other))
+        if verdict.fix:
+            self._console.print(Text(f"    → {one_line(verdict.fix)}", style="cyan"))
+
+    def end(self, found: Sequence[Finding]) -> None:
+        """Print how it went in all."""
+        counts = {status: sum(f.verdict.status == status for f in found) for status in _MARKS}
+        said = f"{counts['ok']} well, {counts['warning']} to look at, {counts['error']} wrong"
+        skipped = f", {counts['skipped']} not looked at" if counts["skipped"] else ""
+        style = "bold red" if counts["error"] else "bold yellow" if counts["warning"] else "bold green"
+        self._console.print(Text(f"\n{said}{skipped}", style=style))
+
+
+class _Json:
+    """The findings for programs: one object at the end."""
+
+    def waiting(self, what: str) -> AbstractContextManager[object]:
+        """Show nothing."""
+        return nullcontext()
+
+    def show(self, finding: Finding) -> None:
+        """Wait for the others."""
+
+    def end(self, found: Sequence[Finding]) -> None:
+        """Print all findings."""
+        answer = {"version": __version__, "results": [_as_json(finding) for finding in found]}
+        json.dump(answer, sys.stdout, indent=2)
+        print()
+
+
+def _as_json(finding: Finding) -> dict[str, Any]:
+    verdict = finding.verdict
+    return {
+        "about": finding.about,
+        "name": finding.name,
+        "status": verdict.status,
+        "message": verdict.message,
+        "fix": verdict.fix,
+    }
