@@ -55,8 +55,8 @@ def target_steps(check: "TargetCheck") -> list[Step]:
         Step("host key", check.host_key, "check that an SSH server answers there", (*reached, "TCP")),
         Step("login", check.login, "see the log of its sshd", ("host key", "key")),
         Step("sessions", check.sessions, "set MaxSessions 10 in its sshd_config", ("login",)),
-        Step("round trip", check.round_trip, "check the network", ("sessions",)),
         Step("SFTP", check.sftp, "set Subsystem sftp internal-sftp in its sshd_config", ("sessions",)),
+        Step("round trip", check.round_trip, "check the network", ("SFTP",)),
         Step("paths", check.paths, "correct ALLOWED_PATHS", ("SFTP",)),
         Step("shell", check.shell, "see the account's login shell and rc files there", ("sessions",)),
         Step("warm shell", check.warm_shell, "see the account's login shell and rc files there", ("shell",)),
@@ -118,27 +118,25 @@ class TargetCheck:
         self._host = self._hosts.host(self._target)
         self._first = self._first_hop(self._host)
         config = self._host.config
-        way = (
-            [f"over {hop.host}" for hop in config.proxy_jump],
-            ["by its ProxyCommand"] if config.proxy_command else [],
-        )
-        leads = [f"leads to {config.hostname}"] if config.hostname != self._target.host else []
-        says = ", ".join([*leads, *way[0], *way[1]]) or "nothing of it changes the way there"
-        yield ok(f"{self._settings.ssh_config}: {says}")
+        leads = [f"to {config.hostname}"] if config.hostname != self._target.host else []
+        over = [f"over {hop.host}" for hop in config.proxy_jump]
+        by = ["by its ProxyCommand"] if config.proxy_command else []
+        way = ", ".join([*leads, *over, *by]) or "straight to where the name says"
+        yield ok(f"{self._settings.ssh_config} leads {way}")
 
     def agent(self) -> Iterator[Verdict]:
         """Ask the agent what it holds."""
         named = self._host.config.identity_agent
         place = named or os.environ.get("SSH_AUTH_SOCK")
-        if place in (None, "", "none"):
+        if place == "none" or not (place or os.name == "nt"):  # where it has a fixed place
             yield skipped("no SSH agent is named (SSH_AUTH_SOCK)")
             return
-        with agent_keys(named) as keys:
+        with agent_keys(place) as keys:
             kinds = [key.get_name() for key in keys]
         if kinds:
-            yield ok(f"{place} holds {', '.join(kinds)}")
+            yield ok(f"it holds {', '.join(kinds)}")
         else:
-            yield warning(f"the SSH agent at {place} does not answer, or holds no key", "run: ssh-add")
+            yield warning(f"{place or 'the SSH agent'} does not answer, or holds no key", "run: ssh-add")
 
     def key(self) -> Iterator[Verdict]:
         """Load the keys that will be shown."""
@@ -230,16 +228,6 @@ class TargetCheck:
         else:
             yield ok(f"{count}{' or more' if count == _SESSIONS else ''} at once on a connection")
 
-    def round_trip(self) -> Iterator[Verdict]:
-        """Time the opening of sessions, which is one round trip each."""
-        times = []
-        for _ in range(_LOOKS):
-            started = time.monotonic()
-            session = self._open_session()
-            times.append(time.monotonic() - started)
-            session.close()
-        yield ok(f"{_milliseconds(min(times))}")
-
     def sftp(self) -> Iterator[Verdict]:
         """Start SFTP and ask for the login directory."""
         deadline = time.monotonic() + _ANSWER_SECONDS
@@ -252,10 +240,14 @@ class TargetCheck:
                     "set Subsystem sftp internal-sftp in its sshd_config",
                 ) from None
             try:
-                home = sftp.real_path(b".").path()
+                self._round_trips, homes = zip(*(_timed(sftp) for _ in range(_LOOKS)), strict=True)
             finally:
                 sftp.close()
-        yield ok(f"files are found from {os.fsdecode(home)} on")
+        yield ok(f"files are found from {os.fsdecode(homes[0])} on")
+
+    def round_trip(self) -> Iterator[Verdict]:
+        """Say how long an answer of SFTP took."""
+        yield ok(_milliseconds(min(self._round_trips)))
 
     def paths(self) -> Iterator[Verdict]:
         """Ask for the directories of ALLOWED_PATHS."""
@@ -267,8 +259,9 @@ class TargetCheck:
                 files.list(self._target, entry, cancelled=_nobody_cancels, limit=1)
             except (FileError, RefusedError) as failure:
                 lacking = True
-                yield of_sentence(
-                    str(failure), f"make {entry} there, or take it out of ALLOWED_PATHS", "warning"
+                yield warning(
+                    of_sentence(str(failure), "").message,
+                    f"make {entry} there, or take it out of ALLOWED_PATHS",
                 )
         if not entries:
             yield skipped("ALLOWED_PATHS is not set")
@@ -349,6 +342,13 @@ def _parts(named: str) -> tuple[str | None, str, int | None]:
         return user or None, host, int(port) if port else None
     except ValueError:
         raise Problem(f"{named[:100]!r} is no target", "give [user@]host[:port]") from None
+
+
+def _timed(sftp: SFTP) -> tuple[float, bytes]:
+    """Ask for the login directory; return the seconds that took, and its path."""
+    started = time.monotonic()
+    home = sftp.real_path(b".").path()
+    return time.monotonic() - started, home
 
 
 def _milliseconds(seconds: float) -> str:
