@@ -30,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.command == "check":
             from cli import check
 
-            asked = check.Asked(tuple(options.hosts), options.env_file, options.http)
+            asked = check.Asked(
+                tuple(options.hosts), options.env_file, options.http, options.host, options.port
+            )
             raise SystemExit(check.check(asked, as_json=options.json))
         if options.command == "audit":
             from cli import audit

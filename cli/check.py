@@ -36,11 +36,18 @@ _SECTION = "settings"
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to be checked: targets besides the default one, as `[user@]host[:port]`, and HTTP even if it is off."""
+    """What is to be checked: further targets, as `[user@]host[:port]`; HTTP even where it is not set up, and where."""
 
     hosts: tuple[str, ...]
     env_file: Path | None
     http: bool
+    http_host: str | None
+    http_port: int | None
+
+    def listening(self, current: Settings) -> Settings:
+        """Return the settings with the place of the command line, where HTTP would listen."""
+        told = {"http_host": self.http_host, "http_port": self.http_port}
+        return current.model_copy(update={name: value for name, value in told.items() if value})
 
 
 def check(asked: Asked, *, as_json: bool) -> int:
@@ -73,6 +80,11 @@ def _findings(asked: Asked, loaded: list[Settings], waiting: Waiting) -> Iterato
     for named in (*default, *asked.hosts):
         with TargetCheck(current, named) as target:
             yield from findings(named or str(current.ssh_default_host), target_steps(target), waiting)
+    if asked.http or any((current.public_base_url, current.google_client_id, current.allowed_email)):
+        from cli.check_http import HttpCheck, http_steps  # and so do those of HTTP
+
+        with HttpCheck(asked.listening(current)) as http:
+            yield from findings("HTTP", http_steps(http), waiting)
 
 
 class _Lines:
