@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from types import TracebackType
-from typing import Any
 from urllib.parse import urlsplit
 
 import settings
@@ -30,7 +29,9 @@ from settings import Login, Settings
 _ANSWER_SECONDS = 10.0
 _FEW_DAYS = 14
 _DAY_SECONDS = 86_400
-_EXPIRED, _NOT_YET_VALID, _OTHER_NAME = 10, 9, 62  # X509_verify_cert_error_string(3)
+# X509_verify_cert_error_string(3)
+_OUT_OF_TIME = (9, 10)
+_OTHER_NAME = (62, 64)
 _SOMEWHERE = b"192.0.2.1"  # nobody's (RFC 5737)
 _OF_GOOGLE = ".apps.googleusercontent.com"
 
@@ -146,15 +147,17 @@ class HttpCheck:
         yield from verdicts or [ok("host, token and the client's address arrive as they were sent")]
 
     def streaming(self) -> Iterator[Verdict]:
-        """See whether the first event of a stream arrives before the second is sent."""
+        """See whether each event of a stream arrives before the next one is sent."""
         if self._listener is None:
             yield skipped("the server listens already; stop it, and this is tried")
             return
         with _answer(self._login.base_url, f"/sse?{self._listener.token}") as response:
-            first = response.read(1)
-            self._listener.seen.set()
-            response.read(4096)
-        if not first:
+            events = 0
+            for line in response:
+                if line.startswith(b"data:"):
+                    events += 1
+                    self._listener.seen.release()
+        if not events:
             yield error("the stream ended before it began", "let the proxy pass /sse and /mcp on")
         elif self._listener.held_back:
             yield error(
@@ -277,9 +280,9 @@ def _advice(failure: OSError) -> str:
 
 
 def _mending(failure: ssl.SSLCertVerificationError) -> str:
-    if failure.verify_code == _OTHER_NAME:
+    if failure.verify_code in _OTHER_NAME:
         return "get one for the host of PUBLIC_BASE_URL"
-    if failure.verify_code in (_EXPIRED, _NOT_YET_VALID):
+    if failure.verify_code in _OUT_OF_TIME:
         return "renew it, and check this machine's clock"
     return "get one of a public authority, and let the proxy send its whole chain"
 

@@ -1,108 +1,15 @@
-"""`ssh-mcp-server check`: each misconfiguration is found and named with what mends it, and nothing is changed."""
+"""`ssh-mcp-server check`: what spoils the settings, or the way to a target, is named with what mends it."""
 
 import json
-import logging
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import cli
+from checking import CANARY, Case, World, assert_named
 from conftest import Server, free_port, keygen
-
-CANARY = "canary-7f3a9c"
-GOOD = ["ok", "skipped"]
-
-
-@dataclass
-class World:
-    """A configuration that is well, to be spoilt, and what `check` says of it."""
-
-    server: Server
-    folder: Path
-    make_sshd: Callable[..., Server]
-    capture: pytest.CaptureFixture[str]
-    monkeypatch: pytest.MonkeyPatch
-    lines: list[str] = field(default_factory=list)
-    arguments: list[str] = field(default_factory=list)
-    mode: int = 0o600
-
-    def __post_init__(self) -> None:
-        self.use(self.server)
-        self.set(
-            SSH_KNOWN_HOSTS=self.server.known_hosts,
-            SSH_CONFIG=self.write("config", ""),
-            SSH_DEFAULT_HOST="127.0.0.1",
-            SSH_DEFAULT_USER="tester",
-        )
-
-    def set(self, **variables: object) -> None:
-        for name, value in variables.items():
-            self.monkeypatch.setenv(name, str(value))
-
-    def unset(self, *names: str) -> None:
-        for name in names:
-            self.monkeypatch.delenv(name)
-
-    def use(self, server: Server) -> Server:
-        self.set(SSH_DEFAULT_PORT=server.port, SSH_KEY_PATH=server.key, SSH_KNOWN_HOSTS=server.known_hosts)
-        return server
-
-    def write(self, name: str, text: str, mode: int = 0o600) -> Path:
-        path = self.folder / name
-        path.write_text(text)
-        path.chmod(mode)
-        return path
-
-    @property
-    def env_file(self) -> Path:
-        return self.folder / "env"
-
-    def check(self, *arguments: str) -> tuple[int, str]:
-        """Return the exit status and what was printed."""
-        self.write("env", "".join(f"{line}\n" for line in self.lines), self.mode)
-        with pytest.raises(SystemExit) as ended:
-            cli.main(["--env-file", str(self.env_file), "check", *self.arguments, *arguments])
-        out, err = self.capture.readouterr()
-        assert CANARY not in out + err
-        assert err == ""
-        return int(str(ended.value.code)), out
-
-    def results(self) -> tuple[int, list[dict[str, Any]]]:
-        status, out = self.check("--json")
-        return status, json.loads(out)["results"]
-
-
-@pytest.fixture
-def world(
-    sshd: Server,
-    tmp_path: Path,
-    own_sshd: Callable[..., Server],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[World]:
-    path = os.environ["PATH"]
-    for name in os.environ:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("PATH", path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    yield World(sshd, tmp_path, own_sshd, capsys, monkeypatch)
-    logging.disable(logging.NOTSET)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A way to spoil a configuration, and the result that must name it."""
-
-    spoil: Callable[[World], object]
-    name: str
-    message: str
-    fix: str
-    status: str = "error"
-    exit_status: int = 1
 
 
 def misspelt_in_the_file(world: World) -> None:
@@ -328,17 +235,143 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=[case.spoil.__name__ for case in CASES])
 def test_each_misconfiguration_is_found_and_named_with_what_mends_it(world: World, case: Case) -> None:
-    case.spoil(world)
-    status, results = world.results()
-    found = [result for result in results if result["name"] == case.name]
-    named = [
-        result for result in found if result["status"] == case.status and case.message in result["message"]
-    ]
-    assert named, found
-    assert named[0]["fix"] is not None
-    assert case.fix in named[0]["fix"]
-    assert status == case.exit_status, results
+    assert_named(world, case)
 
 
 def test_there_are_twenty_and_more() -> None:
     assert len({case.spoil.__name__ for case in CASES}) == len(CASES) >= 20
+
+
+def test_all_that_is_wrong_with_the_settings_is_said_at_once(world: World) -> None:
+    world.lines += ["half a line", f"SSH_SUDO_PASSWORD={CANARY}", "LOG_LEVEL=loud"]
+    world.mode = 0o644
+    world.set(SSH_DEFAULT_PORT="0", HTTP_PORT="ten")
+    status, results = world.results()
+    wrong = [result["message"] for result in results if result["name"] == "values"]
+    assert status == 2
+    for part in (
+        "line 1",
+        "others may read it",
+        "LOG_LEVEL is ",
+        "SSH_DEFAULT_PORT is '0'",
+        "HTTP_PORT",
+    ):
+        assert [message for message in wrong if part in message], part
+
+
+def test_settings_file_that_is_missing_is_named(world: World) -> None:
+    with pytest.raises(SystemExit) as ended:
+        world.run("--env-file", str(world.folder / "nowhere"), "check", "--json")
+    assert ended.value.code == 2
+    (result, *others) = json.loads(world.capture.readouterr().out)["results"]
+    assert "does not exist" in result["message"]
+    assert {other["status"] for other in others} == {"skipped"}
+
+
+def _snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Return every file below a folder: when it changed, and what it holds."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def test_healthy_configuration_is_well_and_nothing_is_changed(world: World) -> None:
+    server = world.use(world.make_sshd())
+    known_hosts, home = server.known_hosts.read_bytes(), _snapshot(server.home)
+    status, results = world.results()
+    assert status == 0
+    assert {result["status"] for result in results} == {"ok", "skipped"}
+    assert server.known_hosts.read_bytes() == known_hosts
+    assert _snapshot(server.home) == home
+
+
+def test_host_key_is_not_recorded(world: World) -> None:
+    host_that_would_be_recorded(world)
+    status, results = world.results()
+    assert status == 0
+    assert [result for result in results if result["name"] == "clock" and result["status"] == "ok"]
+    assert not (world.folder / "nowhere").exists()
+
+
+def test_further_targets_are_checked_and_a_failure_ends_only_its_own_chain(world: World) -> None:
+    world.set(SSH_ALLOWED_HOSTS="*@127.0.0.1:*,web1.invalid")
+    other = world.make_sshd()
+    with world.server.known_hosts.open("a") as known_hosts:
+        known_hosts.write(other.known_hosts.read_text())
+    named = f"dash@127.0.0.1:{other.port}"
+    status, out = world.check("web1.invalid", named, "--json")
+    results = json.loads(out)["results"]
+    by_target = {
+        about: {result["name"]: result["status"] for result in results if result["about"] == about}
+        for about in ("127.0.0.1", "web1.invalid", named)
+    }
+    assert status == 1
+    assert by_target["127.0.0.1"]["clock"] == "ok"
+    assert by_target["web1.invalid"]["name"] == "error"
+    assert by_target["web1.invalid"]["login"] == "skipped"
+    assert by_target[named]["login"] == "error"  # its sshd knows another key
+
+
+def test_way_over_a_jump_host_is_named(world: World) -> None:
+    port = world.server.port
+    world.write(
+        "config",
+        f"Host inner\n  HostName 127.0.0.1\n  Port {port}\n  User tester\n  ProxyJump tester@127.0.0.1:{port}\n",
+    )
+    world.set(SSH_DEFAULT_HOST="inner")
+    status, results = world.results()
+    (config,) = (result for result in results if result["name"] == "SSH config")
+    assert status == 0
+    assert "over 127.0.0.1" in config["message"]
+
+
+def test_lines_for_people_say_what_json_says(world: World) -> None:
+    key_that_others_may_read(world)
+    _, results = world.results()
+    status, out = world.check()
+    assert status == 1
+    assert "\x1b" not in out
+    for line in out.splitlines():
+        long_words = [word for word in line.split() if len(word) > 50]
+        assert len(line) <= 80 or "→" in line or long_words, line
+    words = out.split()
+    for result in results:
+        assert result["name"] in out
+        if result["name"] in ("TCP", "login", "round trip", "warm shell"):
+            continue  # which tell times
+        assert set(result["message"].split()) <= set(words)
+        assert result["fix"] is None or result["fix"] in out
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_terminal_gets_colours_unless_it_wants_none(sshd: Server, tmp_path: Path, no_color: bool) -> None:
+    program = [str(Path(sys.executable).parent / "ssh-mcp-server"), "check"]
+    environment = sshd.environment(tmp_path) | {
+        "TERM": "xterm-256color",
+        "SSH_CONFIG": "none",
+        "COLUMNS": "80",
+    }
+    if no_color:
+        environment["NO_COLOR"] = "1"
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(program, env=environment, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = _read_to_the_end(ours)
+    assert process.wait(30) == 0
+    assert (b"\x1b[32m" in shown) is not no_color
+    assert b"127.0.0.1: login" in shown  # while it is tried
+
+
+def _read_to_the_end(terminal: int) -> bytes:
+    shown = b""
+    try:
+        while data := os.read(terminal, 65_536):
+            shown += data
+    except OSError:  # what Linux says at the end of a pseudo-terminal
+        pass
+    os.close(terminal)
+    return shown
+
+
+def test_settings_are_checked_without_importing_fastmcp() -> None:
+    code = "import sys, cli.check, cli.check_ssh; assert 'fastmcp' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
