@@ -10,7 +10,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,21 @@ from rich.console import Console
 from rich.text import Text
 
 from cli import check_settings
-from cli.findings import Finding, Status, Waiting, findings
+from cli.findings import Finding, Status, Verdict, Waiting, findings
 from settings import Settings, __version__
+from ssh_output import one_line
 
 _INTERRUPTED = 130
 _COLUMNS = 80
 _NAME_COLUMNS = 14
+_INDENT = _NAME_COLUMNS + 5
 _MARKS: dict[Status, tuple[str, str]] = {
     "ok": ("✓", "green"),
     "warning": ("!", "yellow"),
     "error": ("✗", "bold red"),
     "skipped": ("-", "dim"),
 }
-_PLAIN_MARKS: dict[Status, str] = {"ok": "ok", "warning": "!", "error": "X", "skipped": "-"}
+_ASCII = {"✓": "+", "✗": "x"}
 _SECTION = "settings"
 
 
@@ -95,7 +97,13 @@ class _Lines:
         self._progress = Console(stderr=True, highlight=False)
         self._about = ""
         self._columns = min(100, self._console.width) if self._console.is_terminal else _COLUMNS
-        self._draws = self._console.encoding.lower().startswith("utf")
+        self._skipped: list[Finding] = []
+        draws = self._console.encoding.lower().startswith("utf")
+        self._marks = {
+            status: (mark if draws else _ASCII.get(mark, mark), style)
+            for status, (mark, style) in _MARKS.items()
+        }
+        self._arrow = "→" if draws else "->"
 
     def waiting(self, what: str) -> AbstractContextManager[object]:
         """Show on a terminal what is being done."""
@@ -104,31 +112,44 @@ class _Lines:
         return self._progress.status(f"{what} …")
 
     def show(self, finding: Finding) -> None:
-        """Print a finding."""
-        from ssh_output import one_line
-
+        """Print a finding; of those that were not looked at for one reason, print one line when the last is there."""
+        if self._skipped and (finding.about, finding.verdict) != (self._about, self._skipped[0].verdict):
+            self._print_skipped()
         if finding.about != self._about:
-            self._console.print(Text(f"{'' if not self._about else chr(10)}{finding.about}", style="bold"))
+            self._console.print(Text(f"{self._about and chr(10)}{finding.about}", style="bold"))
             self._about = finding.about
-        verdict = finding.verdict
-        mark, style = _MARKS[verdict.status]
+        if finding.verdict.status == "skipped":
+            self._skipped.append(finding)
+        else:
+            self._print(finding.verdict, finding.name)
+
+    def _print_skipped(self) -> None:
+        names = ", ".join(finding.name for finding in self._skipped)
+        verdict = self._skipped[0].verdict
+        if len(self._skipped) == 1:
+            self._print(verdict, names)
+        else:
+            self._print(replace(verdict, message=f"{verdict.message}: {names}"), "")
+        self._skipped.clear()
+
+    def _print(self, verdict: Verdict, name: str) -> None:
+        mark, style = self._marks[verdict.status]
         first, *others = textwrap.wrap(
             one_line(verdict.message),
-            self._columns - _NAME_COLUMNS - 5,
+            self._columns - _INDENT,
             break_long_words=False,
             break_on_hyphens=False,
         )
-        shown = mark if self._draws else _PLAIN_MARKS[verdict.status]
-        line = Text.assemble("  ", (shown, style), f" {finding.name:{_NAME_COLUMNS}} ", first)
-        self._console.print(line, style="dim" if verdict.status == "skipped" else "")
-        indent = " " * (_NAME_COLUMNS + 5)
-        for other in others:
-            self._console.print(Text(indent + other))
+        line = Text.assemble("  ", (mark, style), f" {name:{_NAME_COLUMNS}} ", first)
+        for other in (line, *(Text(" " * _INDENT + other) for other in others)):
+            self._console.print(other, style="dim" if verdict.status == "skipped" else "")
         if verdict.fix:
-            self._console.print(Text(f"    → {one_line(verdict.fix)}", style="cyan"))
+            self._console.print(Text(f"    {self._arrow} {one_line(verdict.fix)}", style="cyan"))
 
     def end(self, found: Sequence[Finding]) -> None:
         """Print how it went in all."""
+        if self._skipped:
+            self._print_skipped()
         counts = {status: sum(f.verdict.status == status for f in found) for status in _MARKS}
         said = f"{counts['ok']} well, {counts['warning']} to look at, {counts['error']} wrong"
         skipped = f", {counts['skipped']} not looked at" if counts["skipped"] else ""

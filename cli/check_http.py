@@ -27,6 +27,7 @@ from oauth_state import StateDown, file_of, open_state
 from settings import Login, Settings
 
 _ANSWER_SECONDS = 10.0
+_HERE_SECONDS = 3.0
 _FEW_DAYS = 14
 _DAY_SECONDS = 86_400
 # X509_verify_cert_error_string(3)
@@ -49,7 +50,7 @@ def http_steps(check: "HttpCheck") -> list[Step]:
         Step("client ID", check.client_id, "", ("login",)),
         Step("redirect URI", check.redirect_uri, "", ("login",)),
         Step("state store", check.state_store, "correct STATE_URL", ("login",)),
-        Step("resources", check.resources, "restart the server", ("login",)),
+        Step("resources", check.resources, "restart the server", ("login", "port")),
     ]
 
 
@@ -135,7 +136,7 @@ class HttpCheck:
                 f"{base} does not lead to {self._place}: /health there answers {response.status}",
                 f"let the proxy pass everything on to {self._place}, or correct PUBLIC_BASE_URL",
             )
-        yield ok(f"{base} leads here")
+        yield ok(f"{base} {'leads here' if self._listener else 'answers as this server does'}")
 
     def proxy(self) -> Iterator[Verdict]:
         """See what a proxy makes of a request."""
@@ -251,11 +252,11 @@ class HttpCheck:
 
 
 @contextmanager
-def _answer(base: str, path: str) -> Iterator[HTTPResponse]:
-    """Lend the answer to a request. Raises Problem."""
+def _answer(base: str, path: str, seconds: float = _ANSWER_SECONDS) -> Iterator[HTTPResponse]:
+    """Lend the answer to a request, for each part of which so many seconds are waited. Raises Problem."""
     parts = urlsplit(base)
     kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-    connection = kind(str(parts.hostname), parts.port, timeout=_ANSWER_SECONDS)
+    connection = kind(str(parts.hostname), parts.port, timeout=seconds)
     try:
         connection.request("GET", path, headers={"Authorization": f"Bearer {secrets.token_urlsafe(8)}"})
         yield connection.getresponse()
@@ -295,7 +296,7 @@ def _reachable(host: str) -> str:
 def _version_at(place: str) -> str | None:
     """Return which version of this server listens at a place, None when it is another program."""
     try:
-        with _answer(place, "/health") as response:
+        with _answer(place, "/health", _HERE_SECONDS) as response:
             return _version(response.read(4096).decode("utf-8", "replace"))
     except Problem:
         return None

@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -82,8 +82,8 @@ def _unknown(names: Sequence[str], place: str) -> Iterator[Verdict]:
             yield warning(f"{name} in {place} is no setting, so it does nothing", "remove the line")
 
 
-def _misspelt(environment: "os._Environ[str]") -> Iterator[Verdict]:
-    for name in environment:
+def _misspelt(names: Iterable[str]) -> Iterator[Verdict]:
+    for name in names:
         if name.upper() not in _NAMES and (meant := get_close_matches(name, _NAMES, 1, _SURE)):
             yield error(
                 f"{name} in the environment is no setting, so it does nothing", f"did you mean {meant[0]}?"

@@ -121,8 +121,11 @@ class TargetCheck:
         leads = [f"to {config.hostname}"] if config.hostname != self._target.host else []
         over = [f"over {hop.host}" for hop in config.proxy_jump]
         by = ["by its ProxyCommand"] if config.proxy_command else []
-        way = ", ".join([*leads, *over, *by]) or "straight to where the name says"
-        yield ok(f"{self._settings.ssh_config} leads {way}")
+        path, way = self._settings.ssh_config, ", ".join([*leads, *over, *by])
+        if path.exists():
+            yield ok(f"{path} leads {way or 'straight to where the name says'}")
+        else:
+            yield ok(f"there is none at {path}")
 
     def agent(self) -> Iterator[Verdict]:
         """Ask the agent what it holds."""

@@ -94,15 +94,15 @@ Waiting = Callable[[str], AbstractContextManager[object]]
 
 def findings(about: str, steps: Sequence[Step], waiting: Waiting) -> Iterator[Finding]:
     """Take steps, and yield what each of them found as soon as it is over."""
-    failed: set[str] = set()
+    failed: dict[str, str] = {}  # and the step by whose failure it did
     for step in steps:
-        lacking = next((name for name in step.needs if name in failed), None)
+        lacking = next((failed[name] for name in step.needs if name in failed), None)
         if lacking is None:
             with waiting(f"{about}: {step.name}"):
                 verdicts = list(step.verdicts())
         else:
             verdicts = [skipped(f"not tried without {lacking}")]
         if lacking is not None or any(verdict.status == "error" for verdict in verdicts):
-            failed.add(step.name)
+            failed[step.name] = lacking or step.name
         for verdict in verdicts:
             yield Finding(about, step.name, verdict)

@@ -325,7 +325,7 @@ def test_way_over_a_jump_host_is_named(world: World) -> None:
 
 
 def test_lines_for_people_say_what_json_says(world: World) -> None:
-    key_that_others_may_read(world)
+    key_that_others_may_read(world)  # so that the login is not tried, nor what needs it
     _, results = world.results()
     status, out = world.check()
     assert status == 1
