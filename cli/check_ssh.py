@@ -20,7 +20,7 @@ from settings import Settings, Target
 from ssh_commands import Commands
 from ssh_config_values import ADDRESS_FAMILIES
 from ssh_dial import dial
-from ssh_errors import ArgumentError, FileError, LoginError, RefusedError
+from ssh_errors import ArgumentError, FileError, LoginError, RefusedError, SSHError
 from ssh_files import Files
 from ssh_host_keys import HostKey
 from ssh_hosts import Host, Hosts
@@ -276,10 +276,12 @@ class TargetCheck:
         started = time.monotonic()
         try:
             said = self._script('printf "%s on %s" "${SHELL:-/bin/sh}" "$(uname -sm)"')
-        except ArgumentError as failure:
+        except (ArgumentError, RefusedError) as failure:
             raise Problem(
-                str(failure), "give the account an ordinary shell, for background jobs and reports"
+                str(failure), "give the account an ordinary shell, without a forced command"
             ) from None
+        except SSHError as failure:
+            raise Problem(str(failure), "see the account's login shell and rc files there") from None
         seconds = time.monotonic() - started
         if seconds > _SLOW_SHELL_SECONDS + self._login_seconds:
             yield warning(

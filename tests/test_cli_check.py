@@ -10,6 +10,7 @@ import pytest
 
 from checking import CANARY, Case, World, assert_named
 from conftest import Server, free_port, keygen
+from tls import certificates, https_server
 
 
 def misspelt_in_the_file(world: World) -> None:
@@ -137,6 +138,25 @@ def port_where_nothing_listens(world: World) -> None:
     world.set(SSH_DEFAULT_PORT=free_port())
 
 
+def port_of_another_protocol(world: World) -> None:
+    certificates(world.folder)
+    url = world.opened.enter_context(https_server(world.folder, {}))
+    world.set(SSH_DEFAULT_PORT=url.rpartition(":")[2])
+
+
+def jump_host_that_refuses(world: World) -> None:
+    key = keygen(world.folder / "key")
+    jump = f"tester@localhost:{world.server.port}"
+    world.write("config", f"Host 127.0.0.1\n  ProxyJump {jump}\nHost localhost\n  IdentityFile {key}\n")
+    known = world.server.known_hosts.read_text()
+    known_hosts = world.write("known_hosts", known + known.replace("127.0.0.1", "localhost"))
+    world.set(SSH_KNOWN_HOSTS=known_hosts)
+
+
+def proxy_command_that_fails(world: World) -> None:
+    world.write("config", "Host 127.0.0.1\n  ProxyCommand echo no way there >&2; exit 1\n")
+
+
 def host_that_is_unknown(world: World) -> None:
     world.set(SSH_KNOWN_HOSTS=world.folder / "nowhere")
 
@@ -219,6 +239,9 @@ CASES = [
     Case(no_key_at_all, "key", "no key to log in", "SSH_KEY_PATH"),
     Case(name_that_nobody_has, "name", "web1.invalid", "spelling"),
     Case(port_where_nothing_listens, "TCP", "nothing listens on port", "is sshd running there?"),
+    Case(port_of_another_protocol, "host key", "hangs up before", "is this an SSH server"),
+    Case(jump_host_that_refuses, "host key", "on the way to tester@127.0.0.1", "authorized_keys of tester"),
+    Case(proxy_command_that_fails, "host key", "no way there", "SSH server answers"),
     Case(host_that_is_unknown, "host key", "is not in ", "ssh-keyscan -p "),
     Case(host_that_would_be_recorded, "host key", "accept-new", "ssh-keyscan -p ", "warning", 0),
     Case(host_key_that_has_changed, "host key", "has changed", "ssh-keygen -R "),
