@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +31,7 @@ from ssh_pool import Pool
 from ssh_route import connect
 from ssh_session import Session
 from ssh_sftp import SFTP, NoSFTPError
+from ssh_sftp_packets import StatusError
 from ssh_transport import Connection, SessionRefusedError
 
 _ANSWER_SECONDS = 15.0
@@ -186,24 +187,23 @@ class TargetCheck:
         yield ok(f"port {self._first.target.port} answers in {_milliseconds(time.monotonic() - started)}")
 
     def host_key(self) -> Iterator[Verdict]:
-        """Connect and log in; say here who the target is, and leave to `login` what became of that."""
-        known_as = self._host.known_as
+        """Connect and log in; say here who is there, and leave to `login` what became of that."""
         started = time.monotonic()
         try:
             self._connected = connect(self._target, self._hosts, self._keys)
         except LoginError as refusal:
-            if known_as not in self._seen:  # it was a jump host's
+            if self._host.known_as not in self._seen:  # it was a jump host's
                 raise
             self._refused = refusal
         self._login_seconds = time.monotonic() - started
-        key, is_known = self._seen[known_as]
-        if is_known:
-            yield ok(f"known: {key}")
-        else:
-            yield warning(
-                f"{known_as} is not known; its {key} will be recorded at the first visit (accept-new)",
-                f"compare the fingerprint on the machine, then run: {known_as.scan}",
-            )
+        for place, (key, is_known) in self._seen.items():  # jump hosts, too
+            if is_known:
+                yield ok(f"{place} is known by its {key}")
+            else:
+                yield warning(
+                    f"{place} is not known; its {key} will be recorded at the first visit (accept-new)",
+                    f"compare it with what the machine's console says, or with: {place.scan}",
+                )
 
     def login(self) -> Iterator[Verdict]:
         """Say what became of the login."""
@@ -213,14 +213,11 @@ class TargetCheck:
 
     def sessions(self) -> Iterator[Verdict]:
         """Open sessions at once, as many as OpenSSH grants by default."""
-        with ExitStack() as opened:
-            count = 0
-            try:
-                for count in range(_SESSIONS):  # noqa: B007 - how many there were
-                    opened.callback(self._open_session().close)
-                count = _SESSIONS
-            except SessionRefusedError:
-                pass
+        count = 0
+        with ExitStack() as opened, suppress(SessionRefusedError):
+            while count < _SESSIONS:
+                opened.callback(self._open_session().close)
+                count += 1
         if count == 0:
             yield error(f"{self._target} lets you log in but opens no session", self._more_sessions)
         elif count < _FEW_SESSIONS:
@@ -236,16 +233,13 @@ class TargetCheck:
         deadline = time.monotonic() + _ANSWER_SECONDS
         with self._pool.session(self._target, deadline, _nobody_cancels) as session:
             try:
-                sftp = SFTP(session)
-            except NoSFTPError:
+                with closing(SFTP(session)) as sftp:
+                    self._round_trips, homes = zip(*(_timed(sftp) for _ in range(_LOOKS)), strict=True)
+            except (NoSFTPError, StatusError):
                 raise Problem(
                     f"{self._target} offers no file transfer (SFTP), which the file tools need",
                     "set Subsystem sftp internal-sftp in its sshd_config",
                 ) from None
-            try:
-                self._round_trips, homes = zip(*(_timed(sftp) for _ in range(_LOOKS)), strict=True)
-            finally:
-                sftp.close()
         yield ok(f"files are found from {os.fsdecode(homes[0])} on")
 
     def round_trip(self) -> Iterator[Verdict]:
@@ -283,9 +277,9 @@ class TargetCheck:
         except SSHError as failure:
             raise Problem(str(failure), "see the account's login shell and rc files there") from None
         seconds = time.monotonic() - started
-        if seconds > _SLOW_SHELL_SECONDS + self._login_seconds:
+        if seconds > _SLOW_SHELL_SECONDS:
             yield warning(
-                f"{said.strip()} takes {seconds - self._login_seconds:.1f} s to start",
+                f"{said.strip()} takes {seconds:.1f} s to start",
                 "make the account's rc files do less where no terminal is ([ -t 0 ] || return)",
             )
         else:
@@ -308,8 +302,10 @@ class TargetCheck:
     def clock(self) -> Iterator[Verdict]:
         """Compare the clocks, to the second."""
         before = time.time()
-        told = int(self._script("date +%s"))
-        ahead = told + 0.5 - (before + time.time()) / 2
+        told = self._script("date +%s").strip()
+        if not told.isdecimal():
+            raise Problem(f"date +%s prints {told[:100]!r} there", "see which date the account's PATH finds")
+        ahead = int(told) + 0.5 - (before + time.time()) / 2
         if abs(ahead) > _CLOCK_SECONDS:
             how = "ahead of" if ahead > 0 else "behind"
             yield warning(f"its clock is {abs(ahead):.0f} s {how} this machine's", "set both clocks by NTP")
