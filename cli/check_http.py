@@ -334,5 +334,5 @@ async def _claim(url: str) -> None:
 
 
 def _reason(failure: Exception) -> str:
-    cause = failure.__cause__
-    return str(cause) or type(cause).__name__
+    said = str(failure.__cause__).splitlines()
+    return said[0] if said else type(failure.__cause__).__name__
