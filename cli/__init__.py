@@ -33,6 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.command == "completion":
             completion.show(options.shell)
             return
+        if options.command == "check":
+            from cli import check
+
+            asked = check.Asked(
+                tuple(options.hosts), options.env_file, options.http, options.host, options.port
+            )
+            raise SystemExit(check.check(asked, as_json=options.json))
         if options.command == "audit":
             from cli import audit
 
@@ -70,10 +77,32 @@ def _parser() -> argparse.ArgumentParser:
         "secrets",
         help="write a settings file with fresh signing keys; --env-file says where, if not the usual place",
     )
+    _add_check(commands)
     _add_config(commands)
     _add_audit(commands)
     _add_completion(commands)
     return parser
+
+
+def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "check",
+        help="say what is wrong with a configuration, and what would mend it",
+        description="Read the settings as the server would, do what it would do, and say what is wrong. Nothing is "
+        "changed on any host.",
+        epilog="Exit status: 0 nothing is wrong, 1 something is, 2 the settings do not load. The settings file is "
+        "named before the command: ssh-mcp-server --env-file FILE check",
+    )
+    parser.add_argument(
+        "hosts",
+        nargs="*",
+        metavar="HOST",
+        help="further targets, as [user@]host[:port], beside the default one",
+    )
+    parser.add_argument(
+        "--http", action="store_true", help="check HTTP and the login as well, even where they are not set up"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
 
 
 def _add_config(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
