@@ -53,10 +53,10 @@ def variables(prefix: str, **_: object) -> Iterable[str]:
     return [f"{name}=" for name in sorted(VARIABLES) if not is_secret(name, "")]
 
 
-def hosts(**_: object) -> Iterable[str]:
+def hosts(prefix: str = "", **_: object) -> Iterable[str]:
     """Return the hosts that are known by name: the default one, and the aliases of the SSH config.
 
-    None when settings or SSH config cannot be read: the command itself will say why.
+    A user that was typed stays before each. None when settings or SSH config cannot be read: the command itself will say why.
     """
     import settings
     from ssh_errors import ConfigError
@@ -65,6 +65,8 @@ def hosts(**_: object) -> Iterable[str]:
     try:
         current = settings.load()
         default = current.ssh_default_host
-        return sorted({*([default] if default else []), *Hosts(current).aliases()})
+        known = {*([default] if default else []), *Hosts(current).aliases()}
     except (settings.SettingsError, ConfigError):
         return ()
+    user, at, _host = prefix.rpartition("@")
+    return [f"{user}{at}{host}" for host in sorted(known)]
