@@ -1,5 +1,6 @@
 """What our reader of the SSH config does that `ssh -G` does not tell of, or that differs from OpenSSH on purpose."""
 
+import getpass
 import os
 import pwd
 import shlex
@@ -116,6 +117,21 @@ def test_agent_is_found_through_a_variable(home: Home) -> None:
     ):
         home.write(f"IdentityAgent {value}\n")
         assert home.read().identity_agent == agent
+
+
+def test_account_without_a_name_reads_it_all_the_same(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nameless() -> str:
+        raise KeyError("getpwuid(): uid not found: 54321")
+
+    monkeypatch.setattr(getpass, "getuser", nameless)
+    home.write("Host web\n Port 2222\n")
+    assert SshConfig(home.config).lookup("web", "me").port == 2222
+
+
+def test_aliases_are_the_names_that_are_no_patterns(home: Home) -> None:
+    home.write("Host inner web\n", "more")
+    home.write("Host web *.example.com !db w?b Db\nInclude more\nMatch host x\n Include more\nHost last\n")
+    assert SshConfig(home.config).aliases() == ["web", "Db", "inner", "last"]
 
 
 def test_hash_of_a_connection_holds_its_jump_host(home: Home) -> None:
