@@ -1,0 +1,72 @@
+"""The documents that people read, taken apart: headings, links, and commands to copy."""
+
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Document:
+    """One Markdown file of the project."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.relative_to(ROOT).as_posix()
+
+    @property
+    def text(self) -> str:
+        return self.path.read_text()
+
+    @property
+    def prose(self) -> str:
+        """The text without its blocks of code, in which `#` is no heading and `[x](y)` no link."""
+        return re.sub(r"^```.*?^```$", "", self.text, flags=re.DOTALL | re.MULTILINE)
+
+    @property
+    def headings(self) -> list[tuple[int, str]]:
+        """Depth and words of each heading."""
+        return [
+            (len(marks), words) for marks, words in re.findall(r"^(#+) (.+)$", self.prose, flags=re.MULTILINE)
+        ]
+
+    @property
+    def anchors(self) -> set[str]:
+        return {anchor(words) for _, words in self.headings}
+
+    @property
+    def links(self) -> list[str]:
+        """Where each link and picture leads, as it is written."""
+        return re.findall(r"\]\(([^)\s]+)\)", self.prose)
+
+    @property
+    def commands(self) -> list[str]:
+        """What people are told to copy into a shell."""
+        return re.findall(r"^```bash\n(.*?)\n```$", self.text, flags=re.DOTALL | re.MULTILINE)
+
+    def blocks(self, heading: str) -> Iterator[tuple[str, str]]:
+        """Yield language and text of each block of code below a heading, up to the next one of its depth."""
+        depth = next(depth for depth, words in self.headings if words == heading)
+        rest = self.text.split(f"\n{'#' * depth} {heading}\n")[1]
+        part = re.split(rf"^#{{1,{depth}}} ", rest, maxsplit=1, flags=re.MULTILINE)[0]
+        yield from re.findall(r"^```(\w+)\n(.*?)\n```$", part, flags=re.DOTALL | re.MULTILINE)
+
+
+def anchor(heading: str) -> str:
+    """Return what GitHub makes of a heading for links to it."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+def tracked() -> list[str]:
+    """Return the names of all files of the repository."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return listed.stdout.splitlines()
+
+
+DOCUMENTS = [Document(ROOT / name) for name in tracked() if name.endswith(".md")]
+README = Document(ROOT / "README.md")
