@@ -1,7 +1,7 @@
-"""Makes `docs/session.svg`, the picture in the README: what `ssh-mcp-server demo` prints on a terminal of 80 columns.
+"""Makes `docs/session.svg`, the picture in the README: what `ssh-mcp-server demo` prints on 80 columns.
 
-Run it after the demo has changed: `.venv/bin/python docs/picture.py`. The program is the real one, on a pseudo-terminal;
-the picture shows its first calls. It needs nothing from elsewhere: no font, no script.
+Run it after the demo has changed: `.venv/bin/python docs/picture.py`. The program is the real one, on a
+pseudo-terminal; the picture shows its first calls. It needs nothing from elsewhere: no font, no script.
 """
 
 import os

@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,14 +46,27 @@ class Document:
     @property
     def commands(self) -> list[str]:
         """What people are told to copy into a shell."""
-        return re.findall(r"^```bash\n(.*?)\n```$", self.text, flags=re.DOTALL | re.MULTILINE)
+        return [block.text for block in self.blocks if block.language == "bash"]
 
-    def blocks(self, heading: str) -> Iterator[tuple[str, str]]:
-        """Yield language and text of each block of code below a heading, up to the next one of its depth."""
-        depth = next(depth for depth, words in self.headings if words == heading)
-        rest = self.text.split(f"\n{'#' * depth} {heading}\n")[1]
-        part = re.split(rf"^#{{1,{depth}}} ", rest, maxsplit=1, flags=re.MULTILINE)[0]
-        yield from re.findall(r"^```(\w+)\n(.*?)\n```$", part, flags=re.DOTALL | re.MULTILINE)
+    @property
+    def blocks(self) -> list["Block"]:
+        blocks, section = [], ""
+        for language, body, heading in re.findall(
+            r"^```(\w+)\n(.*?)\n```$|^## ([^\n]+)$", self.text, flags=re.DOTALL | re.MULTILINE
+        ):
+            section = heading or section
+            if language:
+                blocks.append(Block(section, language, body))
+        return blocks
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of code, and the section that it stands in."""
+
+    section: str
+    language: str
+    text: str
 
 
 def anchor(heading: str) -> str:

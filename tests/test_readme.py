@@ -7,12 +7,13 @@ import shutil
 import signal
 import subprocess
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from conftest import Server, free_port, wait_for
+from conftest import Server, free_port, make_server, open_folder, wait_for
 from documents import DOCUMENTS, README, ROOT, tracked
 
 HTTP = ".venv/bin/ssh-mcp-server --transport http"
@@ -45,26 +46,35 @@ class Clone:
 
 
 @pytest.fixture(scope="module")
-def clone(sshd: Server, tmp_path_factory: pytest.TempPathFactory) -> Clone:
+def web1() -> Iterator[Server]:
+    """The README's `deploy@web1.example.com`."""
+    with open_folder() as folder:
+        server = make_server(folder)
+        accounts = folder / "passwd"
+        accounts.write_text(
+            accounts.read_text() + accounts.read_text().splitlines()[-1].replace("ordinary", "deploy")
+        )
+        yield server
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def clone(web1: Server, tmp_path_factory: pytest.TempPathFactory) -> Clone:
     folder = tmp_path_factory.mktemp("readme")
     for name in tracked():
         (folder / "clone" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / "clone" / name)
     (folder / "home" / ".ssh").mkdir(parents=True, mode=0o700)
-    write_ssh_config(folder / "home" / ".ssh", sshd)
+    (folder / "home" / ".ssh" / "config").write_text(
+        f"Host web1.example.com\nHostName 127.0.0.1\nPort {web1.port}\nIdentityFile {web1.key}\n"
+        f"UserKnownHostsFile {web1.known_hosts}\n"
+    )
     (folder / "bin").mkdir()
     (folder / "bin" / "claude").write_text(CLAUDE)
     (folder / "bin" / "claude").chmod(0o755)
     path = f"{folder}/bin:{folder}/clone/.venv/bin:{os.environ['PATH']}"
     kept = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "UV_", "SSL_"))}
     return Clone(folder / "clone", kept | {"HOME": str(folder / "home"), "PATH": path})
-
-
-def write_ssh_config(folder: Path, sshd: Server) -> None:
-    (folder / "config").write_text(
-        f"Host web1.example.com\nHostName 127.0.0.1\nPort {sshd.port}\nIdentityFile {sshd.key}\n"
-        f"Match originalhost web1.example.com user deploy\nUser tester\nUserKnownHostsFile {sshd.known_hosts}\n"
-    )
 
 
 def test_first_command_works_in_a_fresh_clone(clone: Clone) -> None:
@@ -74,7 +84,7 @@ def test_first_command_works_in_a_fresh_clone(clone: Clone) -> None:
 
 
 @pytest.mark.parametrize("command", TO_RUN)
-def test_command_works(command: str, clone: Clone) -> None:
+def test_command_works_in_the_clone(command: str, clone: Clone) -> None:
     done = clone.run(command)
     assert done.returncode == 0, done.stderr
 
