@@ -8,7 +8,9 @@ import pytest
 import picture
 import settings_reference
 from documents import DOCUMENTS, README, ROOT, Document, anchor, tracked
+from settings import Settings
 
+OTHER_VARIABLES = {"OTEL_EXPORTER_OTLP_ENDPOINT", "SSH_MCP_ENV_FILE", "SSH_MCP_POLICY_LINES"}
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=[document.name for document in DOCUMENTS])
 
 
@@ -46,6 +48,19 @@ def test_contents_name_every_section_in_order() -> None:
 def test_every_page_is_linked_from_the_readme() -> None:
     pages = {document.name for document in DOCUMENTS if document.name.startswith("docs/")}
     assert pages <= set(README.links)
+
+
+@documents
+def test_variables_that_are_named_exist(document: Document) -> None:
+    named = set(re.findall(r"`((?:[A-Z]+_)+[A-Z]+)[=`]", document.prose))
+    assert named <= {name.upper() for name in Settings.model_fields} | OTHER_VARIABLES
+
+
+def test_comparison_is_with_the_versions_that_its_script_installs() -> None:
+    script = (ROOT / "benchmarks" / "others.py").read_text()
+    versions = re.findall(r"\| ([\w-]+(?:@|==)[\d.]+) \(", (ROOT / "docs" / "comparison.md").read_text())
+    assert len(versions) == 4
+    assert [version for version in versions if f'"{version}"' in script] == versions
 
 
 def test_readme_is_short_enough_to_read() -> None:
