@@ -62,7 +62,8 @@ async def answers(calls: list[Example]) -> list[str]:
 
 def handle(name: str, text: str) -> str:
     """Return the job's id or cursor, which stands behind its name at the end of an answer."""
-    return re.findall(rf"\b{name} ([^] ]+)", text)[-1]
+    found: list[str] = re.findall(rf"\b{name} ([^] ]+)", text)
+    return found[-1]
 
 
 def comparable(text: str, home: str = "/home/deploy") -> str:
