@@ -221,93 +221,138 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 
 
 class Settings(BaseSettings):
-    """The variables of the SSH side. Each field's description says what would do."""
+    """Every variable. A field's description says what would do; the string below it says what it is for."""
 
     model_config = SettingsConfigDict(env_ignore_empty=True, extra="ignore", frozen=True)
 
     ssh_default_host: Annotated[str, AfterValidator(host_token)] | None = Field(
         None, description="a host name or an IP address"
     )
+    """The host of a call that names none; it may be an alias of the SSH config."""
     ssh_default_port: Port = Field(22, description="a port from 1 to 65535")
+    """Its port; when it is not set, that of the SSH config wins."""
     ssh_default_user: Annotated[str, AfterValidator(user_token)] = Field(
         default_factory=os_user, description="an account name: letters, digits and . _ - @ +"
     )
+    """The account there; when it is not set, that of the SSH config wins."""
     ssh_key_path: ExpandedPath | None = Field(None, description="the path of a private key")
+    """Private key: Ed25519, ECDSA or RSA, OpenSSH or PEM; for the default target, and for hosts without IdentityFile
+    in the SSH config. Without it the SSH agent's keys, then IdentityFile or else `~/.ssh/id_ed25519`, `id_ecdsa`,
+    `id_rsa`."""
     ssh_key_passphrase: SecretStr | None = Field(None, description="the key's passphrase")
+    """Its passphrase, if it has one and no agent holds the key."""
     ssh_known_hosts: ExpandedPath = Field(
         Path("~/.ssh/known_hosts").expanduser(), description="the path of a known_hosts file"
     )
+    """Host keys as OpenSSH keeps them: hashed names, wildcards, `@cert-authority` and `@revoked` included. Set, it
+    wins over the SSH config."""
     ssh_config: ExpandedPath = Field(
         Path("~/.ssh/config").expanduser(), description="the path of an SSH client configuration, or none"
     )
+    """The SSH config, read as `ssh -F` reads it; `none` for no one."""
     ssh_host_key_policy: Literal["strict", "accept-new"] = Field("strict", description="strict or accept-new")
+    """`strict` refuses unknown hosts; `accept-new` records them at the first visit. A changed key is always refused.
+    Set, it wins over the SSH config."""
     ssh_allowed_hosts: str | None = Field(
         None,
         description="comma-separated patterns [user@]host[:port], such as web1,deploy@*.example.com:2222",
     )
+    """What calls may name; when it is not set, the default host. Without user or port: those that the settings or the
+    SSH config give that host. `*` and `?` are wildcards, `*@*:*` is anything, and `10.0.*` also a name like
+    `10.0.example.com`. Calls name hosts in the usual spelling (`10.0.0.5`, not `10.0.5`; no dot at the end)."""
     allowed_paths: Annotated[str, AfterValidator(_directories)] | None = Field(
         None,
         description="colon-separated directories without wildcards, such as /srv/app:~/notes",
     )
+    """What the file tools may touch; when it is not set, anything. Absolute, or in the login directory (`~/notes`,
+    `notes`)."""
     allowed_commands: str | None = Field(
         None, description="the first words of commands, with commas between them, such as ls,systemctl status"
     )
+    """What commands may begin with; when it is not set, any command line may be run."""
     read_only: bool = Field(False, description="true or false")
+    """`true` hides and refuses what writes files, and `ssh_execute` unless `ALLOWED_COMMANDS` is set."""
     ssh_sudo: bool = Field(False, description="true or false")
+    """`true` gives `ssh_execute` the parameter `sudo`."""
     ssh_sudo_password: Annotated[SecretStr, AfterValidator(_one_line)] | None = Field(
         None, description="the password that sudo asks for: one line of 255 bytes at most"
     )
+    """It goes to sudo alone, if it asks, on every host that calls may name. Without one sudo must ask for none
+    (`NOPASSWD`)."""
     ssh_max_connections: int = Field(10, ge=1, le=100, description="a whole number from 1 to 100")
+    """Connections kept for one target."""
     ssh_max_total_connections: int = Field(
         500, ge=1, le=100_000, description="a whole number from 1 to 100000"
     )
+    """Connections kept in all."""
     ssh_idle_seconds: float = Field(600, ge=1, le=86_400, description="seconds, from 1 to 86400")
+    """An idle connection is closed after this."""
     ssh_connect_timeout: float = Field(10, ge=0.1, le=600, description="seconds, from 0.1 to 600")
+    """From name look-up to login. Set, it wins over the SSH config."""
     ssh_max_output_bytes: int = Field(
         30_000, ge=1_000, le=10_000_000, description="bytes, from 1000 to 10000000"
     )
+    """Of a command's output in one answer, both streams together."""
     ssh_max_read_bytes: int = Field(
         65_536, ge=1_000, le=10_000_000, description="bytes, from 1000 to 10000000"
     )
+    """Text of a file in one answer."""
     rate_limit: int | None = Field(
         None, ge=1, le=100_000, description="tool calls a minute, a whole number from 1 to 100000"
     )
+    """What one identity may make in any minute; one over it is refused, and told when to try again."""
     http_host: Annotated[str, AfterValidator(host_token)] = Field(
         "127.0.0.1", description="an address or a name of this machine to listen on"
     )
+    """HTTP: where it listens; `--host` wins."""
     http_port: Port = Field(3003, description="a port from 1 to 65535")
+    """HTTP: on which port; `--port` wins."""
     public_base_url: Annotated[str, AfterValidator(_origin)] | None = Field(
         None,
         description="an https URL without a path, such as https://mcp.example.com; plain http only on loopback",
     )
+    """HTTP: the URL that clients and Google see; on loopback it may be left out, and is where it listens."""
     google_client_id: str | None = Field(None, description="the OAuth client ID from Google's console")
+    """HTTP: it is shown by https://console.cloud.google.com/apis/credentials; must be given."""
     google_client_secret: SecretStr | None = Field(
         None, description="the OAuth client secret from Google's console"
     )
+    """HTTP: it is shown there, too; must be given."""
     google_discovery_url: Annotated[str, AfterValidator(_trusted_url)] = Field(
         _GOOGLE, description="the https URL of an OpenID provider's discovery document"
     )
+    """HTTP: another OpenID provider instead of Google."""
     allowed_email: Annotated[str, AfterValidator(_emails)] | None = Field(
         None, description="who may log in: e-mail addresses in ASCII, with commas between them"
     )
+    """HTTP: compared without case, and asked at every use of a token; must be given."""
     jwt_secret: SecretStr | None = Field(None, description="the key that signs access tokens")
+    """HTTP: 32 bytes or more, made with `openssl rand -hex 32`; must be given. `NEW,OLD` changes it: the first signs,
+    all verify."""
     session_secret: SecretStr | None = Field(
         None, description="the key that signs sessions, client ids and job ids"
     )
+    """HTTP: likewise, and another one; it also signs the browser's consent."""
     oauth_code_secret: SecretStr | None = Field(None, description="the key that signs authorization codes")
+    """HTTP: likewise, and a third one."""
     state_url: Annotated[str, AfterValidator(_state_url)] | None = Field(
         None, repr=False, description="sqlite:///path or redis://host:port/db"
     )
+    """HTTP: what must outlive a restart; when it is not set, a SQLite file in your state directory. The file belongs
+    to the account that runs the server. `redis://` is for several replicas."""
     forwarded_allow_ips: Annotated[str, AfterValidator(_networks)] = Field(
         "127.0.0.1", description="addresses or networks of proxies, with commas between them"
     )
+    """HTTP: proxies whose `X-Forwarded-For` is believed."""
     audit_log: Annotated[str, AfterValidator(_audit_log)] | None = Field(
         None, description="the absolute path of a file, syslog:, or fd: and the number of an open descriptor"
     )
+    """The audit trail. Without it there is none."""
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR"],
         BeforeValidator(lambda v: v.upper() if isinstance(v, str) else v),
     ] = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
+    """What goes to stderr; stdout belongs to MCP."""
 
     confirm: NotBuiltSwitch = None
 
