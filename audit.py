@@ -27,10 +27,10 @@ from typing import Any, Literal
 from audit_chain import Record
 from audit_log import Log, now, reason
 from settings import SettingsError, Target, __version__, os_user
-from ssh_errors import ArgumentError, AuditError, RefusedError, SSHError
+from ssh_errors import ArgumentError, AuditError, RefusedError, SSHError, UnconfirmedError
 from ssh_policy import Reach
 
-Status = Literal["done", "exited", "running", "killed", "lost", "refused", "failed", "cancelled"]
+Status = Literal["done", "exited", "running", "killed", "lost", "asked", "refused", "failed", "cancelled"]
 
 SHOWN = frozenset(
     {
@@ -267,6 +267,8 @@ class RecordedReach:
 def _verdict(error: Exception | None) -> tuple[Status, str | None]:
     if error is None:
         return "done", None
+    if isinstance(error, UnconfirmedError):
+        return "asked", None
     if isinstance(error, (RefusedError, ArgumentError)):
         return "refused", str(error)
     return "failed", str(error) if isinstance(error, SSHError) else "an error inside the server"

@@ -28,9 +28,10 @@ from fastmcp.tools.base import Tool, ToolResult
 from pydantic import ValidationError as PydanticValidationError
 
 import audit
+import confirm
 import telemetry
 from settings import os_user
-from ssh_errors import AuditError, RefusedError, SSHError
+from ssh_errors import AuditError, RefusedError, SSHError, UnconfirmedError
 from ssh_output import visible
 
 _ERROR_CHARACTERS = 1000
@@ -165,6 +166,8 @@ class RateLimited(Middleware):
         self._take = take
 
     async def on_call_tool(self, context: MiddlewareContext[Any], call_next: CallNext[Any, Any]) -> Any:
+        if confirm.answered():
+            return await call_next(context)
         try:
             self._take(identity())
         except SSHError as error:
@@ -263,6 +266,8 @@ def answers(tool: Callable[P, A]) -> Callable[P, A]:
                 identity()
                 answer = tool(*args, **kwargs)
                 record.answered(answer)
+        except UnconfirmedError as unconfirmed:
+            return confirm.asking(unconfirmed)
         except SSHError as error:
             raise _tool_error(str(error)) from None
         except Exception:

@@ -7,6 +7,7 @@ import telemetry
 from audit import RecordedReach, Trail
 from audit_log import open_log
 from calls import Rate
+from confirm import AskingReach
 from settings import Settings, Target
 from ssh_commands import Commands
 from ssh_errors import RefusedError, SSHError
@@ -25,7 +26,8 @@ class Services:
     """What the tools work with, made from one set of settings."""
 
     def __init__(self, current: Settings, job_key: Callable[[], str | Sequence[bytes]]) -> None:
-        self.reach = RecordedReach(Reach(current))
+        self.reach = AskingReach(RecordedReach(Reach(current)))
+        self.confirms = current.confirm == "destructive"
         self.rate = Rate(current.rate_limit)
         self.allowed = AllowedCommands(current)
         self.no_running = no_running(current)
@@ -49,15 +51,18 @@ class Services:
         return self.sudo if asked else None
 
     def target_to_write(self, host: str | None, user: str | None, port: int | None) -> Target:
-        """Return the target of a call that writes. Raises what `Reach.target` raises, RefusedError where none may."""
+        """Return the target of a call that writes, and asks by itself.
+
+        Raises what `Reach.target` raises, and RefusedError where nothing may be written.
+        """
         if self.no_writing:
             raise RefusedError(self.no_writing)
-        return self.reach.target(host, user, port)
+        return self.reach.target_unasked(host, user, port)
 
     def default_target_report(self, cancelled: Cancelled) -> dict[str, Any]:
         """Tell whether the default target can be reached, and what the pool has counted: for monitoring."""
         try:
-            target = self.reach.target(None, None, None)
+            target = self.reach.target_unasked(None, None, None)
             self.commands.script(target, ":", cancelled=cancelled)
         except SSHError as error:
             answer: dict[str, Any] = {"reachable": False, "error": visible(str(error))}
