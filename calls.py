@@ -20,7 +20,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import anyio
 import anyio.from_thread
 import anyio.to_thread
-from fastmcp.exceptions import NotFoundError, ToolError, ValidationError
+from fastmcp.exceptions import NotFoundError, PromptError, ResourceError, ToolError, ValidationError
 from fastmcp.server.auth import AccessToken
 from fastmcp.server.dependencies import get_access_token, get_context
 from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
@@ -172,6 +172,27 @@ class RateLimited(Middleware):
             self._take(identity())
         except SSHError as error:
             raise _tool_error(str(error)) from None
+        return await call_next(context)
+
+
+class ReadingLimited(Middleware):
+    """Let only known callers read resources and get prompts, and each only so often; `take` raises then."""
+
+    def __init__(self, take: Callable[[str], None]) -> None:
+        self._take = take
+
+    async def on_read_resource(self, context: MiddlewareContext[Any], call_next: CallNext[Any, Any]) -> Any:
+        try:
+            self._take(identity())
+        except SSHError as error:
+            raise ResourceError(str(error), log_level=logging.DEBUG) from None
+        return await call_next(context)
+
+    async def on_get_prompt(self, context: MiddlewareContext[Any], call_next: CallNext[Any, Any]) -> Any:
+        try:
+            self._take(identity())
+        except SSHError as error:
+            raise PromptError(str(error), log_level=logging.DEBUG) from None
         return await call_next(context)
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import confirm
+import questions
 import telemetry
 from audit import RecordedReach, Trail
 from audit_log import open_log
@@ -10,6 +12,7 @@ from calls import Rate
 from confirm import AskingReach
 from settings import Settings, Target
 from ssh_commands import Commands
+from ssh_edits import Edit
 from ssh_errors import RefusedError, SSHError
 from ssh_files import Files
 from ssh_jobs import Jobs
@@ -26,9 +29,12 @@ class Services:
     """What the tools work with, made from one set of settings."""
 
     def __init__(self, current: Settings, job_key: Callable[[], str | Sequence[bytes]]) -> None:
-        self.reach = AskingReach(RecordedReach(Reach(current)))
+        self.settings = current
+        self.allowed_hosts = Reach(current)
+        self.reach = AskingReach(RecordedReach(self.allowed_hosts))
         self.confirms = current.confirm == "destructive"
         self.rate = Rate(current.rate_limit)
+        self.reading_rate = Rate(current.rate_limit)
         self.allowed = AllowedCommands(current)
         self.no_running = no_running(current)
         self.no_writing = no_writing(current)
@@ -58,6 +64,25 @@ class Services:
         if self.no_writing:
             raise RefusedError(self.no_writing)
         return self.reach.target_unasked(host, user, port)
+
+    def agreed_edit(
+        self,
+        target: Target,
+        path: str,
+        edits: Sequence[Edit],
+        expected_sha256: str | None,
+        cancelled: Cancelled,
+    ) -> str:
+        """Show a person what edits would change; return the SHA-256 that the file must still have to be so changed.
+
+        Raises what `Files.edit` raises, and what `confirm.ask` raises.
+        """
+        self.files.destination(target, path, cancelled=cancelled)
+        planned = self.files.edit(
+            target, path, edits, dry_run=True, expected_sha256=expected_sha256, cancelled=cancelled
+        )
+        confirm.ask(lambda: questions.editing(target, planned))
+        return planned.sha256_before
 
     def default_target_report(self, cancelled: Cancelled) -> dict[str, Any]:
         """Tell whether the default target can be reached, and what the pool has counted: for monitoring."""

@@ -67,6 +67,7 @@ class Matched:
         self.wants_final = False
         self.final = False
         self.local = local
+        self.host_patterns: list[str] = []
         self.listed: dict[str, list[Line]] = {keyword: [] for keyword in _LISTED}
         self._asked = asked
         self._exec_seconds = exec_seconds
@@ -77,6 +78,7 @@ class Matched:
         applies = active
         for line in read_lines(path):
             if line.keyword == "host":
+                self.host_patterns += line.words
                 applies = self._host_applies(line) and active
             elif line.keyword == "match":
                 applies = self._match_applies(line, active) and active

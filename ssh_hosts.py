@@ -59,6 +59,10 @@ class Hosts:
         except ConfigError as error:
             raise SettingsError(str(error)) from None
 
+    def aliases(self) -> list[str]:
+        """Return the names that the SSH config gives to hosts. Raises ConfigError. Nothing is reached or run."""
+        return self._config.aliases()
+
     def target(self, host: str, user: str | None = None, port: int | None = None) -> Target:
         """Return the target that is meant by a host, which is checked already, and what is said with it.
 

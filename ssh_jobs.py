@@ -60,6 +60,10 @@ _BACKGROUND = "b"
 """Begins the names of background jobs; those of detached ones are hexadecimal after a `d`."""
 
 
+JobState = Literal["running", "ended", "background"]
+"""Of one in the background only its machine knows more."""
+
+
 @dataclass(frozen=True)
 class Begun:
     """A job that this process began: whose it is, where it runs, the beginning of its command, and when (epoch)."""
@@ -211,6 +215,27 @@ class Jobs:
         if begun is None and not name.startswith(_BACKGROUND):
             self._found(name)
         return begun.command if begun else f"{name}, which was begun before this server"
+
+    def begun_by(self, owner: str) -> list[tuple[str, Begun, JobState]]:
+        """Return the `job_id`, what is known, and the state of jobs of `owner`, the last one first.
+
+        Only those that this process began. Nothing is asked of a machine. Raises SSHError without a key.
+        """
+        with self._books:
+            self._forget_old()
+            known = [(begun, self._state(begun)) for begun in reversed(self._begun) if begun.owner == owner]
+        return [
+            (self._signed(owner, begun.name, begun.target), begun, state)
+            for begun, state in known
+            if state is not None
+        ]
+
+    def _state(self, begun: Begun) -> JobState | None:
+        """Return how a job goes, None when it is forgotten; the caller holds the books."""
+        if begun.name.startswith(_BACKGROUND):
+            return "background"
+        job = self._jobs.get(begun.name)
+        return None if job is None else "running" if job.ended_at is None else "ended"
 
     def go_on(
         self,
