@@ -193,10 +193,10 @@ def test_signals_and_kills_are_asked_for_and_waiting_is_not(era: str) -> None:
         async def call(**arguments: Any) -> Any:
             return await client.call_tool("ssh_execute", arguments, raise_on_error=False)
 
-        begun = await call(command=f"exec sleep 60{mark}", timeout=0.1)
+        begun = await call(command=f"exec sleep 60{mark}", timeout=1)
         job = begun.structured_content["job_id"]
         person.asked.clear()
-        waited = await call(job_id=job, timeout=0.1)
+        waited = await call(job_id=job, timeout=1)
         assert waited.structured_content["status"] == "running"
         assert not person.asked
         person.answer = NO
