@@ -29,6 +29,7 @@ import settings
 import telemetry
 from audit_log import open_log
 from calls import (
+    Announced,
     EndWithLogin,
     Hiding,
     HidingParameter,
@@ -144,6 +145,7 @@ mcp: Server = Server(
         Confirmed(lambda: _services is None or _services.confirms),
         Measured(),
         Recorded(lambda: _ssh().trail),
+        Announced(lambda target, since: _ssh().news(target, since)),
         RateLimited(lambda identity: _ssh().rate.take(identity)),
         ReadingLimited(lambda identity: _ssh().reading_rate.take(identity)),
         PlainErrors(),

@@ -169,6 +169,8 @@ class Call:
             "tool": tool,
         }
         self._began_at = time.monotonic()
+        self.meant: set[Target] = set()
+        """The targets that it was given."""
         self._targets: list[Target | None] = []
         self._answer: object = None
 
@@ -184,6 +186,8 @@ class Call:
 
     def intend(self, target: Target | None) -> None:
         """Record that the call means `target`, or all with None. Raises AuditError: then nothing may be done."""
+        if target is not None:
+            self.meant.add(target)
         if self._trail.kept and target not in self._targets:
             self._append(self._record("intent", target, {"arguments": described(self._arguments)}))
             self._targets.append(target)

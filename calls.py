@@ -12,9 +12,10 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from contextlib import suppress
 from functools import wraps
+from itertools import islice
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import anyio
@@ -25,17 +26,20 @@ from fastmcp.server.auth import AccessToken
 from fastmcp.server.dependencies import get_access_token, get_context
 from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
 from fastmcp.tools.base import Tool, ToolResult
+from mcp_types import LoggingLevel
 from pydantic import ValidationError as PydanticValidationError
 
 import audit
 import confirm
 import telemetry
-from settings import os_user
+from settings import Target, os_user
 from ssh_errors import AuditError, RefusedError, SSHError, UnconfirmedError
 from ssh_output import visible
 
 _ERROR_CHARACTERS = 1000
 _LOGIN_SECONDS = 5.0
+_MESSAGE_SECONDS = 1.0
+_MOST_ANNOUNCED = 5
 _RATE_SECONDS = 60.0
 
 P = ParamSpec("P")
@@ -115,6 +119,33 @@ async def _recorded(call: audit.Call, status: audit.Status, error: str | None) -
             await anyio.to_thread.run_sync(call.end, status, error)
         except AuditError as failure:
             raise _tool_error(str(failure)) from None
+
+
+class Announced(Middleware):
+    """Tell a call's client, as log messages, of connections that were made for it; `news` says what, if any was.
+
+    Since MCP 2026-07-28 only a client hears of it that asks for log messages with the call.
+    """
+
+    def __init__(self, news: Callable[[Target, float], tuple[LoggingLevel, str] | None]) -> None:
+        self._news = news
+
+    async def on_call_tool(self, context: MiddlewareContext[Any], call_next: CallNext[Any, Any]) -> Any:
+        began_at = time.monotonic()
+        result = await call_next(context)
+        if (client := context.fastmcp_context) is not None:
+            for target in islice(audit.current().meant, _MOST_ANNOUNCED):
+                if (told := self._news(target, began_at)) is not None:
+                    level, message = told
+                    await _sent(client.log(message, level, "ssh"))
+        return result
+
+
+async def _sent(message: Coroutine[Any, Any, None]) -> None:
+    """Send a message, if that takes no time worth mentioning; it must not fail what it tells of."""
+    sending = asyncio.create_task(message)
+    sending.add_done_callback(_untold)
+    await asyncio.wait([sending], timeout=_MESSAGE_SECONDS)
 
 
 class Rate:
@@ -324,7 +355,7 @@ class Telling:
 
 def _untold(sending: asyncio.Task[None]) -> None:
     if not sending.cancelled() and (error := sending.exception()):
-        _log.info("a progress notification was not sent: %s", error)
+        _log.info("a notification was not sent: %s", error)
 
 
 def identity() -> str:

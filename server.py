@@ -4,6 +4,7 @@ Whether HTTP is served is known only once it is asked for, so its settings are d
 """
 
 import os
+import warnings
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import anyio.to_thread
 import fastmcp
 from fastmcp import FastMCP
 from fastmcp.server.auth import AccessToken
+from mcp import MCPDeprecationWarning
 from mcp.server.request_state import AESGCMRequestStateCodec, RequestStateSecurity
 
 import settings
@@ -20,6 +22,9 @@ from ssh_jobs import local_key
 
 if TYPE_CHECKING:
     from fastmcp.server.http import StarletteWithLifespan
+
+# Log messages still reach clients that ask for them; that their successor is OpenTelemetry helps no operator
+warnings.filterwarnings("ignore", "The logging capability", MCPDeprecationWarning)
 
 _MOST_FILES = 65_536
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mcp_types import LoggingLevel
+
 import confirm
 import questions
 import telemetry
@@ -83,6 +85,15 @@ class Services:
         )
         confirm.ask(lambda: questions.editing(target, planned))
         return planned.sha256_before
+
+    def news(self, target: Target, since: float) -> tuple[LoggingLevel, str] | None:
+        """Return what to tell a client whose call, begun then (monotonic seconds), had a connection made."""
+        made = self.pool.made_since(target, since)
+        if made is None:
+            return None
+        if made.host_key.is_new:
+            return "warning", f"connected to {target}; its {made.host_key} was unknown and is recorded now"
+        return "info", f"connected to {target}, which showed its {made.host_key}"
 
     def default_target_report(self, cancelled: Cancelled) -> dict[str, Any]:
         """Tell whether the default target can be reached, and what the pool has counted: for monitoring."""

@@ -199,6 +199,13 @@ class Pool:
             given_up_seconds=round(pool.given_up_seconds, 1) if pool else 0.0,
         )
 
+    def made_since(self, target: Target, since: float) -> Connection | None:
+        """Return the newest connection to a target, if it was made since then (monotonic seconds)."""
+        with self._changed:
+            pool = self._targets.get(target)
+        made = [one for one in (pool.connections() if pool else []) if one.made_at >= since]
+        return max(made, key=lambda one: one.made_at, default=None)
+
     def changed(self) -> None:
         """Note that a connection was closed; for the targets' pools."""
         with self._changed:

@@ -266,6 +266,7 @@ class Connection:
             host.config.server_alive_interval or _IDLE_SILENCE_SECONDS, _IDLE_SILENCE_SECONDS
         )
         self.in_use = False
+        self.made_at = time.monotonic()
         self.round_trip_seconds: float | None = None
         self._transport = transport
         self._wire = wire

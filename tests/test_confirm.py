@@ -4,12 +4,13 @@ import asyncio
 import json
 import sys
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastmcp import Client
-from fastmcp.client.transports import StdioTransport
+from fastmcp.client.transports import StdioTransport, StreamableHttpTransport
 from mcp import MCPError
 from mcp_types import CallToolResult, ElicitResult, InputRequiredResult
 
@@ -17,9 +18,9 @@ import app
 import confirm
 from calls import answers
 from clients import HERE, running
-from conftest import Server, marker, wait_for
+from conftest import Server, free_port, marker, wait_for
 from conftest import running as is_running
-from oauth import CALLBACK, Browser, Google, Remote, make_remote
+from oauth import CALLBACK, ME, YOU, App, Browser, Google, Remote, make_remote
 from ssh_answers import Closed
 
 ERAS = ("legacy", "2026-07-28")
@@ -66,7 +67,10 @@ def environment(sshd: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, l
 @pytest.fixture(scope="module")
 def confirming(google: Google, sshd: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
     """A server over HTTP."""
-    remote = make_remote(tmp_path_factory.mktemp("confirming"), google, sshd, CONFIRM="destructive")
+    url = f"http://127.0.0.1:{free_port()}"
+    folder = tmp_path_factory.mktemp("confirming")
+    remote = make_remote(folder, google, sshd, CONFIRM="destructive", PUBLIC_BASE_URL=url)
+    remote.port = int(url.rpartition(":")[2])
     remote.start()
     yield remote
     remote.stop()
@@ -485,3 +489,32 @@ def test_typescript_sdk_asks_its_person(
         said = sdk.json(1)
     assert said["result"]["stdout"] == "hello\n"
     assert said["asked"] == [f"Run this on {sshd.target}?\n\n    echo hello"]
+
+
+def test_answer_counts_at_another_replica_and_only_from_who_was_asked(
+    confirming: Remote, tmp_path: Path, app_of: Callable[..., App], folder: Path
+) -> None:
+    other = replace(confirming, folder=tmp_path, port=free_port(), process=None)
+    arguments = {"command": f"echo x >> {folder}/made"}
+
+    async def round_at(
+        remote: Remote, token: str, before: InputRequiredResult | None = None
+    ) -> CallToolResult | InputRequiredResult:
+        transport = StreamableHttpTransport(f"{remote.url}/mcp", auth=token)
+        async with Client(transport, mode="2026-07-28", elicitation_handler=Person()) as client:
+            return await leg(client, arguments, before)
+
+    async def run() -> None:
+        asked = await round_at(confirming, mine)
+        assert isinstance(asked, InputRequiredResult)
+        with pytest.raises(MCPError, match="requestState"):
+            await round_at(other, yours, asked)
+        assert isinstance(await round_at(other, mine, asked), CallToolResult)
+
+    mine, yours = (app_of(confirming).log_in(who).access for who in (ME, YOU))
+    other.start()
+    try:
+        asyncio.run(run())
+    finally:
+        other.stop()
+    assert (folder / "made").read_text() == "x\n"
