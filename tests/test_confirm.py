@@ -16,12 +16,16 @@ from mcp_types import CallToolResult, ElicitResult, InputRequiredResult
 
 import app
 import confirm
+import questions
 from calls import answers
 from clients import HERE, running
 from conftest import Server, free_port, marker, wait_for
 from conftest import running as is_running
 from oauth import CALLBACK, ME, YOU, App, Browser, Google, Remote, make_remote
+from settings import Target
 from ssh_answers import Closed
+from ssh_shells import Task
+from ssh_sudo import Sudo
 
 ERAS = ("legacy", "2026-07-28")
 YES = ElicitResult(action="accept", content={"agree": True})
@@ -197,6 +201,7 @@ def test_signals_and_kills_are_asked_for_and_waiting_is_not(era: str) -> None:
         async def call(**arguments: Any) -> Any:
             return await client.call_tool("ssh_execute", arguments, raise_on_error=False)
 
+        await call(command="true")
         begun = await call(command=f"exec sleep 60{mark}", timeout=1)
         job = begun.structured_content["job_id"]
         person.asked.clear()
@@ -322,6 +327,13 @@ def test_question_about_an_edit_shows_its_diff_and_about_a_file_what_is_there(er
     assert "    three" in write
 
 
+def test_page_shows_a_question_as_it_is_asked() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "model.md").read_text()
+    task = Task.of("systemctl restart nginx", "/srv/app", sudo=Sudo(None))
+    asked = questions.running(Target("deploy", "web1", 22), task, background=False)
+    assert f"```text\n{asked}\n```" in page
+
+
 @pytest.mark.parametrize("kind", ["overwriting", "edit"])
 def test_file_that_changes_while_the_person_thinks_is_left_alone(era: str, kind: str, folder: Path) -> None:
     (folder / "old").write_text("old\n")
@@ -349,15 +361,15 @@ def test_file_that_changes_after_the_last_look_is_left_alone(
     assert (folder / "old").read_text() == "old and newer\n"
 
 
-def test_time_that_a_person_takes_is_not_the_calls(era: str) -> None:
-    waited = 0.5
+def test_time_that_a_person_takes_is_not_the_calls() -> None:
+    waited = 3.0
 
     class Slow(Person):
         async def __call__(self, *asked: Any) -> Any:
             await asyncio.sleep(waited)
             return await super().__call__(*asked)
 
-    result = call(Slow(), era, "ssh_execute", command="true", timeout=waited, on_timeout="kill")
+    result = call(Slow(), "legacy", "ssh_execute", command="true", timeout=waited, on_timeout="kill")
     assert result.structured_content["status"] == "exited"
 
 

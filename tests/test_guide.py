@@ -308,3 +308,24 @@ def test_no_resource_holds_a_secret(ask: Callable[[Work], Any], monkeypatch: pyt
     told = ask(work)
     assert canary not in told
     assert "/id" not in told
+
+
+def test_page_names_every_resource_and_prompt_with_its_arguments(ask: Callable[[Work], Any]) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "model.md").read_text()
+
+    async def work(client: Client[Any]) -> list[str]:
+        arguments = {one.name: one.arguments or () for one in await client.list_prompts()}
+        rows = [
+            f"| `{name}` | {', '.join(f'`{of.name}`' for of in given)} |" for name, given in arguments.items()
+        ]
+        templates = [
+            one.uri_template.replace("{host}", "HOST") for one in await client.list_resource_templates()
+        ]
+        return [
+            *rows,
+            *(f"| `{uri}` |" for uri in [*templates, *(one.uri for one in await client.list_resources())]),
+        ]
+
+    rows = ask(work)
+    assert len(rows) == 6
+    assert [row for row in rows if row not in page] == []
