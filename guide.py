@@ -51,10 +51,12 @@ _ARGUMENTS = {
 
 
 class NamedTarget(BaseModel):
-    """A host that is known by name, and where a call that names it goes."""
+    """A target that is known by name, and what a call passes to mean it."""
 
+    name: str
     host: str
-    target: str
+    user: str
+    port: int
 
 
 class Targets(BaseModel):
@@ -149,7 +151,7 @@ class Guide:
             default=str(reach.target(None, None, None)) if default else None,
             allowed=reach.patterns,
             named=[
-                NamedTarget(host=name, target=str(target))
+                NamedTarget(name=name, host=target.host, user=target.user, port=target.port)
                 for name, target in islice(reach.named(), _MOST_NAMES)
             ],
         ).model_dump_json(indent=1)

@@ -140,11 +140,12 @@ class Reach:
         return [text for part in listed.split(",") if (text := part.strip())]
 
     def named(self, beginning: str = "") -> Iterator[tuple[str, Target]]:
-        """Yield the hosts that are known by name and may be reached, each with its target.
+        """Yield what is known by name and may be reached, as `target_of` takes it, each with its target.
 
-        Those are the default host, the hosts in the patterns, and the aliases of the SSH config. Raises ConfigError.
+        Those are the default host, the patterns without a wildcard, and the aliases of the SSH config. Raises
+        ConfigError.
         """
-        in_patterns = [pattern.host for pattern in self._patterns if _literal(pattern.host) == pattern.host]
+        in_patterns = [text for text in self.patterns if _literal(text) == text]
         default = self._settings.ssh_default_host
         for name in dict.fromkeys([*([default] if default else []), *in_patterns, *self._hosts.aliases()]):
             if name.lower().startswith(beginning.lower()) and (target := self._allowed(name)) is not None:
@@ -153,7 +154,7 @@ class Reach:
     def _allowed(self, name: str) -> Target | None:
         """Return the target that a name means, None if it may not be reached, or cannot be."""
         try:
-            return self.target(name, None, None)
+            return self.target_of(name)
         except SSHError:
             return None
 

@@ -35,7 +35,7 @@ def environment(sshd: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     (tmp_path / "env").touch()
     config = tmp_path / "config"
     config.write_text(
-        "Host Web1 web2 *.example.com !no\n  User deploy\nInclude more\nMatch host x\n  User y\nHost alien\n"
+        "Include more\nHost Web1 web2 *.example.com !no\n  User deploy\nMatch host x\n  User y\nHost alien\n"
     )
     (tmp_path / ".ssh").mkdir()
     (tmp_path / ".ssh" / "more").write_text("Host db\n  HostName 10.0.0.7\n  Port 2200\n")
@@ -93,9 +93,10 @@ def test_targets_tell_what_may_be_reached_and_nothing_else(ask: Callable[[Work],
     told = ask(lambda client: read(client, "ssh://targets"))
     assert told["default"] == str(sshd.target)
     assert told["allowed"] == ["127.0.0.1", "web*", "root@db", "*.example.com", "literal"]
-    named = {entry["host"]: entry["target"] for entry in told["named"]}
-    assert list(named) == ["127.0.0.1", "literal", "Web1", "web2"]
-    assert named["Web1"] == f"deploy@web1:{sshd.port}"
+    named = {entry["name"]: entry for entry in told["named"]}
+    assert list(named) == ["127.0.0.1", "root@db", "literal", "Web1", "web2"]
+    assert named["Web1"] == {"name": "Web1", "host": "web1", "user": "deploy", "port": sshd.port}
+    assert named["root@db"] == {"name": "root@db", "host": "db", "user": "root", "port": 2200}
     assert str(sshd.key) not in json.dumps(told)
 
 
@@ -198,7 +199,12 @@ def test_jobs_that_outlived_their_call_are_listed_with_what_goes_on_with_them(
 
 @pytest.mark.parametrize(
     ("beginning", "completed"),
-    [("", ["127.0.0.1", "literal", "Web1", "web2"]), ("WE", ["Web1", "web2"]), ("al", []), ("d", [])],
+    [
+        ("", ["127.0.0.1", "root@db", "literal", "Web1", "web2"]),
+        ("WE", ["Web1", "web2"]),
+        ("al", []),
+        ("d", []),
+    ],
 )
 def test_hosts_are_completed_that_may_be_reached(
     beginning: str, completed: list[str], ask: Callable[[Work], Any]
