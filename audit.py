@@ -27,10 +27,10 @@ from typing import Any, Literal
 from audit_chain import Record
 from audit_log import Log, now, reason
 from settings import SettingsError, Target, __version__, os_user
-from ssh_errors import ArgumentError, AuditError, RefusedError, SSHError
+from ssh_errors import ArgumentError, AuditError, RefusedError, SSHError, UnconfirmedError
 from ssh_policy import Reach
 
-Status = Literal["done", "exited", "running", "killed", "lost", "refused", "failed", "cancelled"]
+Status = Literal["done", "exited", "running", "killed", "lost", "asked", "refused", "failed", "cancelled"]
 
 SHOWN = frozenset(
     {
@@ -169,6 +169,8 @@ class Call:
             "tool": tool,
         }
         self._began_at = time.monotonic()
+        self.meant: set[Target] = set()
+        """The targets that it was given."""
         self._targets: list[Target | None] = []
         self._answer: object = None
 
@@ -184,6 +186,8 @@ class Call:
 
     def intend(self, target: Target | None) -> None:
         """Record that the call means `target`, or all with None. Raises AuditError: then nothing may be done."""
+        if target is not None:
+            self.meant.add(target)
         if self._trail.kept and target not in self._targets:
             self._append(self._record("intent", target, {"arguments": described(self._arguments)}))
             self._targets.append(target)
@@ -267,6 +271,8 @@ class RecordedReach:
 def _verdict(error: Exception | None) -> tuple[Status, str | None]:
     if error is None:
         return "done", None
+    if isinstance(error, UnconfirmedError):
+        return "asked", None
     if isinstance(error, (RefusedError, ArgumentError)):
         return "refused", str(error)
     return "failed", str(error) if isinstance(error, SSHError) else "an error inside the server"

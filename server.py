@@ -4,6 +4,7 @@ Whether HTTP is served is known only once it is asked for, so its settings are d
 """
 
 import os
+import warnings
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ import anyio.to_thread
 import fastmcp
 from fastmcp import FastMCP
 from fastmcp.server.auth import AccessToken
+from mcp import MCPDeprecationWarning
+from mcp.server.request_state import AESGCMRequestStateCodec, RequestStateSecurity
 
 import settings
 from settings import SettingsError
@@ -19,6 +22,9 @@ from ssh_jobs import local_key
 
 if TYPE_CHECKING:
     from fastmcp.server.http import StarletteWithLifespan
+
+# Log messages still reach clients that ask for them; that their successor is OpenTelemetry helps no operator
+warnings.filterwarnings("ignore", "The logging capability", MCPDeprecationWarning)
 
 _MOST_FILES = 65_536
 
@@ -36,6 +42,24 @@ async def _always(_: AccessToken) -> bool:
     return True
 
 
+class _Sealing:
+    """Seals what clients carry from one call to the next; replicas can read it that share a key."""
+
+    def __init__(self) -> None:
+        self.use([os.urandom(32)])
+
+    def use(self, keys: Sequence[bytes]) -> None:
+        """Seal with the first key from now on, and open with all of them."""
+        self._codec = AESGCMRequestStateCodec(list(dict.fromkeys(keys)))
+
+    def seal(self, payload: bytes) -> str:
+        return self._codec.seal(payload)
+
+    def unseal(self, token: str) -> bytes:
+        """Raise InvalidRequestState for what was not sealed by any of the keys."""
+        return self._codec.unseal(token)
+
+
 class Server(FastMCP[None]):
     """FastMCP, whose HTTP transports are one application behind the login."""
 
@@ -45,7 +69,8 @@ class Server(FastMCP[None]):
 
     def __init__(self, report: Callable[[], dict[str, Any]], **options: Any) -> None:
         """Make it; `report` is what holders of a token are told of the default target, and may block."""
-        super().__init__(**options)
+        self._sealing = _Sealing()
+        super().__init__(request_state_security=RequestStateSecurity(codec=self._sealing), **options)
         self._report = report
 
     async def run_http_async(self, *args: Any, **kwargs: Any) -> None:
@@ -70,6 +95,7 @@ class Server(FastMCP[None]):
         current = settings.load()
         login = settings.login(current, self._listens_on)
         self.job_key = lambda: login.session_keys[::-1]  # itsdangerous signs with the last
+        self._sealing.use(login.session_keys)
         served = http_server.http_app(
             self,
             login,

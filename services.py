@@ -3,12 +3,18 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mcp_types import LoggingLevel
+
+import confirm
+import questions
 import telemetry
 from audit import RecordedReach, Trail
 from audit_log import open_log
 from calls import Rate
+from confirm import AskingReach
 from settings import Settings, Target
 from ssh_commands import Commands
+from ssh_edits import Edit
 from ssh_errors import RefusedError, SSHError
 from ssh_files import Files
 from ssh_jobs import Jobs
@@ -25,8 +31,12 @@ class Services:
     """What the tools work with, made from one set of settings."""
 
     def __init__(self, current: Settings, job_key: Callable[[], str | Sequence[bytes]]) -> None:
-        self.reach = RecordedReach(Reach(current))
+        self.settings = current
+        self.allowed_hosts = Reach(current)
+        self.reach = AskingReach(RecordedReach(self.allowed_hosts))
+        self.confirms = current.confirm == "destructive"
         self.rate = Rate(current.rate_limit)
+        self.reading_rate = Rate(current.rate_limit)
         self.allowed = AllowedCommands(current)
         self.no_running = no_running(current)
         self.no_writing = no_writing(current)
@@ -49,15 +59,46 @@ class Services:
         return self.sudo if asked else None
 
     def target_to_write(self, host: str | None, user: str | None, port: int | None) -> Target:
-        """Return the target of a call that writes. Raises what `Reach.target` raises, RefusedError where none may."""
+        """Return the target of a call that writes, and asks by itself.
+
+        Raises what `Reach.target` raises, and RefusedError where nothing may be written.
+        """
         if self.no_writing:
             raise RefusedError(self.no_writing)
-        return self.reach.target(host, user, port)
+        return self.reach.target_unasked(host, user, port)
+
+    def agreed_edit(
+        self,
+        target: Target,
+        path: str,
+        edits: Sequence[Edit],
+        expected_sha256: str | None,
+        cancelled: Cancelled,
+    ) -> str:
+        """Show a person what edits would change; return the SHA-256 that the file must still have to be so changed.
+
+        Raises what `Files.edit` raises, and what `confirm.ask` raises.
+        """
+        self.files.destination(target, path, cancelled=cancelled)
+        planned = self.files.edit(
+            target, path, edits, dry_run=True, expected_sha256=expected_sha256, cancelled=cancelled
+        )
+        confirm.ask(lambda: questions.editing(target, planned))
+        return planned.sha256_before
+
+    def news(self, target: Target, since: float) -> tuple[LoggingLevel, str] | None:
+        """Return what to tell a client whose call, begun then (monotonic seconds), had a connection made."""
+        made = self.pool.made_since(target, since)
+        if made is None:
+            return None
+        if made.host_key.is_new:
+            return "warning", f"connected to {target}; its {made.host_key} was unknown and is recorded now"
+        return "info", f"connected to {target}, which showed its {made.host_key}"
 
     def default_target_report(self, cancelled: Cancelled) -> dict[str, Any]:
         """Tell whether the default target can be reached, and what the pool has counted: for monitoring."""
         try:
-            target = self.reach.target(None, None, None)
+            target = self.reach.target_unasked(None, None, None)
             self.commands.script(target, ":", cancelled=cancelled)
         except SSHError as error:
             answer: dict[str, Any] = {"reachable": False, "error": visible(str(error))}

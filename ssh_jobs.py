@@ -20,9 +20,10 @@ import os
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import astuple, replace
+from dataclasses import astuple, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
@@ -49,12 +50,29 @@ _ANSWERS_SECONDS = 3600.0
 _SWEEP_SECONDS = 60.0
 _ENDED_BYTES = 64 * 1024 * 1024
 _ITSELF_BYTES = 2048
+_REMEMBERED = 1000
+_COMMAND_CHARACTERS = 500
 _AFTER_KILL_SECONDS = 3.0
 _LOOK_SECONDS = 20.0
 _ANSWER_SECONDS = 15.0
 _NEARLY_SECONDS = 0.2
 _BACKGROUND = "b"
 """Begins the names of background jobs; those of detached ones are hexadecimal after a `d`."""
+
+
+JobState = Literal["running", "ended", "background"]
+"""Of one in the background only its machine knows more."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A job that this process began: whose it is, where it runs, the beginning of its command, and when (epoch)."""
+
+    name: str
+    owner: str
+    target: Target
+    command: str
+    began_at: float
 
 
 class Job:
@@ -131,6 +149,7 @@ class Jobs:
         self._key = key
         self._books = threading.Lock()
         self._jobs: dict[str, Job] = {}
+        self._begun: deque[Begun] = deque(maxlen=_REMEMBERED)
         self._changed = threading.Condition()
         self._stirred = threading.Event()
         self._driving = False
@@ -162,6 +181,7 @@ class Jobs:
         with self._books:
             self._forget_old()
             self._jobs[job.name] = job
+            self._begun.append(_begun(job.name, owner, target, task))
         ended.exchange.stir(self._stirred)
         self._stirred.set()
         self._drive()
@@ -177,6 +197,8 @@ class Jobs:
         name = f"{_BACKGROUND}{int(time.time()):x}-{secrets.token_hex(8)}"
         self._key()
         self._commands.start_background(target, replace(task, job=name), timeout=timeout, cancelled=cancelled)
+        with self._books:
+            self._begun.append(_begun(name, owner, target, task))
         nothing = Kept(0)
         look = Look("running", None, None, 0, (0, 0), nothing, nothing)
         return self._looked(owner, name, target, look, (0, 0))
@@ -184,6 +206,36 @@ class Jobs:
     def target_of(self, owner: str, job_id: str) -> Target:
         """Return where a job runs. Raises ArgumentError when `owner` has no such job."""
         return self._opened(owner, job_id)[1]
+
+    def described(self, owner: str, job_id: str) -> str:
+        """Return what a job runs, as far as this process knows. Raises ArgumentError when `owner` has no such job."""
+        name, _ = self._opened(owner, job_id)
+        with self._books:
+            begun = next((begun for begun in self._begun if begun.name == name), None)
+        if begun is None and not name.startswith(_BACKGROUND):
+            self._found(name)
+        return begun.command if begun else f"{name}, which was begun before this server"
+
+    def begun_by(self, owner: str) -> list[tuple[str, Begun, JobState]]:
+        """Return the `job_id`, what is known, and the state of jobs of `owner`, the last one first.
+
+        Only those that this process began. Nothing is asked of a machine. Raises SSHError without a key.
+        """
+        with self._books:
+            self._forget_old()
+            known = [(begun, self._state(begun)) for begun in reversed(self._begun) if begun.owner == owner]
+        return [
+            (self._signed(owner, begun.name, begun.target), begun, state)
+            for begun, state in known
+            if state is not None
+        ]
+
+    def _state(self, begun: Begun) -> JobState | None:
+        """Return how a job goes, None when it is forgotten; the caller holds the books."""
+        if begun.name.startswith(_BACKGROUND):
+            return "background"
+        job = self._jobs.get(begun.name)
+        return None if job is None else "running" if job.ended_at is None else "ended"
 
     def go_on(
         self,
@@ -396,6 +448,10 @@ class Jobs:
                 self._driving = False
                 return None
             return [job for job in self._jobs.values() if job.ended_at is None]
+
+
+def _begun(name: str, owner: str, target: Target, task: Task) -> Begun:
+    return Begun(name, owner, target, task.command[:_COMMAND_CHARACTERS], time.time())
 
 
 def _told_from_afar(progress: Progress) -> Progress:

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import telemetry
 from settings import Settings, Target
@@ -38,6 +39,17 @@ _COUNTED = (
     "failed_fast",
     "breaker_opened",
 )
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is known of a target without asking it: of its open connections, else of the last one."""
+
+    connections: int
+    host_key: str | None
+    server_version: str | None
+    round_trip_seconds: float | None
+    given_up_seconds: float
 
 
 class Pool:
@@ -174,6 +186,27 @@ class Pool:
         """Return the fingerprint that a target's host key had when a connection was last made."""
         with self._changed:
             return self._host_keys.get(target)
+
+    def seen(self, target: Target) -> Seen:
+        """Return what is known of a target; nothing is sent."""
+        with self._changed:
+            pool, host_key = self._targets.get(target), self._host_keys.get(target)
+        connections = pool.connections() if pool else []
+        trips = [trip for one in connections if (trip := one.round_trip_seconds) is not None]
+        return Seen(
+            connections=len(connections),
+            host_key=host_key,
+            server_version=connections[-1].server_version if connections else None,
+            round_trip_seconds=round(min(trips), 4) if trips else None,
+            given_up_seconds=round(pool.given_up_seconds, 1) if pool else 0.0,
+        )
+
+    def made_since(self, target: Target, since: float) -> Connection | None:
+        """Return the newest connection to a target, if it was made since then (monotonic seconds)."""
+        with self._changed:
+            pool = self._targets.get(target)
+        made = [one for one in (pool.connections() if pool else []) if one.made_at >= since]
+        return max(made, key=lambda one: one.made_at, default=None)
 
     def changed(self) -> None:
         """Note that a connection was closed; for the targets' pools."""
