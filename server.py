@@ -3,6 +3,7 @@
 Whether HTTP is served is known only once it is asked for, so its settings are demanded there and not before.
 """
 
+import inspect
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -15,7 +16,6 @@ from fastmcp.server.auth import AccessToken
 
 import settings
 from settings import SettingsError
-from ssh_jobs import local_key
 
 if TYPE_CHECKING:
     from fastmcp.server.http import StarletteWithLifespan
@@ -32,6 +32,12 @@ _UVICORN: dict[str, Any] = {
 }
 
 
+def _local_key() -> str:
+    from ssh_jobs import local_key  # with Paramiko below it, which no list of tools needs
+
+    return local_key()
+
+
 async def _always(_: AccessToken) -> bool:
     return True
 
@@ -39,7 +45,7 @@ async def _always(_: AccessToken) -> bool:
 class Server(FastMCP[None]):
     """FastMCP, whose HTTP transports are one application behind the login."""
 
-    job_key: Callable[[], str | Sequence[bytes]] = staticmethod(local_key)
+    job_key: Callable[[], str | Sequence[bytes]] = staticmethod(_local_key)
     in_force: Callable[[AccessToken], Awaitable[bool]] = staticmethod(_always)
     _listens_on: str | None = None
 
@@ -47,6 +53,23 @@ class Server(FastMCP[None]):
         """Make it; `report` is what holders of a token are told of the default target, and may block."""
         super().__init__(**options)
         self._report = report
+
+    def tool(self, *args: Any, **options: Any) -> Any:
+        """Return a decorator that registers a tool, whose whole docstring is its description.
+
+        FastMCP looks for sections in a docstring, with a parser that is slow to import; here there are none.
+        """
+
+        def register(function: Callable[..., Any]) -> Callable[..., Any]:
+            described = {"description": inspect.getdoc(function)} | options
+            docstring, function.__doc__ = function.__doc__, None
+            try:
+                super(Server, self).tool(*args, **described)(function)
+            finally:
+                function.__doc__ = docstring
+            return function
+
+        return register
 
     async def run_http_async(self, *args: Any, **kwargs: Any) -> None:
         """Serve over HTTP until told to stop; a setting that cannot be used ends the process before it listens."""

@@ -6,10 +6,11 @@ other side are made visible in it; the fields keep the truth.
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
+from inlined import Inlined
 from ssh_output import one_line, visible
 
 
@@ -188,7 +189,7 @@ class Listing(BaseModel):
     """A page of a directory."""
 
     path: str
-    entries: list[Entry]
+    entries: list[Annotated[Entry, Inlined()]]
     total: int
     truncated: bool
     next_offset: int | None

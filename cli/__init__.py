@@ -1,4 +1,7 @@
-"""The console script `ssh-mcp-server`: what it can be told on the command line."""
+"""The console script `ssh-mcp-server`: what it can be told on the command line.
+
+Each command imports what it needs once it is known to be the one; `--help` and `--version` need nothing.
+"""
 
 import argparse
 import os
@@ -6,12 +9,14 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from settings import SettingsError, __version__, exit_for
+from version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the arguments name; without one, serve MCP."""
     options = _parser().parse_args(arguments)
+    from settings import SettingsError, exit_for
+
     try:
         if options.command == "demo":
             from cli.demo import demo
