@@ -15,7 +15,7 @@ import threading
 from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from types import FrameType
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import anyio.from_thread
 import anyio.to_thread
@@ -44,9 +44,10 @@ from calls import (
 )
 from confirm import Confirmed
 from guide import INSTRUCTIONS, Guide
+from late_services import AfterTheList, LateServices
+from schemas import Inlined
 from server import Server
-from services import Services
-from settings import SettingsError
+from settings import Settings, SettingsError
 from ssh_answers import Closed, CommandResult, EditedFile, FileContent, Listing, WrittenFile
 from ssh_edits import Edit
 from ssh_errors import ArgumentError, RefusedError, SSHError
@@ -55,36 +56,54 @@ from ssh_policy import WRITING_TOOLS, AllowedCommands, Reach, no_writing, warnin
 from ssh_shells import Task
 from ssh_system import SystemInfo
 
+if TYPE_CHECKING:
+    from services import Services
+
 _MOST_CALLS_AT_ONCE = 256
 
 _cancelled = anyio.from_thread.check_cancelled
 _log = logging.getLogger("ssh_mcp_server")
 
 
-_services: Services | None = None
+_services: LateServices | None = None
 
 
-def _ssh() -> Services:
+def _ssh() -> "Services":
     if _services is None:
         raise SSHError("the server is not running")
-    return _services
+    return _services.get()
+
+
+def _begin_services() -> None:
+    if _services is not None:
+        _services.begin()
 
 
 def _hidden_tools() -> Collection[str]:
-    """Return the tools that are not listed; before the server runs, by the settings that were there at its import."""
-    return WRITING_TOOLS if (_services.no_writing if _services else no_writing(_checked)) else ()
+    return WRITING_TOOLS if no_writing(_current) else ()
 
 
 def _sudo_is_hidden() -> bool:
-    return not (_services.sudo if _services else _checked.ssh_sudo)
+    return not _current.ssh_sudo
+
+
+def _checked_settings() -> Settings:
+    """Return the settings. Raises SettingsError also for what only those find wrong who use them."""
+    checked = settings.load()
+    Reach(checked)
+    AllowedCommands(checked)
+    if checked.audit_log:
+        open_log(checked.audit_log).close()
+    return checked
 
 
 @asynccontextmanager
 async def _lifespan(_: FastMCP[None]) -> AsyncIterator[None]:
     """Keep the services while the server runs; signals end it as the end of stdin does."""
-    global _services
+    global _current, _services
     anyio.to_thread.current_default_thread_limiter().total_tokens = _MOST_CALLS_AT_ONCE
-    services = _services = Services(settings.load(), mcp.job_key)
+    _current = _checked_settings()
+    services = _services = LateServices(_current, mcp.job_key)
     try:
         with _ended_by_signals(services):
             yield
@@ -95,7 +114,7 @@ async def _lifespan(_: FastMCP[None]) -> AsyncIterator[None]:
 
 
 @contextmanager
-def _ended_by_signals(services: Services) -> Iterator[None]:
+def _ended_by_signals(services: LateServices) -> Iterator[None]:
     """On SIGTERM and SIGINT close everything and exit.
 
     The process cannot end the ordinary way: a thread of the MCP SDK is waiting for a line on stdin.
@@ -139,10 +158,11 @@ mcp: Server = Server(
     instructions=INSTRUCTIONS,
     lifespan=_lifespan,
     middleware=[
+        AfterTheList(_begin_services),
         Hiding(_hidden_tools),
         HidingParameter("ssh_execute", "sudo", _sudo_is_hidden),
         EndWithLogin(lambda token: mcp.in_force(token)),
-        Confirmed(lambda: _services is None or _services.confirms),
+        Confirmed(lambda: _current.confirm == "destructive"),
         Measured(),
         Recorded(lambda: _ssh().trail),
         Announced(lambda target, since: _ssh().news(target, since)),
@@ -354,7 +374,10 @@ def ssh_write_file(
 @answers
 def ssh_edit_file(
     path: Path,
-    edits: Annotated[list[Edit], Field(description="All are applied, or none", min_length=1, max_length=500)],
+    edits: Annotated[
+        list[Annotated[Edit, Inlined()]],
+        Field(description="All are applied, or none", min_length=1, max_length=500),
+    ],
     dry_run: Annotated[bool, Field(description="Only show the diff")] = False,
     expected_sha256: Hash = None,
     host: Host = None,
@@ -483,16 +506,12 @@ def _log_to_stderr(level: str) -> None:
 
 
 try:
-    _checked = settings.load()
-    Reach(_checked)
-    AllowedCommands(_checked)
-    if _checked.audit_log:
-        open_log(_checked.audit_log).close()
+    _current = _checked_settings()
     telemetry.start()
-    _log_to_stderr(_checked.log_level)
-    for sentence in warnings(_checked):
+    _log_to_stderr(_current.log_level)
+    for sentence in warnings(_current):
         _log.warning("%s", sentence)
-    fastmcp.settings.host, fastmcp.settings.port = _checked.http_host, _checked.http_port
+    fastmcp.settings.host, fastmcp.settings.port = _current.http_host, _current.http_port
 except SettingsError as error:
     settings.exit_for(error)
 

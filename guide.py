@@ -8,8 +8,9 @@ anything; jobs are told to who began them.
 import logging
 from collections.abc import Callable
 from functools import wraps
+from inspect import getdoc
 from itertools import islice
-from typing import Literal, ParamSpec
+from typing import TYPE_CHECKING, Literal, ParamSpec
 
 from fastmcp import FastMCP
 from fastmcp.exceptions import FastMCPError, PromptError, ResourceError
@@ -18,13 +19,15 @@ from mcp_types import CompletionArgument, CompletionContext, PromptReference, Re
 from pydantic import BaseModel, Field
 
 from calls import identity
-from services import Services
+from schemas import without_docstring
 from settings import Settings, Target
-from ssh_answers import iso_time
+from ssh_answers import JobState, iso_time
 from ssh_errors import SSHError
-from ssh_jobs import JobState
 from ssh_output import visible
 from ssh_words import quoted
+
+if TYPE_CHECKING:
+    from services import Services
 
 INSTRUCTIONS = (
     "Work on machines over SSH. Without host, user and port a call goes to the default target; the resource "
@@ -128,7 +131,7 @@ def _telling(error: type[FastMCPError]) -> Callable[[Callable[P, str]], Callable
 class Guide:
     """The resources, prompts and completions over the services of the moment. Thread-safe."""
 
-    def __init__(self, ssh: Callable[[], Services]) -> None:
+    def __init__(self, ssh: Callable[[], "Services"]) -> None:
         self._ssh = ssh
 
     def add_to(self, mcp: FastMCP[None]) -> None:
@@ -271,7 +274,9 @@ quote the lines that decide. Say what you do not know."""
 
 def _prompt(title: str, tell: Callable[..., str]) -> Prompt:
     """Return a prompt whose arguments are described."""
-    made = Prompt.from_function(tell, title=title)
+    description = getdoc(tell)
+    with without_docstring(tell):
+        made = Prompt.from_function(tell, title=title, description=description)
     for argument in made.arguments or []:
         argument.description = _ARGUMENTS[argument.name]
     return made
@@ -282,7 +287,7 @@ def _word(path: str) -> str:
     return f"~/{quoted(path[2:])}" if path.startswith("~/") else quoted(path)
 
 
-def _policy(ssh: Services) -> Policy:
+def _policy(ssh: "Services") -> Policy:
     current: Settings = ssh.settings
     if ssh.no_running:
         commands = "none"

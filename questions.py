@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from hashlib import sha256
 from textwrap import indent
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from settings import Target
 from ssh_answers import EditedFile
@@ -17,7 +17,9 @@ from ssh_errors import RefusedError
 from ssh_kill import Signal
 from ssh_output import one_line, visible
 from ssh_shells import Task
-from ssh_writes import Place
+
+if TYPE_CHECKING:
+    from ssh_writes import Place
 
 _MOST_CHARACTERS = 4000
 _EXCERPT_CHARACTERS = 1500
@@ -51,7 +53,7 @@ def signalling(target: Target, job: str, signal: Signal | None) -> str:
 
 
 def writing(
-    target: Target, place: Place, content: bytes, *, append: bool, mode: str | None, create_parents: bool
+    target: Target, place: "Place", content: bytes, *, append: bool, mode: str | None, create_parents: bool
 ) -> str:
     """Ask whether a file may be written."""
     if place.existing is None:

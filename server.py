@@ -3,11 +3,12 @@
 Whether HTTP is served is known only once it is asked for, so its settings are demanded there and not before.
 """
 
+import inspect
 import os
 import warnings
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio.to_thread
 import fastmcp
@@ -17,8 +18,8 @@ from mcp import MCPDeprecationWarning
 from mcp.server.request_state import AESGCMRequestStateCodec, RequestStateSecurity
 
 import settings
+from schemas import without_docstring
 from settings import SettingsError
-from ssh_jobs import local_key
 
 if TYPE_CHECKING:
     from fastmcp.server.http import StarletteWithLifespan
@@ -28,6 +29,8 @@ warnings.filterwarnings("ignore", "The logging capability", MCPDeprecationWarnin
 
 _MOST_FILES = 65_536
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 _UVICORN: dict[str, Any] = {
     "proxy_headers": False,  # the application knows which proxies to believe
     "access_log": False,  # it would hold codes, and goes to stdout
@@ -36,6 +39,12 @@ _UVICORN: dict[str, Any] = {
     "ws": "none",
     "backlog": 512,  # asyncio tries that often, and logs as often, to accept what it has no descriptor for
 }
+
+
+def _local_key() -> str:
+    from ssh_jobs import local_key  # with Paramiko below it, which no list of tools needs
+
+    return local_key()
 
 
 async def _always(_: AccessToken) -> bool:
@@ -63,7 +72,7 @@ class _Sealing:
 class Server(FastMCP[None]):
     """FastMCP, whose HTTP transports are one application behind the login."""
 
-    job_key: Callable[[], str | Sequence[bytes]] = staticmethod(local_key)
+    job_key: Callable[[], str | Sequence[bytes]] = staticmethod(_local_key)
     in_force: Callable[[AccessToken], Awaitable[bool]] = staticmethod(_always)
     _listens_on: str | None = None
 
@@ -72,6 +81,17 @@ class Server(FastMCP[None]):
         self._sealing = _Sealing()
         super().__init__(request_state_security=RequestStateSecurity(codec=self._sealing), **options)
         self._report = report
+
+    def tool(self, **options: Any) -> Callable[[F], F]:  # type: ignore[override]
+        """Return a decorator that registers a tool, whose whole docstring is its description."""
+
+        def register(function: F) -> F:
+            described = {"description": inspect.getdoc(function)} | options
+            with without_docstring(function):
+                super(Server, self).tool(**described)(function)
+            return function
+
+        return register
 
     async def run_http_async(self, *args: Any, **kwargs: Any) -> None:
         """Serve over HTTP until told to stop; a setting that cannot be used ends the process before it listens."""

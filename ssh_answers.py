@@ -6,10 +6,11 @@ other side are made visible in it; the fields keep the truth.
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
+from schemas import Inlined
 from ssh_output import one_line, visible
 
 
@@ -30,6 +31,7 @@ def _with_facts(body: str, facts: Sequence[str | None]) -> str:
 
 
 Status = Literal["exited", "running", "killed", "lost"]
+JobState = Literal["running", "ended", "background"]
 
 
 class CommandResult(BaseModel):
@@ -188,7 +190,7 @@ class Listing(BaseModel):
     """A page of a directory."""
 
     path: str
-    entries: list[Entry]
+    entries: list[Annotated[Entry, Inlined()]]
     total: int
     truncated: bool
     next_offset: int | None

@@ -33,7 +33,7 @@ from platformdirs import user_state_path
 
 import ssh_background
 from settings import Target
-from ssh_answers import CommandResult
+from ssh_answers import CommandResult, JobState
 from ssh_background import Look
 from ssh_commands import Commands, Running
 from ssh_errors import ArgumentError, SSHError
@@ -60,7 +60,6 @@ _BACKGROUND = "b"
 """Begins the names of background jobs; those of detached ones are hexadecimal after a `d`."""
 
 
-JobState = Literal["running", "ended", "background"]
 """Of one in the background only its machine knows more."""
 
 

@@ -9,10 +9,11 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Annotated, Final, Protocol
 
 from pydantic import BaseModel, Field
 
+from schemas import Inlined
 from settings import Target
 from ssh_output import visible
 
@@ -117,13 +118,13 @@ class SystemInfo(BaseModel):
     """The state of a machine."""
 
     hostname: str
-    os: OSInfo
+    os: Annotated[OSInfo, Inlined()]
     uptime_seconds: float | None = None
     load_average: list[float] | None = None
-    cpu: CPUInfo
-    memory: Memory | None = None
-    swap: Memory | None = None
-    disks: list[Disk]
+    cpu: Annotated[CPUInfo, Inlined()]
+    memory: Annotated[Memory, Inlined()] | None = None
+    swap: Annotated[Memory, Inlined()] | None = None
+    disks: list[Annotated[Disk, Inlined()]]
 
     def text(self) -> str:
         """Return a line for each fact, with a bar for what can be used up: a report of 80 columns."""

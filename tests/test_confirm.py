@@ -406,7 +406,7 @@ def test_tool_that_does_not_ask_by_itself_is_asked_for_with_its_arguments(
         done.append(str(app._ssh().reach.target(host, None, None)))
         return Closed(closed=[], open=[])
 
-    app.mcp.tool(ssh_format, name="ssh_format", annotations=annotations)
+    app.mcp.tool(name="ssh_format", annotations=annotations)(ssh_format)
     try:
         refusing, agreeing = Person(NO), Person()
         assert call(refusing, era, "ssh_format", disk="/dev/sda\x1b").is_error
