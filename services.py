@@ -9,12 +9,16 @@ from audit_log import open_log
 from calls import Rate
 from settings import Settings, Target
 from ssh_commands import Commands
-from ssh_errors import RefusedError, SSHError
+from ssh_errors import ArgumentError, RefusedError, SSHError
 from ssh_files import Files
+from ssh_fleet import Fleets
+from ssh_fold import Member
 from ssh_jobs import Jobs
+from ssh_nodes import nodes
 from ssh_output import visible
 from ssh_policy import AllowedCommands, Reach, no_running, no_writing
 from ssh_pool import Cancelled, Pool
+from ssh_runners import OnFleet, OnTarget, Runner
 from ssh_sudo import Sudo
 from ssh_system import SystemReports
 
@@ -35,6 +39,7 @@ class Services:
         telemetry.observe(self.pool.counters, lambda: sum(self.pool.open_targets().values()))
         self.commands = Commands(self.pool, current)
         self.jobs = Jobs(self.commands, job_key)
+        self.fleets = Fleets(self.commands, self.jobs, self.pool)
         self.files = Files(self.pool, current)
         self.systems = SystemReports(self.commands.script)
         self.sudo = Sudo(current.ssh_sudo_password) if current.ssh_sudo else None
@@ -47,6 +52,41 @@ class Services:
         if asked and self.sudo is None:
             raise RefusedError("sudo is not allowed: SSH_SUDO is not true; nothing was run")
         return self.sudo if asked else None
+
+    def runner(
+        self,
+        hosts: Sequence[str] | None,
+        host: str | None,
+        user: str | None,
+        port: int | None,
+        max_parallel: int,
+        max_failures: int | None,
+    ) -> Runner:
+        """Return what runs a call's command: on one target, or on a fleet.
+
+        Raises ArgumentError for what names none of them, and what `Reach.target` raises for any.
+        """
+        if hosts is None:
+            if max_failures is not None:
+                raise ArgumentError("max_failures needs hosts; nothing was run")
+            return OnTarget(self.jobs, self.reach.target(host, user, port))
+        if host is not None:
+            raise ArgumentError("give host or hosts, not both; nothing was run")
+        named = nodes(hosts)
+        targets = self.reach.targets((node.host, node.user or user, node.port or port) for node in named)
+        first_named = dict(zip(reversed(targets), reversed(named), strict=True))
+        members = [Member(first_named[target], target) for target in dict.fromkeys(targets)]
+        return OnFleet(self.fleets, members, max_parallel, max_failures)
+
+    def keeper(self, owner: str, job_id: str) -> Jobs | Fleets:
+        """Return who answers for a job; its targets must be allowed still. Raises ArgumentError for an unknown one."""
+        members = self.fleets.members_of(owner, job_id)
+        if members is None:
+            runs_on = self.jobs.target_of(owner, job_id)
+            self.reach.target(runs_on.host, runs_on.user, runs_on.port)
+            return self.jobs
+        self.reach.targets((each.target.host, each.target.user, each.target.port) for each in members)
+        return self.fleets
 
     def target_to_write(self, host: str | None, user: str | None, port: int | None) -> Target:
         """Return the target of a call that writes. Raises what `Reach.target` raises, RefusedError where none may."""
@@ -68,6 +108,7 @@ class Services:
 
     def close(self) -> None:
         """End what waiting calls run, let files be finished for a moment, then close connections and trail."""
+        self.fleets.stop()
         self.commands.stop()
         self.jobs.close()
         self.pool.close(_FINISH_SECONDS)
