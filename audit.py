@@ -36,7 +36,7 @@ Status = Literal["done", "exited", "running", "killed", "lost", "refused", "fail
 
 SHOWN = frozenset(
     {
-        *("host", "hosts", "user", "command", "cwd", "on_timeout", "job_id", "cursor", "signal"),
+        *("host", "user", "command", "cwd", "on_timeout", "job_id", "cursor", "signal"),
         *("path", "encoding", "mode", "expected_sha256", "operation", "pattern", "sort_by"),
     }
 )
@@ -297,8 +297,9 @@ def _described(name: str, value: object, arguments: Mapping[str, Any]) -> object
         return value
     if name == "env" and isinstance(value, dict):
         return {"names": sorted(value)}
-    if name in SHOWN and isinstance(value, list) and len(json.dumps(value)) <= _LIST_CHARACTERS:
-        return [entry if isinstance(entry, str) else _described(name, [entry], {}) for entry in value]
+    if name == "hosts" and isinstance(value, list) and all(isinstance(host, str) for host in value):
+        if sum(map(len, value)) <= _LIST_CHARACTERS:
+            return value
     if name == "edits" and isinstance(value, list) and all(isinstance(edit, dict) for edit in value):
         return [described(edit) for edit in value]
     data = _data(value)

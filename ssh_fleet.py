@@ -129,7 +129,7 @@ class Fleets:
                 self._end(fleet, "not begun: the call was cancelled")
                 raise
             if not ended and on_timeout == "kill":
-                self._end(fleet, "not begun: the call's time was over before")
+                self._end(fleet, "its time was over before it had begun")
             elif not ended:
                 self._remember(fleet)
         result = self._answer(fleet, [(0, 0)] * len(members))
@@ -234,7 +234,7 @@ class Fleets:
         seen = offsets(cursor, len(fleet.members))
         missed = [] if signal is None else self._send(fleet, signal)
         if not fleet.round.wait(deadline, check, progress) and on_timeout == "kill":
-            self._end(fleet, "not begun: the call's time was over before")
+            self._end(fleet, "its time was over before it had begun")
         result = self._answer(fleet, seen)
         if missed:
             result.note = f"SIG{signal} was not delivered on {folded(missed)}; it may just have ended there"

@@ -74,7 +74,7 @@ class BackgroundFleets:
         starting.begin()
         try:
             if not starting.wait(deadline, check, progress):
-                starting.stop("not started: the call's time was over before")
+                starting.stop("its time was over before it had begun")
                 starting.wait_all(KILL_SECONDS)
         except BaseException:
             starting.stop("not started: the call was cancelled")
@@ -153,7 +153,7 @@ class BackgroundFleets:
         end: bool = False,
     ) -> dict[Member, Place]:
         """Look at each job once, and wait for its end until then; return what was seen."""
-        budget = kept_of(self._commands.budget, len(members))
+        budget = kept_of(self._commands.budget, len(members) or 1)
 
         def act(place: Place) -> bool:
             member = place.member

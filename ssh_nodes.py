@@ -86,7 +86,11 @@ def _part(piece: str) -> tuple[str | None, str, int | None]:
     try:
         named = user_token(user) if at else None
         host, port = _split_port(rest)
-        return named, host.lower() if _NODE_SET.fullmatch(host.lower()) else host_token(host), port
+        if _NODE_SET.fullmatch(host.lower()):
+            return named, host.lower(), port
+        if ("[" in host or "]" in host) and not (host[0] == "[" and host[-1] == "]" and ":" in host):
+            raise ValueError("a node set")
+        return named, host_token(host), port
     except ValueError:
         raise ArgumentError(
             f"hosts holds {piece[:100]!r}; give [user@]host[:port], where host may be a node set such as web[01-20] "

@@ -55,7 +55,7 @@ def _verify(files: Sequence[Path], keys: Sequence[Ed25519PublicKey], noted: str 
 
 def _show(files: Iterable[Path], options: argparse.Namespace) -> None:
     """Print calls as they ended, then those that did not."""
-    begun: dict[tuple[object, object], Record] = {}
+    begun: dict[tuple[str, str], Record] = {}
     for line in chain.from_iterable(map(_lines, files)):
         record = parsed(line)
         if record is None or not _readable(record):
@@ -102,9 +102,9 @@ def _event(record: Record) -> Iterator[str]:
     yield from _wrapped(f"{mark} {_clock(record)}  {what}", "  ")
 
 
-def _name(record: Record) -> tuple[object, object]:
+def _name(record: Record) -> tuple[str, str]:
     """Return what an intent and its outcome have in common: a call on a fleet has some for every target."""
-    return record["id"], record.get("target")
+    return str(record["id"]), str(record.get("target"))
 
 
 def _call(intent: Record, outcome: Record) -> Iterator[str]:

@@ -23,7 +23,7 @@ def address(number: int) -> str:
 
 
 async def run(process: "asyncssh.SSHServerProcess[bytes]") -> None:
-    """Run a command by /bin/sh, as the leader of a session, in a home that all share; `$ADDRESS` tells the hosts apart."""
+    """Run a command by /bin/sh, as a session's leader, in a home that all share; `$ADDRESS` tells the hosts apart."""
     folder = Path(sys.argv[1])
     child = await asyncio.create_subprocess_exec(
         "/bin/sh",
@@ -91,8 +91,8 @@ async def serve(folder: Path, good: int, refusing: int, hanging: int) -> None:
         )
         port = server.get_port()
         servers.append(server)
-    for number in range(good + refusing, good + refusing + hanging):
-        servers.append(await asyncio.start_server(say_nothing, address(number), port))
+    silent = range(good + refusing, good + refusing + hanging)
+    servers += [await asyncio.start_server(say_nothing, address(number), port) for number in silent]
     public = host_key.export_public_key().decode()
     (folder / "known_hosts").write_text(f"[127.0.*.*]:{port} {public}")
     print(port, flush=True)
