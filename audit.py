@@ -297,9 +297,8 @@ def _described(name: str, value: object, arguments: Mapping[str, Any]) -> object
         return value
     if name == "env" and isinstance(value, dict):
         return {"names": sorted(value)}
-    if name == "hosts" and isinstance(value, list) and all(isinstance(host, str) for host in value):
-        if sum(map(len, value)) <= _LIST_CHARACTERS:
-            return value
+    if name == "hosts" and _is_short_list(value):
+        return value
     if name == "edits" and isinstance(value, list) and all(isinstance(edit, dict) for edit in value):
         return [described(edit) for edit in value]
     data = _data(value)
@@ -307,6 +306,11 @@ def _described(name: str, value: object, arguments: Mapping[str, Any]) -> object
         with suppress(binascii.Error):
             data = base64.b64decode(data, validate=True)
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _is_short_list(value: object) -> bool:
+    texts = isinstance(value, list) and all(isinstance(text, str) for text in value)
+    return texts and sum(map(len, value)) <= _LIST_CHARACTERS
 
 
 def _data(value: object) -> bytes:

@@ -1,0 +1,313 @@
+"""What one call on many machines costs, beside `clush` and asyncssh, and how connections cost more as they get more.
+
+Prints two tables. The first runs `uptime` on 1, 10, 100 and 300 targets: addresses of 127.0.0.0/8 that OpenSSH's own
+sshd serves, fifteen to a process. The second keeps connections to 10, 100 and 1,000 targets, which one process of
+asyncssh's serves, and tells what they take of this side. Every figure comes from a process of its own.
+
+    .venv/bin/python benchmarks/fleet.py
+"""
+
+import asyncio
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
+
+from run import Must, Row, print_table
+
+from conftest import Server, free_port, make_server, nobody_cancels
+from fleet_server import address
+from settings import Settings, Target
+from ssh_commands import Commands
+from ssh_fleet import Fleets
+from ssh_fold import Member
+from ssh_jobs import Jobs
+from ssh_nodes import Node, folded
+from ssh_pool import Pool
+from ssh_shells import Task
+
+_SIZES = (1, 10, 100, 300)
+_GROWTH = (10, 100, 1000)
+_A_SERVER = 15  # addresses; sshd listens on sixteen at most
+_FANOUT = 64  # clush's own
+_WARM = 5
+_QUIET_SECONDS = 10.0
+_CLUSH = "clush over ssh"
+_ASYNCSSH = "asyncssh, gather"
+_US = "this server, in Python"
+
+
+def names(count: int) -> list[str]:
+    return [address(number) for number in range(count)]
+
+
+@contextmanager
+def many_sshds(folder: Path) -> Iterator[tuple[Server, int]]:
+    """Serve as many addresses as the first table needs; all servers take the key of the first."""
+    port = free_port()
+    servers: list[Server] = []
+    lines = []
+    try:
+        for first in range(0, max(_SIZES), _A_SERVER):
+            mine = names(max(_SIZES))[first : first + _A_SERVER]
+            listen = [f"ListenAddress {host}:{port}" for host in mine]
+            listen.append("MaxStartups 200")  # these are fifteen hosts
+            if servers:
+                listen.append(f"AuthorizedKeysFile {servers[0].folder}/authorized_keys")
+            servers.append(make_server(folder / f"sshd{first}", *listen))
+            kind, key = (servers[-1].folder / "host_key.pub").read_text().split()[:2]
+            lines.append(f"{','.join(f'[{host}]:{port}' for host in mine)} {kind} {key}\n")
+        servers[0].known_hosts.write_text("".join(lines))
+        yield servers[0], port
+    finally:
+        for server in servers:
+            server.stop()
+
+
+def settings_of(folder: Path, port: int) -> Settings:
+    return Settings(
+        ssh_default_host=address(0),
+        ssh_default_port=port,
+        ssh_default_user="tester",
+        ssh_key_path=folder / "id",
+        ssh_known_hosts=folder / "known_hosts",
+        ssh_config=Path("none"),
+        ssh_max_total_connections=2000,
+    )
+
+
+def memory_mb() -> float:
+    """Return what this process has had at most, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def now_mb() -> float:
+    """Return what this process has now, in MB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+@contextmanager
+def fleets_of(settings: Settings) -> Iterator[Fleets]:
+    pool = Pool(settings)
+    commands = Commands(pool, settings)
+    jobs = Jobs(commands, lambda: "k" * 64)
+    fleets = Fleets(commands, jobs, pool)
+    yield fleets
+    fleets.stop()
+    jobs.close()
+    pool.close()
+
+
+def members_of(count: int, port: int) -> list[Member]:
+    return [Member(Node(host), Target("tester", host, port)) for host in names(count)]
+
+
+def seconds_of(work: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def by_us(count: int, folder: Path, port: int) -> dict[str, float]:
+    members = members_of(count, port)
+
+    def run() -> None:
+        result = fleets.execute(
+            "me", members, Task.of("uptime"), timeout=120, on_timeout="detach", cancelled=nobody_cancels
+        )
+        answered = sum(group.count for group in result.groups if group.exit_code == 0)
+        assert answered == count, result.text()
+
+    with fleets_of(settings_of(folder, port)) as fleets:
+        cold = seconds_of(run)
+        warm = statistics.median(seconds_of(run) for _ in range(_WARM))
+        return {"cold": cold, "warm": warm, "memory": memory_mb()}
+
+
+def by_asyncssh(count: int, folder: Path, port: int) -> dict[str, float]:
+    import asyncssh
+
+    known = asyncssh.read_known_hosts(str(folder / "known_hosts"))
+
+    async def run() -> dict[str, float]:
+        gate = asyncio.Semaphore(_FANOUT)
+        kept: dict[str, asyncssh.SSHClientConnection] = {}
+
+        async def uptime(host: str) -> None:
+            async with gate:
+                if host not in kept:
+                    kept[host] = await asyncssh.connect(
+                        host,
+                        port,
+                        username="tester",
+                        client_keys=[str(folder / "id")],
+                        known_hosts=known,
+                        config=None,
+                    )
+                done = await kept[host].run("uptime", check=True)
+                assert done.stdout
+
+        taken = []
+        for _ in range(1 + _WARM):
+            started = time.perf_counter()
+            await asyncio.gather(*(uptime(host) for host in names(count)))
+            taken.append(time.perf_counter() - started)
+        for connection in kept.values():
+            connection.abort()
+        return {"cold": taken[0], "warm": statistics.median(taken[1:]), "memory": memory_mb()}
+
+    return asyncio.run(run())
+
+
+def clush(count: int, folder: Path, port: int) -> list[str]:
+    options = (
+        f"-F none -p {port} -i {folder}/id -o UserKnownHostsFile={folder}/known_hosts -o IdentitiesOnly=yes"
+    )
+    program = Path(sys.executable).with_name("clush")
+    where = folded(member.node for member in members_of(count, port))
+    return [
+        str(program),
+        "-b",
+        "-q",
+        "-f",
+        str(_FANOUT),
+        "-l",
+        "tester",
+        "-o",
+        options,
+        "-w",
+        where,
+        "uptime",
+    ]
+
+
+def by_clush(count: int, folder: Path, port: int) -> dict[str, float]:
+    """Time it, and run it a second time to add up what it and its ssh processes have."""
+    command = clush(count, folder, port)
+
+    def run() -> None:
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("load average") >= 1
+
+    taken = seconds_of(run)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL) as process:
+        most = 0.0
+        while process.poll() is None:
+            most = max(most, sum(proportional_mb(pid) for pid in family(process.pid)))
+            time.sleep(0.2)
+    return {"cold": taken, "warm": taken, "memory": most}
+
+
+def family(pid: int) -> list[int]:
+    """Return a process and what it started."""
+    found = [pid]
+    for one in found:
+        with suppress(OSError):
+            for task in Path(f"/proc/{one}/task").iterdir():
+                found += map(int, (task / "children").read_text().split())
+    return found
+
+
+def proportional_mb(pid: int) -> float:
+    """Return what a process has, with its part of what it shares."""
+    with suppress(OSError, StopIteration):
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("Pss:")).split()[1]) / 1024
+    return 0.0
+
+
+def growth(count: int, folder: Path, port: int) -> dict[str, float]:
+    """Tell what connections take of a process: as they are opened, and while nothing is asked of them."""
+    with fleets_of(settings_of(folder, port)) as fleets:
+        members = members_of(count, port)
+
+        def run() -> None:
+            result = fleets.execute(
+                "me", members, Task.of("true"), timeout=600, on_timeout="detach", cancelled=nobody_cancels
+            )
+            assert result.groups[0].count == count, result.text()
+
+        before, threads = now_mb(), threading.active_count()
+        cold = seconds_of(run)
+        time.sleep(2)
+        memory, more_threads = now_mb() - before, threading.active_count() - threads
+        used = time.process_time()
+        time.sleep(_QUIET_SECONDS)
+        idle = (time.process_time() - used) / _QUIET_SECONDS
+        return {
+            "cold": cold,
+            "warm": statistics.median(seconds_of(run) for _ in range(3)),
+            "memory": memory,
+            "threads": more_threads,
+            "idle": idle,
+        }
+
+
+CONTENDERS = {"clush": by_clush, "asyncssh": by_asyncssh, "us": by_us, "growth": growth}
+
+
+def figures(who: str, count: int, folder: Path, port: int) -> dict[str, float]:
+    """Run one contender in a process of its own."""
+    command: Sequence[str] = [sys.executable, __file__, who, str(count), str(folder), str(port)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, stdin=subprocess.DEVNULL)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def uptime_rows(folder: Path) -> Iterator[Row]:
+    with many_sshds(folder) as (server, port):
+        for count in _SIZES:
+            told = {who: figures(who, count, server.folder, port) for who in ("clush", "asyncssh", "us")}
+            what = f"`uptime` on {count}"
+            for kind, most in (("cold", 1.0), ("warm", 0.15)):
+                yield Row(f"{what}, {kind}", _CLUSH, told["clush"]["cold"], unit="s")
+                yield Row(f"{what}, {kind}", _ASYNCSSH, told["asyncssh"][kind], unit="s")
+                yield Row(f"{what}, {kind}", _US, told["us"][kind], Must(most), unit="s")
+            for who, by in (("clush", _CLUSH), ("asyncssh", _ASYNCSSH), ("us", _US)):
+                yield Row(f"{what}, most memory", by, told[who]["memory"], unit="MB")
+
+
+def growth_rows(folder: Path) -> Iterator[Row]:
+    with ExitStack() as opened:
+        program = Path(__file__).parents[1] / "tests" / "fleet_server.py"
+        command = [sys.executable, str(program), str(folder), str(max(_GROWTH)), "0", "0"]
+        server = opened.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        opened.callback(server.kill)
+        assert server.stdout is not None
+        port = int(server.stdout.readline())
+        for count in _GROWTH:
+            told = figures("growth", count, folder, port)
+            by = f"{count} connections"
+            yield Row("opening them, by one call", by, told["cold"], unit="s")
+            yield Row("`true` on all of them, connected", by, told["warm"], unit="s")
+            yield Row("memory for each", by, told["memory"] * 1000 / count, unit="kB")
+            yield Row("threads", by, told["threads"], unit="")
+            yield Row("CPU while idle", by, told["idle"] * 100, unit="% of a core")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o711)
+        print_table("A fleet in one call, loopback", uptime_rows(folder))
+        (folder / "many").mkdir()
+        print_table("Many connections, loopback", growth_rows(folder / "many"))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        print(json.dumps(CONTENDERS[sys.argv[1]](int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))))
+    else:
+        main()
