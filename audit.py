@@ -309,8 +309,9 @@ def _described(name: str, value: object, arguments: Mapping[str, Any]) -> object
 
 
 def _is_short_list(value: object) -> bool:
-    texts = isinstance(value, list) and all(isinstance(text, str) for text in value)
-    return texts and sum(map(len, value)) <= _LIST_CHARACTERS
+    if not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
+        return False
+    return sum(map(len, value)) <= _LIST_CHARACTERS
 
 
 def _data(value: object) -> bytes:

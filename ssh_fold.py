@@ -207,7 +207,8 @@ def _group(parts: Collection[Part], budget: int) -> Group:
 def _impersonal(message: str, target: Target) -> str:
     """Take a target's names out of a sentence: its own, its host's, the addresses that this leads to."""
     sentence = message.replace(str(target), "this host")
-    return " ".join(_impersonal_word(word, target.host) for word in sentence.split(" "))
+    words = sentence.removeprefix("this host: ").split(" ")
+    return " ".join(_impersonal_word(word, target.host) for word in words)
 
 
 def _impersonal_word(word: str, host: str) -> str:

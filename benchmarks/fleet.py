@@ -20,21 +20,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
 
-from run import Must, Row, print_table
-
-from conftest import Server, free_port, make_server, nobody_cancels
 from fleet_server import address
-from settings import Settings, Target
-from ssh_commands import Commands
-from ssh_fleet import Fleets
-from ssh_fold import Member
-from ssh_jobs import Jobs
-from ssh_nodes import Node, folded
-from ssh_pool import Pool
-from ssh_shells import Task
+
+if TYPE_CHECKING:  # what a contender does not use is not to count as its memory
+    from run import Row
+
+    from conftest import Server
+    from settings import Settings
+    from ssh_fleet import Fleets
+    from ssh_fold import Member
 
 _SIZES = (1, 10, 100, 300)
 _GROWTH = (10, 100, 1000)
@@ -52,8 +50,10 @@ def names(count: int) -> list[str]:
 
 
 @contextmanager
-def many_sshds(folder: Path) -> Iterator[tuple[Server, int]]:
+def many_sshds(folder: Path) -> Iterator[tuple["Server", int]]:
     """Serve as many addresses as the first table needs; all servers take the key of the first."""
+    from conftest import free_port, make_server
+
     port = free_port()
     servers: list[Server] = []
     lines = []
@@ -74,7 +74,9 @@ def many_sshds(folder: Path) -> Iterator[tuple[Server, int]]:
             server.stop()
 
 
-def settings_of(folder: Path, port: int) -> Settings:
+def settings_of(folder: Path, port: int) -> "Settings":
+    from settings import Settings
+
     return Settings(
         ssh_default_host=address(0),
         ssh_default_port=port,
@@ -98,7 +100,12 @@ def now_mb() -> float:
 
 
 @contextmanager
-def fleets_of(settings: Settings) -> Iterator[Fleets]:
+def fleets_of(settings: "Settings") -> Iterator["Fleets"]:
+    from ssh_commands import Commands
+    from ssh_fleet import Fleets
+    from ssh_jobs import Jobs
+    from ssh_pool import Pool
+
     pool = Pool(settings)
     commands = Commands(pool, settings)
     jobs = Jobs(commands, lambda: "k" * 64)
@@ -109,7 +116,11 @@ def fleets_of(settings: Settings) -> Iterator[Fleets]:
     pool.close()
 
 
-def members_of(count: int, port: int) -> list[Member]:
+def members_of(count: int, port: int) -> "list[Member]":
+    from settings import Target
+    from ssh_fold import Member
+    from ssh_nodes import Node
+
     return [Member(Node(host), Target("tester", host, port)) for host in names(count)]
 
 
@@ -119,20 +130,21 @@ def seconds_of(work: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
+def execute(fleets: "Fleets", members: "list[Member]", command: str) -> None:
+    """Run a command on all of them, successfully."""
+    from ssh_shells import Task
+
+    result = fleets.execute(
+        "me", members, Task.of(command), timeout=600, on_timeout="detach", cancelled=lambda: None
+    )
+    assert sum(group.count for group in result.groups if group.exit_code == 0) == len(members), result.text()
+
+
 def by_us(count: int, folder: Path, port: int) -> dict[str, float]:
     members = members_of(count, port)
-
-    def run() -> None:
-        result = fleets.execute(
-            "me", members, Task.of("uptime"), timeout=120, on_timeout="detach", cancelled=nobody_cancels
-        )
-        answered = sum(group.count for group in result.groups if group.exit_code == 0)
-        assert answered == count, result.text()
-
     with fleets_of(settings_of(folder, port)) as fleets:
-        cold = seconds_of(run)
-        warm = statistics.median(seconds_of(run) for _ in range(_WARM))
-        return {"cold": cold, "warm": warm, "memory": memory_mb()}
+        cold, *warm = (seconds_of(lambda: execute(fleets, members, "uptime")) for _ in range(1 + _WARM))
+        return {"cold": cold, "warm": statistics.median(warm), "memory": memory_mb()}
 
 
 def by_asyncssh(count: int, folder: Path, port: int) -> dict[str, float]:
@@ -175,7 +187,7 @@ def clush(count: int, folder: Path, port: int) -> list[str]:
         f"-F none -p {port} -i {folder}/id -o UserKnownHostsFile={folder}/known_hosts -o IdentitiesOnly=yes"
     )
     program = Path(sys.executable).with_name("clush")
-    where = folded(member.node for member in members_of(count, port))
+    where = ",".join(names(count))
     return [
         str(program),
         "-b",
@@ -232,15 +244,8 @@ def growth(count: int, folder: Path, port: int) -> dict[str, float]:
     """Tell what connections take of a process: as they are opened, and while nothing is asked of them."""
     with fleets_of(settings_of(folder, port)) as fleets:
         members = members_of(count, port)
-
-        def run() -> None:
-            result = fleets.execute(
-                "me", members, Task.of("true"), timeout=600, on_timeout="detach", cancelled=nobody_cancels
-            )
-            assert result.groups[0].count == count, result.text()
-
         before, threads = now_mb(), threading.active_count()
-        cold = seconds_of(run)
+        cold = seconds_of(lambda: execute(fleets, members, "true"))
         time.sleep(2)
         memory, more_threads = now_mb() - before, threading.active_count() - threads
         used = time.process_time()
@@ -248,7 +253,7 @@ def growth(count: int, folder: Path, port: int) -> dict[str, float]:
         idle = (time.process_time() - used) / _QUIET_SECONDS
         return {
             "cold": cold,
-            "warm": statistics.median(seconds_of(run) for _ in range(3)),
+            "warm": statistics.median(seconds_of(lambda: execute(fleets, members, "true")) for _ in range(3)),
             "memory": memory,
             "threads": more_threads,
             "idle": idle,
@@ -266,20 +271,24 @@ def figures(who: str, count: int, folder: Path, port: int) -> dict[str, float]:
     return found
 
 
-def uptime_rows(folder: Path) -> Iterator[Row]:
+def uptime_rows(folder: Path) -> Iterator["Row"]:
+    from run import Must, Row
+
     with many_sshds(folder) as (server, port):
         for count in _SIZES:
             told = {who: figures(who, count, server.folder, port) for who in ("clush", "asyncssh", "us")}
             what = f"`uptime` on {count}"
             for kind, most in (("cold", 1.0), ("warm", 0.15)):
-                yield Row(f"{what}, {kind}", _CLUSH, told["clush"]["cold"], unit="s")
-                yield Row(f"{what}, {kind}", _ASYNCSSH, told["asyncssh"][kind], unit="s")
-                yield Row(f"{what}, {kind}", _US, told["us"][kind], Must(most), unit="s")
+                yield Row(f"{what}, {kind}", _CLUSH, 1000 * told["clush"]["cold"])
+                yield Row(f"{what}, {kind}", _ASYNCSSH, 1000 * told["asyncssh"][kind])
+                yield Row(f"{what}, {kind}", _US, 1000 * told["us"][kind], Must(most))
             for who, by in (("clush", _CLUSH), ("asyncssh", _ASYNCSSH), ("us", _US)):
                 yield Row(f"{what}, most memory", by, told[who]["memory"], unit="MB")
 
 
-def growth_rows(folder: Path) -> Iterator[Row]:
+def growth_rows(folder: Path) -> Iterator["Row"]:
+    from run import Row
+
     with ExitStack() as opened:
         program = Path(__file__).parents[1] / "tests" / "fleet_server.py"
         command = [sys.executable, str(program), str(folder), str(max(_GROWTH)), "0", "0"]
@@ -290,14 +299,16 @@ def growth_rows(folder: Path) -> Iterator[Row]:
         for count in _GROWTH:
             told = figures("growth", count, folder, port)
             by = f"{count} connections"
-            yield Row("opening them, by one call", by, told["cold"], unit="s")
-            yield Row("`true` on all of them, connected", by, told["warm"], unit="s")
+            yield Row("opening them, by one call", by, 1000 * told["cold"])
+            yield Row("`true` on all of them, connected", by, 1000 * told["warm"])
             yield Row("memory for each", by, told["memory"] * 1000 / count, unit="kB")
             yield Row("threads", by, told["threads"], unit="")
-            yield Row("CPU while idle", by, told["idle"] * 100, unit="% of a core")
+            yield Row("processor time in a second of quiet", by, 1000 * told["idle"])
 
 
 def main() -> None:
+    from run import print_table
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o711)

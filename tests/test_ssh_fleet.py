@@ -1,7 +1,9 @@
 """One command on many machines: on 300 addresses of this one, of which some are down, hang or refuse the key."""
 
 import asyncio
+import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -90,17 +92,27 @@ class Side:
         self.told.append((done, running, failed, count))
 
     def execute(self, command: str, *numbers: int, **given: Any) -> FleetResult:
-        usual = {"timeout": 60, "on_timeout": "detach", "cancelled": nobody_cancels, "progress": self}
+        usual: dict[str, Any] = {
+            "timeout": 60,
+            "on_timeout": "detach",
+            "cancelled": nobody_cancels,
+            "progress": self,
+        }
         return self.fleets.execute("me", self.hosts.members(*numbers), Task.of(command), **(usual | given))
 
     def start(self, command: str, *numbers: int, **given: Any) -> FleetResult:
-        usual = {"timeout": 60, "cancelled": nobody_cancels, "progress": self}
+        usual: dict[str, Any] = {"timeout": 60, "cancelled": nobody_cancels, "progress": self}
         return self.fleets.start_background(
             "me", self.hosts.members(*numbers), Task.of(command), **(usual | given)
         )
 
     def go_on(self, before: FleetResult, owner: str = "me", **given: Any) -> FleetResult:
-        usual = {"timeout": 60, "on_timeout": "detach", "cancelled": nobody_cancels, "progress": self}
+        usual: dict[str, Any] = {
+            "timeout": 60,
+            "on_timeout": "detach",
+            "cancelled": nobody_cancels,
+            "progress": self,
+        }
         return self.fleets.go_on(owner, before.job_id or "", **(usual | given))
 
 
@@ -209,8 +221,7 @@ def test_many_that_connect_at_once_do_not_take_the_room_from_each_other(hosts: H
     with open_side(hosts, ssh_max_total_connections=2) as side:
         results: list[FleetResult] = []
         calls = [
-            threading.Thread(target=lambda n=n: results.append(side.execute("echo up", n)))  # type: ignore[misc]
-            for n in range(12)
+            threading.Thread(target=lambda n=n: results.append(side.execute("echo up", n))) for n in range(12)
         ]
         for call in calls:
             call.start()
@@ -600,3 +611,38 @@ def test_hosts_of_an_answer_name_the_same_hosts_in_the_next_call(call: Call) -> 
     second = call(command="true", hosts=[first]).structured_content["groups"][0]["hosts"]
     assert len(nodes([first])) == 4
     assert first == second
+
+
+def test_commands_of_the_page_about_fleets_work(hosts: Hosts, tmp_path: Path) -> None:
+    """Three of its `web` machines are addresses of this one, by an SSH configuration."""
+    page = (Path(__file__).parents[1] / "docs" / "fleet.md").read_text()
+    commands = re.findall(r"```bash\n(.*?)\n```", page, re.DOTALL)
+    assert len(commands) == 3
+    (tmp_path / ".venv").symlink_to(Path(__file__).parents[1] / ".venv")
+    (tmp_path / ".ssh").mkdir(mode=0o700)
+    config = tmp_path / ".ssh" / "config"
+    config.touch(0o600)
+    config.write_text(
+        f"Host *\nPort {hosts.port}\nUser tester\nIdentityFile {hosts.folder}/id\n"
+        f"UserKnownHostsFile {hosts.folder}/known_hosts\n"
+        + "".join(f"Host web0{n}\nHostName {address(n - 1)}\n" for n in (1, 2, 3))
+    )
+    done = subprocess.run(
+        ["bash", "-e", "-c", "\n".join(commands)],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    decoder = json.JSONDecoder()
+    first, end = decoder.raw_decode(done.stdout.lstrip())
+    second, _ = decoder.raw_decode(done.stdout.lstrip()[end:].lstrip())
+    assert [(group["hosts"], group["stdout"]) for group in first["groups"]] == [("web[01-03]", "Linux\n")]
+    assert [(group["hosts"], group["exit_code"]) for group in second["groups"]] == [("web01", 1)]
+    (error,) = second["errors"]
+    assert (error["hosts"], error["message"]) == (
+        "web[02-03]",
+        "not begun: max_failures=1 was reached before",
+    )
