@@ -9,8 +9,8 @@ Invariants:
 
 - A command is sent to a target at most once. What did not begin is told as an error, never left out.
 - A call that is cancelled ends what it began, on every target. One that asks for a job, and goes away, ends nothing.
-- Memory is bounded: a fleet keeps `_FLEET_BYTES` of output at most, and those that have ended `_ENDED_BYTES` together,
-  for an hour.
+- Memory is bounded: a fleet keeps what `kept_of` allows of each stream, and those that have ended keep `_ENDED_BYTES`
+  together, for an hour.
 """
 
 import secrets

@@ -72,7 +72,7 @@ class Job:
         self.running: Running | None = running
         self.ended_at: float | None = None
         self._changed = changed
-        self._over = over
+        self.over = over
 
     @property
     def target(self) -> Target:
@@ -109,8 +109,8 @@ class Job:
             self.ended_at = time.monotonic()
             self.running = None
             self._changed.notify_all()
-        if self._over is not None:
-            self._over(self)
+        if self.over is not None:
+            self.over(self)
 
     def wait(self, deadline: float, cancelled: Cancelled, progress: Progress = untold) -> bool:
         """Wait for its end; return whether it has ended. Raises what `cancelled` raises."""
@@ -166,7 +166,10 @@ class Jobs:
         return self._answer(self.follow(owner, ended), (0, 0))
 
     def follow(self, owner: str, running: Running, over: Callable[[Job], None] | None = None) -> Job:
-        """Drain a command that was handed over until it ends; `over` is called with its job then, and must not wait."""
+        """Drain a command that was handed over until it ends.
+
+        With `over`, which is called with the job then and must not wait, the caller answers for it from there on.
+        """
         job = Job(running, owner, self._changed, over)
         with self._books:
             self._forget_old()
@@ -370,7 +373,8 @@ class Jobs:
         )
         held = sum(job.held_bytes for job in ended)
         for job in ended:
-            if time.monotonic() - (job.ended_at or 0) > _ANSWERS_SECONDS or held > _ENDED_BYTES:
+            old = time.monotonic() - (job.ended_at or 0) > _ANSWERS_SECONDS
+            if old or held > _ENDED_BYTES or job.over is not None:
                 held -= job.held_bytes
                 del self._jobs[job.name]
 
