@@ -48,11 +48,21 @@ from late_services import AfterTheList, LateServices
 from schemas import Inlined
 from server import Server
 from settings import Settings, SettingsError
-from ssh_answers import Closed, CommandResult, EditedFile, FileContent, Listing, WrittenFile
+from ssh_answers import (
+    EXECUTE_SCHEMA,
+    Closed,
+    CommandResult,
+    EditedFile,
+    FileContent,
+    FleetResult,
+    Listing,
+    WrittenFile,
+)
 from ssh_edits import Edit
 from ssh_errors import ArgumentError, RefusedError, SSHError
 from ssh_kill import Signal
 from ssh_policy import WRITING_TOOLS, AllowedCommands, Reach, no_writing, warnings
+from ssh_rounds import MOST_AT_ONCE, PARALLEL
 from ssh_shells import Task
 from ssh_system import SystemInfo
 
@@ -187,6 +197,7 @@ Hash = Annotated[
 @mcp.tool(
     title="Run a command",
     annotations={"readOnlyHint": False, "destructiveHint": True, "openWorldHint": True},
+    output_schema=EXECUTE_SCHEMA,
 )
 @answers
 def ssh_execute(
@@ -209,17 +220,28 @@ def ssh_execute(
     job_id: Annotated[str | None, Field(description="Instead of command: wait on for a running job")] = None,
     cursor: Annotated[str | None, Field(description="Only what came after that answer of the job")] = None,
     signal: Annotated[Signal | None, Field(description="Send it to the job first")] = None,
+    hosts: Annotated[
+        list[str] | None,
+        Field(description="Run it on all of these: [user@]host[:port], node sets such as web[01-20]"),
+    ] = None,
+    max_parallel: Annotated[
+        int, Field(description="With hosts: how many at a time", ge=1, le=MOST_AT_ONCE)
+    ] = PARALLEL,
+    max_failures: Annotated[
+        int | None, Field(description="With hosts: begin nothing more after so many", ge=1)
+    ] = None,
     host: Host = None,
     user: User = None,
     port: Port = None,
-) -> CommandResult:
+) -> CommandResult | FleetResult:
     """Run a command line on a machine and wait for it; or, with job_id, go on waiting for one that still runs.
 
     Use it for anything that the file tools do not do: services, packages, logs, processes, pipelines. Returns
     status, exit code, stdout and stderr (head and tail of long output, with what was left out counted). A non-zero
     exit code is a result, not an error. There is no terminal: pass -y or --no-pager where a program would ask or
     page. A command over its timeout is not lost: the answer says running, with a job_id and a cursor to pass to the
-    next call, which waits again and returns what came since. Background processes do not hold the call.
+    next call, which waits again and returns what came since. Background processes do not hold the call. With hosts
+    it runs on many machines, and what went the same way on several is told once, in groups.
     """
     ssh = _ssh()
     if ssh.no_running:
@@ -230,7 +252,7 @@ def ssh_execute(
             raise ArgumentError(
                 "give a command, or the job_id of a running one; cursor and signal need job_id"
             )
-        target = ssh.reach.target_unasked(host, user, port)
+        run = ssh.runner(hosts, host, user, port, max_parallel, max_failures)
         through = ssh.through_sudo(sudo)
         task = Task.of(ssh.allowed.approved(command, env), cwd, env, input, sudo=through)
         if background and on_timeout == "kill":
@@ -242,12 +264,13 @@ def ssh_execute(
                 "background and sudo do not go together: without background it runs on as a job after its timeout, and "
                 "systemd-run (with sudo) starts what must outlive the connection; nothing was run"
             )
-        confirm.ask(lambda: questions.running(target, task, background=background))
+        confirm.ask(lambda: questions.running(run.where, task, background=background))
         if background:
-            return ssh.jobs.start_background(identity(), target, task, timeout=timeout, cancelled=_cancelled)
-        return ssh.jobs.execute(
+            return run.start_background(
+                identity(), task, timeout=timeout, cancelled=_cancelled, progress=Telling()
+            )
+        return run.execute(
             identity(),
-            target,
             task,
             timeout=timeout,
             on_timeout=on_timeout,
@@ -258,13 +281,12 @@ def ssh_execute(
         raise ArgumentError(
             "give a command or a job_id, not both; command, cwd, env, input, background and sudo begin a new command"
         )
-    if host is not None or user is not None or port is not None:
-        raise ArgumentError("a job_id says where its job runs; leave host, user and port out")
-    runs_on = ssh.jobs.target_of(identity(), job_id)
-    ssh.reach.target_unasked(runs_on.host, runs_on.user, runs_on.port)
+    if any(named is not None for named in (host, user, port, hosts, max_failures)):
+        raise ArgumentError("a job_id says where its job runs; leave host, hosts, user and port out")
+    keeper, where = ssh.keeper(identity(), job_id)
     if signal is not None or on_timeout == "kill":
-        confirm.ask(lambda: questions.signalling(runs_on, ssh.jobs.described(identity(), job_id), signal))
-    return ssh.jobs.go_on(
+        confirm.ask(lambda: questions.signalling(where, keeper.described(identity(), job_id), signal))
+    return keeper.go_on(
         identity(),
         job_id,
         cursor=cursor,

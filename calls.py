@@ -345,11 +345,16 @@ class Telling:
 
     def __call__(self, seconds: float, size: int, line: str) -> None:
         message = f"{seconds:.0f} s, {size} bytes" + (f": {line}" if line else "")
-        anyio.from_thread.run_sync(self._send, seconds, message)
+        anyio.from_thread.run_sync(self._send, seconds, None, message)
 
-    def _send(self, seconds: float, message: str) -> None:
+    def of_fleet(self, done: int, running: int, failed: int, count: int) -> None:
+        """Tell how many of a fleet's targets are done, running and failed, and of how many."""
+        message = f"done {done}, running {running}, failed {failed} of {count}"
+        anyio.from_thread.run_sync(self._send, done + failed, count, message)
+
+    def _send(self, progress: float, total: float | None, message: str) -> None:
         if self._sending is None or self._sending.done():
-            self._sending = asyncio.create_task(self._context.report_progress(seconds, None, message))
+            self._sending = asyncio.create_task(self._context.report_progress(progress, total, message))
             self._sending.add_done_callback(_untold)
 
 

@@ -19,7 +19,7 @@ Invariants:
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -135,6 +135,8 @@ def ask(question: Callable[[], str]) -> None:
 class _Reach(Protocol):
     def target(self, host: str | None, user: str | None, port: int | None) -> Target: ...
 
+    def targets(self, named: Iterable[tuple[str, str | None, int | None]]) -> list[Target]: ...
+
     def every(self) -> None: ...
 
 
@@ -153,6 +155,10 @@ class AskingReach:
     def target_unasked(self, host: str | None, user: str | None, port: int | None) -> Target:
         """Return it for a tool that asks by itself, since it has more to show, or that only reads this time."""
         return self._reach.target(host, user, port)
+
+    def targets_unasked(self, named: Iterable[tuple[str, str | None, int | None]]) -> list[Target]:
+        """Return the targets of a fleet, for a tool that asks by itself."""
+        return self._reach.targets(named)
 
     def every(self) -> None:
         """Note that a call means all targets. Raises what `target` raises."""

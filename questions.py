@@ -26,14 +26,14 @@ _EXCERPT_CHARACTERS = 1500
 _EXCERPT_LINES = 25
 
 
-def running(target: Target, task: Task, *, background: bool) -> str:
+def running(place: str, task: Task, *, background: bool) -> str:
     """Ask whether a command may be run. Raises RefusedError for one that is too long to be shown."""
     conditions = [
         f"in the directory {one_line(task.cwd)}" if task.cwd else "",
         "as root through sudo" if task.sudo else "",
         "in the background, where it outlives this server" if background else "",
     ]
-    where = ", ".join([f"on {target}", *filter(None, conditions)])
+    where = ", ".join([f"on {place}", *filter(None, conditions)])
     variables = "\n".join(f"{name}={one_line(value)}" for name, value in sorted(task.env.items()))
     exact = f"Run this {where}?\n\n{_quoted(task.command)}"
     if variables:
@@ -46,10 +46,10 @@ def running(target: Target, task: Task, *, background: bool) -> str:
     return exact + (f"\n\nIt reads {_excerpt(task.stdin)}" if task.stdin else "")
 
 
-def signalling(target: Target, job: str, signal: Signal | None) -> str:
+def signalling(place: str, job: str, signal: Signal | None) -> str:
     """Ask whether a job may be sent a signal; without one, whether it may be killed when its time is over."""
     deed = f"Send SIG{signal} to" if signal else "Kill, once the time of this call is over,"
-    return f"{deed} this on {target}?\n\n{_quoted(job)}"
+    return f"{deed} this on {place}?\n\n{_quoted(job)}"
 
 
 def writing(

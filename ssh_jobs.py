@@ -80,13 +80,16 @@ class Job:
     An ended job holds its report alone, since it is kept for long.
     """
 
-    def __init__(self, running: Running, owner: str, changed: threading.Condition) -> None:
+    def __init__(
+        self, running: Running, owner: str, changed: threading.Condition, over: Callable[["Job"], None] | None
+    ) -> None:
         self.name = f"d{secrets.token_hex(8)}"
         self.owner = owner
         self.report = running.report
         self.running: Running | None = running
         self.ended_at: float | None = None
         self._changed = changed
+        self.over = over
 
     @property
     def target(self) -> Target:
@@ -123,6 +126,8 @@ class Job:
             self.ended_at = time.monotonic()
             self.running = None
             self._changed.notify_all()
+        if self.over is not None:
+            self.over(self)
 
     def wait(self, deadline: float, cancelled: Cancelled, progress: Progress = untold) -> bool:
         """Wait for its end; return whether it has ended. Raises what `cancelled` raises."""
@@ -176,15 +181,24 @@ class Jobs:
         )
         if isinstance(ended, CommandResult):
             return ended
-        job = Job(ended, owner, self._changed)
+        job = self.follow(owner, ended)
+        with self._books:
+            self._begun.append(_begun(job.name, owner, target, task))
+        return self._answer(job, (0, 0))
+
+    def follow(self, owner: str, running: Running, over: Callable[[Job], None] | None = None) -> Job:
+        """Drain a command that was handed over until it ends.
+
+        With `over`, which is called with the job then and must not wait, the caller answers for it from there on.
+        """
+        job = Job(running, owner, self._changed, over)
         with self._books:
             self._forget_old()
             self._jobs[job.name] = job
-            self._begun.append(_begun(job.name, owner, target, task))
-        ended.exchange.stir(self._stirred)
+        running.exchange.stir(self._stirred)
         self._stirred.set()
         self._drive()
-        return self._answer(job, (0, 0))
+        return job
 
     def start_background(
         self, owner: str, target: Target, task: Task, *, cancelled: Cancelled, timeout: float = 45
@@ -193,7 +207,7 @@ class Jobs:
 
         Raises what `run` raises, and SSHError when it could not be started.
         """
-        name = f"{_BACKGROUND}{int(time.time()):x}-{secrets.token_hex(8)}"
+        name = new_background_name()
         self._key()
         self._commands.start_background(target, replace(task, job=name), timeout=timeout, cancelled=cancelled)
         with self._books:
@@ -257,7 +271,7 @@ class Jobs:
         seen = _offsets(cursor)
         name, target = self._opened(owner, job_id)
         if name.startswith(_BACKGROUND):
-            look = self._look(
+            look = self.look(
                 name, target, seen, deadline, cancelled, progress, signal, end=on_timeout == "kill"
             )
             return self._looked(owner, name, target, look, seen)
@@ -291,38 +305,44 @@ class Jobs:
             handle = self._signed(job.owner, job.name, job.target)
         return result.model_copy(update={"job_id": handle, "cursor": cursor})
 
-    def _handles(self, owner: str) -> URLSafeSerializer:
+    def handles(self, owner: str, of: str = "job") -> URLSafeSerializer:
+        """Return what signs `owner`'s handles of jobs, or of something else. Raises SSHError without a key."""
         return URLSafeSerializer(
-            self._key(), salt=f"ssh-mcp-server job of {owner}", signer_kwargs={"digest_method": sha256}
+            self._key(), salt=f"ssh-mcp-server {of} of {owner}", signer_kwargs={"digest_method": sha256}
         )
 
     def _opened(self, owner: str, job_id: str) -> tuple[str, Target]:
         try:
-            name, user, host, port = self._handles(owner).loads(job_id)
+            name, user, host, port = self.handles(owner).loads(job_id)
         except (BadSignature, UnicodeError):
             raise ArgumentError("unknown job: this job_id was not given out to you by this server") from None
         return name, Target(user, host, port)
 
-    def _look(
+    def look(
         self,
         name: str,
         target: Target,
         seen: tuple[int, int],
         deadline: float,
         cancelled: Cancelled,
-        progress: Progress,
-        signal: Signal | None,
+        progress: Progress = untold,
+        signal: Signal | None = None,
         *,
-        end: bool,
+        end: bool = False,
+        budget: int | None = None,
     ) -> Look:
-        """Wait for a background job and look at it, after sending it a signal; with `end` end it at the deadline."""
+        """Wait for a background job and look at it, after sending it a signal; with `end` end it at the deadline.
+
+        Of each stream `budget` bytes are fetched from both ends, by default as many as an answer shows. Raises
+        ArgumentError when there is no such job, SSHError when it could not be reached or signalled.
+        """
         if signal is not None:
             answer = self._sh(target, ssh_background.signalling(name, signal), cancelled).split()
             if answer not in ([signal.encode()], [b"ended"]):
                 raise SSHError(
                     f"{target}: SIG{signal} was not delivered; the job may just have ended. Ask again"
                 )
-        budget = self._commands.budget
+        budget = budget or self._commands.budget
         told = _told_from_afar(progress)
         unkilled: str | None = None
         while True:
@@ -380,13 +400,13 @@ class Jobs:
             target=str(target),
             job_id=self._signed(owner, name, target),
             cursor=f"{min(seen[0], look.sizes[0]) + out.total}.{min(seen[1], look.sizes[1]) + err.total}",
-            stdout_path=f"~/{ssh_background.FOLDER}/{name}/stdout",
-            stderr_path=f"~/{ssh_background.FOLDER}/{name}/stderr",
+            stdout_path=ssh_background.path_of(name, "stdout"),
+            stderr_path=ssh_background.path_of(name, "stderr"),
             note=look.note,
         )
 
     def _signed(self, owner: str, name: str, target: Target) -> str:
-        return str(self._handles(owner).dumps([name, *astuple(target)]))
+        return str(self.handles(owner).dumps([name, *astuple(target)]))
 
     def _found(self, name: str) -> Job:
         with self._books:
@@ -406,7 +426,8 @@ class Jobs:
         )
         held = sum(job.held_bytes for job in ended)
         for job in ended:
-            if time.monotonic() - (job.ended_at or 0) > _ANSWERS_SECONDS or held > _ENDED_BYTES:
+            old = time.monotonic() - (job.ended_at or 0) > _ANSWERS_SECONDS
+            if old or held > _ENDED_BYTES or job.over is not None:
                 held -= job.held_bytes
                 del self._jobs[job.name]
 
@@ -463,6 +484,11 @@ def _told_from_afar(progress: Progress) -> Progress:
             progress(time.monotonic() - began_at, int(so_far), last)
 
     return tell
+
+
+def new_background_name() -> str:
+    """Return a name that no background job has."""
+    return f"{_BACKGROUND}{int(time.time()):x}-{secrets.token_hex(8)}"
 
 
 def _offsets(cursor: str | None) -> tuple[int, int]:

@@ -330,7 +330,7 @@ def test_question_about_an_edit_shows_its_diff_and_about_a_file_what_is_there(er
 def test_page_shows_a_question_as_it_is_asked() -> None:
     page = (Path(__file__).parents[1] / "docs" / "model.md").read_text()
     task = Task.of("systemctl restart nginx", "/srv/app", sudo=Sudo(None))
-    asked = questions.running(Target("deploy", "web1", 22), task, background=False)
+    asked = questions.running(str(Target("deploy", "web1", 22)), task, background=False)
     assert f"```text\n{asked}\n```" in page
 
 
