@@ -114,6 +114,14 @@ def certify(walk: Walk) -> None:
     )
 
 
+CHECK = f"sudo -u ssh-mcp-server /opt/ssh-mcp-server/.venv/bin/ssh-mcp-server --env-file {SETTINGS} check"
+
+
+def look(walk: Walk) -> None:
+    """Run the check, to which Google cannot be reached there."""
+    walk.said[CHECK] = walk.machine.run(CHECK).stdout
+
+
 STAND_INS: dict[str, Callable[[Walk], object]] = {
     # asks a person
     "editor /etc/ssh-mcp-server/env": fill_in,
@@ -123,6 +131,8 @@ STAND_INS: dict[str, Callable[[Walk], object]] = {
     "apt-get install -y nginx certbot python3-certbot-nginx": lambda walk: walk.run(
         "apt-get install --simulate nginx certbot python3-certbot-nginx && systemctl start nginx"
     ),
+    # fails without Google
+    CHECK: look,
     # needs a public name, and Let's Encrypt
     'certbot certonly --nginx --deploy-hook "systemctl reload nginx" -d mcp.example.com': certify,
 }
@@ -248,6 +258,10 @@ def test_trail_tells_who_did_what(walk: Walk) -> None:
     shown = walk.output_of("/opt/ssh-mcp-server/.venv/bin/ssh-mcp-server audit show")
     assert "you@gmail.com  ssh_execute  deploy@web1.example.com:22" in shown
     assert "REFUSED" in shown
+
+
+def test_check_finds_the_way_to_the_host(walk: Walk) -> None:
+    assert "deploy@web1.example.com" in walk.said[CHECK]
 
 
 def test_upgrade_takes_what_is_new(walk: Walk) -> None:
