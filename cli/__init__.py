@@ -93,12 +93,13 @@ def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         epilog="Exit status: 0 nothing is wrong, 1 something is, 2 the settings do not load. The settings file is "
         "named before the command: ssh-mcp-server --env-file FILE check",
     )
-    parser.add_argument(
+    hosts = parser.add_argument(
         "hosts",
         nargs="*",
         metavar="HOST",
         help="further targets, as [user@]host[:port], beside the default one",
     )
+    completion.offer(hosts, completion.hosts)
     parser.add_argument(
         "--http", action="store_true", help="check HTTP and the login as well, even where they are not set up"
     )

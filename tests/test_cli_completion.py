@@ -37,6 +37,8 @@ COMPLETED = [
     ("config codex --env SSH_DEFAULT_H", "config codex --env SSH_DEFAULT_HOST="),
     ("config codex --env SSH_DEFAULT_HOST=bui", "config codex --env SSH_DEFAULT_HOST=builder"),
     ("config codex --env SSH_DEFAULT_HOST=db", "config codex --env SSH_DEFAULT_HOST=db.example.com"),
+    ("check bui", "check builder"),
+    ("check --js", "check --json"),
     ("completion fi", "completion fish"),
 ]
 
