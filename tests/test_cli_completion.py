@@ -38,7 +38,6 @@ COMPLETED = [
     ("config codex --env SSH_DEFAULT_HOST=bui", "config codex --env SSH_DEFAULT_HOST=builder"),
     ("config codex --env SSH_DEFAULT_HOST=db", "config codex --env SSH_DEFAULT_HOST=db.example.com"),
     ("check bui", "check builder"),
-    ("check me@db", "check me@db.example.com"),
     ("check --js", "check --json"),
     ("completion fi", "completion fish"),
 ]
