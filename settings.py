@@ -10,7 +10,9 @@ import ipaddress
 import os
 import stat
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 from urllib.parse import urlsplit
@@ -27,6 +29,7 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
 )
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 __version__ = "0.1.0"
@@ -53,7 +56,14 @@ _url = TypeAdapter(AnyHttpUrl, config=ConfigDict(url_preserve_empty_path=True))
 
 
 class SettingsError(Exception):
-    """A variable cannot be used; `str()` is one line that names it, what it holds, and what would do."""
+    """A variable cannot be used; `str()` is one line that names it, what it holds, and what would do.
+
+    `problems` are such lines on everything that was found together, that one first.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(problems[0])
+        self.problems = problems
 
 
 @dataclass(frozen=True)
@@ -184,7 +194,7 @@ def os_user() -> str:
     """Return the name of the account that this process runs as, an empty one if it has none."""
     try:
         return getpass.getuser()
-    except (OSError, KeyError):
+    except (OSError, KeyError, ImportError):  # the last on Windows, before Python 3.13
         return ""  # no account name: the operator is asked for one
 
 
@@ -382,12 +392,13 @@ def login(current: Settings, base_url: str | None = None) -> Login:
     """Return the OAuth configuration, without which HTTP is not served.
 
     `base_url` is what the server really listens on, if not what the settings say; without PUBLIC_BASE_URL it is the
-    URL that clients see, as long as only this machine can reach it. Raises SettingsError for the first variable that
-    is missing or cannot be used.
+    URL that clients see, as long as only this machine can reach it. Raises SettingsError for the variables that are
+    missing or cannot be used.
     """
-    names = ("jwt_secret", "session_secret", "oauth_code_secret")
-    keys = {name: _signing_keys(name, _needed(current, name)) for name in names}
-    every = [key for name in names for key in set(keys[name])]
+    if problems := _missing(current, base_url):
+        raise SettingsError(*problems)
+    keys = {name: _signing_keys(current, name) for name in SIGNING_KEYS}
+    every = [key for name in SIGNING_KEYS for key in set(keys[name])]
     if len(set(every)) != len(every):
         raise SettingsError(f"JWT_SECRET, SESSION_SECRET and OAUTH_CODE_SECRET share a value; {_MAKE_SECRET}")
     return Login(
@@ -410,17 +421,35 @@ def http_url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def _missing(current: Settings, base_url: str | None) -> list[str]:
+    """Return a sentence on each variable that a login needs and cannot use as it is."""
+    others = ("google_client_id", "google_client_secret", "allowed_email")
+    demands: list[Callable[[], object]] = [
+        *(partial(_signing_keys, current, name) for name in SIGNING_KEYS),
+        partial(_public_url, current, base_url),
+        *(partial(_needed, current, name) for name in others),
+    ]
+    problems = []
+    for demand in demands:
+        try:
+            demand()
+        except SettingsError as error:
+            problems.append(str(error))
+    return problems
+
+
 def _needed(current: Settings, name: str) -> str:
     value = getattr(current, name)
     text = value.get_secret_value() if isinstance(value, SecretStr) else value
     if text and text.strip():
         return str(text).strip()
     description = Settings.model_fields[name].description
-    remedy = f"{description}; {_MAKE_SECRET}" if name in _SIGNING else f"give {description}"
+    remedy = f"{description}; {_MAKE_SECRET}" if name in SIGNING_KEYS else f"give {description}"
     raise SettingsError(f"{name.upper()} is not set, and HTTP is not served without a login; {remedy}")
 
 
-def _signing_keys(name: str, text: str) -> tuple[bytes, ...]:
+def _signing_keys(current: Settings, name: str) -> tuple[bytes, ...]:
+    text = _needed(current, name)
     keys = tuple(part.strip().encode() for part in text.split(","))
     if any(len(key) < _SECRET_BYTES for key in keys):
         raise SettingsError(f"{name.upper()} has fewer than {_SECRET_BYTES} bytes; {_MAKE_SECRET}")
@@ -490,47 +519,64 @@ def _usual_env_files() -> list[Path]:
 
 def load(named_file: Path | None = None) -> Settings:
     """Read and check all settings. Raises SettingsError, whose text is one line for the operator."""
-    values = _file_values(env_file(named_file))
+    values, problems = _file_values(env_file(named_file))
     try:
-        return Settings(**values)
+        loaded = Settings(**values)
     except ValidationError as error:
-        raise SettingsError(_sentence(error)) from None
+        problems += [_sentence(fault) for fault in error.errors(include_url=False, include_context=False)]
+    if problems:
+        raise SettingsError(*problems)
+    return loaded
 
 
-def _file_values(path: Path | None) -> dict[str, Any]:
+def assigned_names(path: Path) -> list[str]:
+    """Return the names that a settings file assigns to, as they stand there. Raises SettingsError as `load` does."""
+    return [binding.key for binding in _bindings(path)[0] if binding.key and binding.value is not None]
+
+
+def _file_values(path: Path | None) -> tuple[dict[str, Any], list[str]]:
+    """Return what a file assigns, and a sentence on each thing that is wrong with it."""
     if path is None:
-        return {}
+        return {}, []
+    bindings, mode = _bindings(path)
+    wrong = [binding for binding in bindings if _is_wrong(binding)]
+    problems = [_not_understood(binding, path) for binding in wrong]
+    values = {binding.key.lower(): binding.value for binding in bindings if binding.key and binding.value}
+    holds_secret = _SECRETS & values.keys() or "@" in (values.get("state_url") or "")
+    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO) and holds_secret:
+        problems.append(f"{path} holds a secret and others may read it; run: chmod 600 {path}")
+    return values, problems
+
+
+def _bindings(path: Path) -> tuple[list[Binding], int]:
+    """Return the lines of a file, and its mode."""
     try:
         with path.open(encoding="utf-8") as file:
-            bindings = list(parse_stream(file))
-        mode = path.stat().st_mode
+            return list(parse_stream(file)), os.fstat(file.fileno()).st_mode
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(
             f"the settings file {path} cannot be read: {getattr(error, 'strerror', 'not UTF-8')}"
         ) from None
-    values = dict(_assigned(binding, path) for binding in bindings if binding.key or binding.error)
-    values = {name: value for name, value in values.items() if value}
-    holds_secret = _SECRETS & values.keys() or "@" in (values.get("state_url") or "")
-    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO) and holds_secret:
-        raise SettingsError(f"{path} holds a secret and others may read it; run: chmod 600 {path}")
-    return values
 
 
-def _assigned(binding: Binding, path: Path) -> tuple[str, str]:
-    """Return what a line assigns to which name. Raises SettingsError for any other: it may hold a restriction."""
-    if binding.error or binding.key is None or binding.value is None:
-        text = binding.original.string
-        blank_lines = text[: len(text) - len(text.lstrip())].count("\n")
-        raise SettingsError(
-            f"the settings file {path} cannot be understood in line {binding.original.line + blank_lines}; write "
-            "NAME=value, with every quote closed"
-        )
-    return binding.key.lower(), binding.value
+def _is_wrong(binding: Binding) -> bool:
+    """Whether a line assigns nothing, and is no comment: what it was meant for may be a restriction."""
+    return binding.error or (binding.key is not None and binding.value is None)
 
 
-_SIGNING = frozenset({"jwt_secret", "session_secret", "oauth_code_secret"})
-_SECRETS = _SIGNING | frozenset(
+def _not_understood(binding: Binding, path: Path) -> str:
+    text = binding.original.string
+    blank_lines = text[: len(text) - len(text.lstrip())].count("\n")
+    return (
+        f"the settings file {path} cannot be understood in line {binding.original.line + blank_lines}; write "
+        "NAME=value, with every quote closed"
+    )
+
+
+SIGNING_KEYS = ("jwt_secret", "session_secret", "oauth_code_secret")
+_SECRETS = frozenset(
     {
+        *SIGNING_KEYS,
         "google_client_secret",
         "ssh_key_passphrase",
         "ssh_sudo_password",
@@ -543,12 +589,11 @@ def environment_without_secrets() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.lower() not in _SECRETS}
 
 
-def _sentence(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_context=False)[0]
-    name = str(first["loc"][0])
-    if first["msg"].endswith("unset it"):
-        return f"{name.upper()} is set, and {first['msg'].removeprefix('Value error, ')}"
-    shown = str(first["input"])
+def _sentence(fault: ErrorDetails) -> str:
+    name = str(fault["loc"][0])
+    if fault["msg"].endswith("unset it"):
+        return f"{name.upper()} is set, and {fault['msg'].removeprefix('Value error, ')}"
+    shown = str(fault["input"])
     held = "a value that cannot be used" if is_secret(name, shown) else repr(shown[:100])
     return f"{name.upper()} is {held}; give {Settings.model_fields[name].description}"
 

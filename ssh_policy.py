@@ -84,8 +84,7 @@ class Reach:
         self._settings = settings
         self._hosts = Hosts(settings)
         self._hosts.check()
-        texts = (settings.ssh_allowed_hosts or "").split(",")
-        self._patterns = tuple(_pattern(text.strip()) for text in texts if text.strip())
+        self._patterns = tuple(_pattern(text) for text in _listed(settings.ssh_allowed_hosts))
         if not self._patterns and settings.ssh_default_host:
             self._patterns = (_Pattern(None, settings.ssh_default_host, None),)
         self._spelled = {settings.ssh_default_host, *(pattern.host for pattern in self._patterns)}
@@ -131,6 +130,10 @@ class Reach:
             target.host,
             self._hosts.target(target.host, user, None).port if port else target.port,
         )
+
+
+def _listed(texts: str | None) -> list[str]:
+    return [text for part in (texts or "").split(",") if (text := part.strip())]
 
 
 def _usual_spelling(host: str) -> str:
@@ -220,6 +223,12 @@ def warnings(settings: Settings) -> list[str]:
         said.append(
             "ALLOWED_PATHS binds the file tools alone: without ALLOWED_COMMANDS ssh_execute goes anywhere"
         )
+    if settings.ssh_sudo and settings.ssh_sudo_password:
+        said += [
+            f"SSH_ALLOWED_HOSTS holds {text!r}, and any host that it matches gets SSH_SUDO_PASSWORD; name the hosts"
+            for text in _listed(settings.ssh_allowed_hosts)
+            if set("*?") & set(_pattern(text).host)
+        ]
     return said
 
 
@@ -291,7 +300,7 @@ def _glob(pattern: str, text: str) -> bool:
 def _pattern(text: str) -> _Pattern:
     user, at, rest = text.rpartition("@")
     try:
-        host, port = _split_port(rest)
+        host, port = split_port(rest)
         literal = _literal(host)
         host = host.lower() if literal != host else host_token(host)
         host_token(literal)
@@ -317,7 +326,7 @@ def _check_port(port: str) -> None:
         raise ValueError("a port")
 
 
-def _split_port(text: str) -> tuple[str, str | None]:
+def split_port(text: str) -> tuple[str, str | None]:
     """Split `host`, `host:port`, `[address]`, `[address]:port` or a bare IPv6 address."""
     if text.startswith("["):
         host, closing, rest = text[1:].partition("]")

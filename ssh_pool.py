@@ -43,12 +43,13 @@ _COUNTED = (
 class Pool:
     """All connections of the process. Every method may be called from any thread."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, hosts: Hosts | None = None) -> None:
+        """`hosts` are those of the settings, unless given."""
         self.max_connections = settings.ssh_max_connections
         self.idle_seconds = settings.ssh_idle_seconds
         self._max_total = settings.ssh_max_total_connections
         self._settings = settings
-        self._hosts = Hosts(settings)
+        self._hosts = hosts or Hosts(settings)
         self._keys = Keys(settings)
         self._changed = threading.Condition()
         self._targets: dict[Target, TargetPool] = {}
