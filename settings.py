@@ -32,7 +32,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-__version__ = "0.1.0"
+from version import __version__ as __version__
 
 _HOST_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789._-")
 _USER_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-@+")
@@ -205,18 +205,7 @@ def _expanded(path: Path) -> Path:
         raise ValueError("there is no such home directory") from None
 
 
-def _not_built(*off: str) -> BeforeValidator:
-    """Refuse a restriction that this version would not enforce: silence would be taken for protection."""
-
-    def refuse(value: object) -> None:
-        if value is not None and str(value).strip().lower() not in ("", *off):
-            raise ValueError("this version does not enforce it yet; unset it")
-
-    return BeforeValidator(refuse)
-
-
 ExpandedPath = Annotated[Path, AfterValidator(_expanded)]
-NotBuiltSwitch = Annotated[None, _not_built("false", "0", "no", "off", "never")]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -300,6 +289,9 @@ class Settings(BaseSettings):
         None, ge=1, le=100_000, description="tool calls a minute, a whole number from 1 to 100000"
     )
     """What one identity may make in any minute; one over it is refused, and told when to try again."""
+    confirm: Literal["never", "destructive"] = Field("never", description="never or destructive")
+    """`destructive`: commands, writes, edits and signals ask the person first, through the client; one that cannot ask
+    is refused."""
     http_host: Annotated[str, AfterValidator(host_token)] = Field(
         "127.0.0.1", description="an address or a name of this machine to listen on"
     )
@@ -352,8 +344,6 @@ class Settings(BaseSettings):
         BeforeValidator(lambda v: v.upper() if isinstance(v, str) else v),
     ] = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
     """What goes to stderr; stdout belongs to MCP."""
-
-    confirm: NotBuiltSwitch = None
 
     @classmethod
     def settings_customise_sources(
@@ -591,8 +581,6 @@ def environment_without_secrets() -> dict[str, str]:
 
 def _sentence(fault: ErrorDetails) -> str:
     name = str(fault["loc"][0])
-    if fault["msg"].endswith("unset it"):
-        return f"{name.upper()} is set, and {fault['msg'].removeprefix('Value error, ')}"
     shown = str(fault["input"])
     held = "a value that cannot be used" if is_secret(name, shown) else repr(shown[:100])
     return f"{name.upper()} is {held}; give {Settings.model_fields[name].description}"

@@ -16,7 +16,7 @@ simple command in it begins with the words of a prefix, and is then rebuilt from
 
 import itertools
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -24,7 +24,7 @@ from ipaddress import IPv6Address
 
 import ssh_words
 from settings import Settings, SettingsError, Target, host_token, user_token
-from ssh_errors import ArgumentError, RefusedError
+from ssh_errors import ArgumentError, RefusedError, SSHError
 from ssh_hosts import Hosts
 from ssh_words import UnreadableError
 
@@ -122,6 +122,40 @@ class Reach:
         if not any(pattern.allows(target, own) for pattern in patterns):
             raise _refused(str(target))
         return target
+
+    def target_of(self, text: str) -> Target:
+        """Return the target that `[user@]host[:port]` means. Raises what `target` raises."""
+        user, at, rest = text.rpartition("@")
+        try:
+            host, port = split_port(rest)
+            return self.target(host, user if at else None, int(port) if port is not None else None)
+        except ValueError:
+            raise ArgumentError(f"{text[:100]!r} is no target: give [user@]host[:port]") from None
+
+    @property
+    def patterns(self) -> list[str]:
+        """What may be named, as `SSH_ALLOWED_HOSTS` or the default host says it."""
+        listed = self._settings.ssh_allowed_hosts or self._settings.ssh_default_host or ""
+        return [text for part in listed.split(",") if (text := part.strip())]
+
+    def named(self, beginning: str = "") -> Iterator[tuple[str, Target]]:
+        """Yield what is known by name and may be reached, as `target_of` takes it, each with its target.
+
+        Those are the default host, the patterns without a wildcard, and the aliases of the SSH config. Raises
+        ConfigError.
+        """
+        in_patterns = [text for text in self.patterns if _literal(text) == text]
+        default = self._settings.ssh_default_host
+        for name in dict.fromkeys([*([default] if default else []), *in_patterns, *self._hosts.aliases()]):
+            if name.lower().startswith(beginning.lower()) and (target := self._allowed(name)) is not None:
+                yield name, target
+
+    def _allowed(self, name: str) -> Target | None:
+        """Return the target that a name means, None if it may not be reached, or cannot be."""
+        try:
+            return self.target_of(name)
+        except SSHError:
+            return None
 
     def _own(self, target: Target, user: str | None, port: int | None) -> Target:
         """Return the target that is meant when a call leaves the user out, and the port."""

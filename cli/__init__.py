@@ -1,4 +1,7 @@
-"""The console script `ssh-mcp-server`: what it can be told on the command line."""
+"""The console script `ssh-mcp-server`: what it can be told on the command line.
+
+Each command imports what it needs once it is known to be the one; `--help` and `--version` need nothing.
+"""
 
 import argparse
 import os
@@ -7,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cli import completion
-from settings import SettingsError, __version__, exit_for
+from version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -15,6 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     completion.answer(parser)
     options = parser.parse_args(arguments)
+    from settings import SettingsError, exit_for
+
     try:
         if options.command == "demo":
             from cli.demo import demo

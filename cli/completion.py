@@ -56,7 +56,8 @@ def variables(prefix: str, **_: object) -> Iterable[str]:
 def hosts(prefix: str = "", **_: object) -> Iterable[str]:
     """Return the hosts that are known by name: the default one, and the aliases of the SSH config.
 
-    A user that was typed stays before each. None when settings or SSH config cannot be read: the command itself will say why.
+    A user that was typed stays before each. None when settings or SSH config cannot be read: the command itself will
+    say why.
     """
     import settings
     from ssh_errors import ConfigError

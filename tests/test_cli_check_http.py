@@ -8,9 +8,8 @@ import pytest
 
 from checking import CANARY, Case, World, assert_named
 from conftest import free_port
-from front import nginx
+from front import DEPLOY, nginx, replaced, site_places
 from oauth import Google, Remote
-from test_nginx import site_for
 from tls import certificates
 
 _SITE = """
@@ -58,7 +57,9 @@ def behind_tls(world: World, *, days: int = 30, host: str = "localhost", trusted
     world.set(PUBLIC_BASE_URL=f"https://{host}:{port}")
     if trusted:
         world.set(SSL_CERT_FILE=folder / "ca.pem")
-    site = site_for(folder, free_port(), port, int(world.get("HTTP_PORT")))
+    places = site_places(folder, free_port(), port)
+    places["http://127.0.0.1:3003"] = f"http://127.0.0.1:{world.get('HTTP_PORT')}"
+    site = replaced((DEPLOY / "nginx" / "ssh-mcp-server.conf").read_text(), places)
     world.opened.enter_context(nginx(folder, site, port))
 
 
