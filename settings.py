@@ -225,11 +225,10 @@ class Settings(BaseSettings):
     )
     """The account there; when it is not set, that of the SSH config wins."""
     ssh_key_path: ExpandedPath | None = Field(None, description="the path of a private key")
-    """Private key: Ed25519, ECDSA or RSA, OpenSSH or PEM; for the default target, and for hosts without IdentityFile
-    in the SSH config. Without it the SSH agent's keys, then IdentityFile or else `~/.ssh/id_ed25519`, `id_ecdsa`,
-    `id_rsa`."""
+    """Ed25519, ECDSA or RSA, OpenSSH or PEM; for the default target, and for hosts without IdentityFile in the SSH
+    config. Without it the SSH agent's keys, then IdentityFile or else `~/.ssh/id_ed25519`, `id_ecdsa`, `id_rsa`."""
     ssh_key_passphrase: SecretStr | None = Field(None, description="the key's passphrase")
-    """Its passphrase, if it has one and no agent holds the key."""
+    """Needed where the key has one and no agent holds it."""
     ssh_known_hosts: ExpandedPath = Field(
         Path("~/.ssh/known_hosts").expanduser(), description="the path of a known_hosts file"
     )

@@ -16,7 +16,7 @@ import settings
 from settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- made by docs/settings_reference.py -->\n", "<!-- end of it -->\n"
+BEGIN, END = "<!-- made by docs/settings_reference.py -->\n\n", "\n<!-- end of it -->\n"
 _WIDTH = 110
 _PREFACE = """\
 # Settings of the SSH MCP server, made by docs/settings_reference.py from settings.py. Copy to .env beside app.py
@@ -68,15 +68,13 @@ def _shown(name: str, default: object) -> str:
 
 def table() -> str:
     """Return the README's table."""
-    rows = (
-        f"| `{variable.name}` | {variable.default} | {_cell(variable.value)} | {_cell(variable.purpose)} |\n"
-        for variable in variables()
-    )
-    return "| variable | default | value | what it is for |\n|---|---|---|---|\n" + "".join(rows)
+    rows = (_row(variable) for variable in variables())
+    return "| variable | default | value, and what it is for |\n|---|---|---|\n" + "".join(rows)
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+def _row(variable: Variable) -> str:
+    value = variable.value.replace("*", "\\*")
+    return f"| `{variable.name}` | {variable.default} | *{value}.* {variable.purpose} |\n"
 
 
 def example() -> str:
