@@ -307,8 +307,8 @@ def test_stream_lives_on_with_the_newest_token_seen_on_it(
 
 def test_foreign_token_does_not_lengthen_a_stream(stage: Stage, stream_of: Callable[..., Stream]) -> None:
     """Neither another person's token, nor one that is refused for another reason."""
-    short = living(stage, stage.tokens(resource=None).access, 4)
     yours, for_mcp = stage.tokens(sub=YOU, resource=None).access, stage.tokens().access
+    short = living(stage, stage.tokens(resource=None).access, 4)
     stream = stream_of(stage.remote, short)
     stream.initialize(short)
     for other in (yours, for_mcp):
