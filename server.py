@@ -5,22 +5,31 @@ Whether HTTP is served is known only once it is asked for, so its settings are d
 
 import inspect
 import os
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import warnings
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio.to_thread
 import fastmcp
 from fastmcp import FastMCP
 from fastmcp.server.auth import AccessToken
+from mcp import MCPDeprecationWarning
+from mcp.server.request_state import AESGCMRequestStateCodec, RequestStateSecurity
 
 import settings
+from schemas import without_docstring
 from settings import SettingsError
 
 if TYPE_CHECKING:
     from fastmcp.server.http import StarletteWithLifespan
 
+# Log messages still reach clients that ask for them; that their successor is OpenTelemetry helps no operator
+warnings.filterwarnings("ignore", "The logging capability", MCPDeprecationWarning)
+
 _MOST_FILES = 65_536
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _UVICORN: dict[str, Any] = {
     "proxy_headers": False,  # the application knows which proxies to believe
@@ -30,8 +39,6 @@ _UVICORN: dict[str, Any] = {
     "ws": "none",
     "backlog": 512,  # asyncio tries that often, and logs as often, to accept what it has no descriptor for
 }
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _local_key() -> str:
@@ -44,19 +51,22 @@ async def _always(_: AccessToken) -> bool:
     return True
 
 
-@contextmanager
-def undocumented(function: Callable[..., Any]) -> Iterator[str | None]:
-    """Hide a function's docstring from FastMCP, and lend it.
+class _Sealing:
+    """Seals what clients carry from one call to the next; replicas can read it that share a key."""
 
-    FastMCP 4.1.2 looks there for sections on parameters, with a parser (griffe) that takes 0.1 s of a start to import;
-    here there are none.
-    """
-    docstring, text = function.__doc__, inspect.getdoc(function)
-    function.__doc__ = None
-    try:
-        yield text
-    finally:
-        function.__doc__ = docstring
+    def __init__(self) -> None:
+        self.use([os.urandom(32)])
+
+    def use(self, keys: Sequence[bytes]) -> None:
+        """Seal with the first key from now on, and open with all of them."""
+        self._codec = AESGCMRequestStateCodec(list(dict.fromkeys(keys)))
+
+    def seal(self, payload: bytes) -> str:
+        return self._codec.seal(payload)
+
+    def unseal(self, token: str) -> bytes:
+        """Raise InvalidRequestState for what was not sealed by any of the keys."""
+        return self._codec.unseal(token)
 
 
 class Server(FastMCP[None]):
@@ -68,19 +78,20 @@ class Server(FastMCP[None]):
 
     def __init__(self, report: Callable[[], dict[str, Any]], **options: Any) -> None:
         """Make it; `report` is what holders of a token are told of the default target, and may block."""
-        super().__init__(**options)
+        self._sealing = _Sealing()
+        super().__init__(request_state_security=RequestStateSecurity(codec=self._sealing), **options)
         self._report = report
 
-    def tool(self, **options: Any) -> Callable[[_Function], _Function]:  # type: ignore[override]
-        """Return a decorator that registers a tool, whose docstring is its description as it is."""
-        register = super().tool
+    def tool(self, **options: Any) -> Callable[[F], F]:  # type: ignore[override]
+        """Return a decorator that registers a tool, whose whole docstring is its description."""
 
-        def registered(function: _Function) -> _Function:
-            with undocumented(function) as docstring:
-                register(**{"description": docstring} | options)(function)
+        def register(function: F) -> F:
+            described = {"description": inspect.getdoc(function)} | options
+            with without_docstring(function):
+                super(Server, self).tool(**described)(function)
             return function
 
-        return registered
+        return register
 
     async def run_http_async(self, *args: Any, **kwargs: Any) -> None:
         """Serve over HTTP until told to stop; a setting that cannot be used ends the process before it listens."""
@@ -104,6 +115,7 @@ class Server(FastMCP[None]):
         current = settings.load()
         login = settings.login(current, self._listens_on)
         self.job_key = lambda: login.session_keys[::-1]  # itsdangerous signs with the last
+        self._sealing.use(login.session_keys)
         served = http_server.http_app(
             self,
             login,

@@ -2,21 +2,19 @@
 
 import asyncio
 import signal
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 from fastmcp import Client
 from fastmcp.client.transports import StreamableHttpTransport
 
-from conftest import Server, free_port, program, wait_for
+from conftest import Server, free_port
 from front import nginx
-from oauth import App, Browser, Google, Remote, make_remote, tokens_of
+from oauth import App, Browser, Google, Remote, tokens_of
+from replicas import running_replicas
 
 IN_TURN = """
 upstream replicas {{
@@ -40,50 +38,14 @@ server {{
 """
 
 
-@contextmanager
-def redis_server(folder: Path) -> Iterator[str]:
-    """Run a Redis of our own that keeps nothing on disk, and give its URL."""
-    port = free_port()
-    command = [program("redis-server", "redis-server"), "--port", str(port), "--bind", "127.0.0.1"]
-    with (folder / "redis.log").open("wb") as log:
-        process = subprocess.Popen([*command, "--save", "", "--appendonly", "no"], stdout=log, stderr=log)
-
-    def answers() -> bool:
-        assert process.poll() is None, (folder / "redis.log").read_text()
-        with redis.Redis(port=port) as client:
-            try:
-                return bool(client.ping())
-            except redis.ConnectionError:
-                return False
-
-    try:
-        wait_for(answers)
-        yield f"redis://127.0.0.1:{port}/0"
-    finally:
-        process.terminate()
-        process.wait()
-
-
 @pytest.fixture(scope="module")
 def replicas(
     google: Google, sshd: Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Remote, Remote]]:
     """Two servers with the same settings, reached each by itself."""
-    folder = tmp_path_factory.mktemp("replicas")
-    with redis_server(folder) as state_url:
-        base_url = f"http://127.0.0.1:{free_port()}"
-        first = make_remote(folder / "1", google, sshd, PUBLIC_BASE_URL=base_url, STATE_URL=state_url)
-        second = make_remote(folder / "2", google, sshd)
-        second.environment = {
-            **first.environment,
-            "HOME": str(second.folder),
-            "SSH_MCP_ENV_FILE": str(second.folder / "env"),
-        }
-        for remote in (first, second):
-            remote.start()
+    folder, base_url = tmp_path_factory.mktemp("replicas"), f"http://127.0.0.1:{free_port()}"
+    with running_replicas(folder, google, sshd, 2, PUBLIC_BASE_URL=base_url) as (first, second):
         yield first, second
-        for remote in (first, second):
-            remote.stop()
 
 
 @pytest.fixture
