@@ -115,6 +115,8 @@ async def _lifespan(_: FastMCP[None]) -> AsyncIterator[None]:
     _current = _checked_settings()
     services = _services = LateServices(_current, mcp.job_key)
     try:
+        if _current.audit_log:
+            await anyio.to_thread.run_sync(services.get)  # the trail tells of the start
         with _ended_by_signals(services):
             yield
     finally:

@@ -43,7 +43,7 @@ def nothing() -> str:
 if __name__ == "__main__":
     mcp.run(show_banner=False)
 """
-_HELLO = (
+_HELLO: tuple[dict[str, object], ...] = (
     {
         "id": 1,
         "method": "initialize",

@@ -32,7 +32,7 @@ def nothing() -> str:
 mcp.run(show_banner=False)
 """
 HELLO = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
-TO_THE_LIST = [
+TO_THE_LIST: list[dict[str, object]] = [
     {"id": 1, "method": "initialize", "params": HELLO},
     {"method": "notifications/initialized"},
     {"id": 2, "method": "tools/list"},
@@ -81,7 +81,7 @@ def packages(modules: set[str]) -> set[str]:
 
 
 def up_to_the_list(written: Iterator[bytes]) -> list[bytes]:
-    lines = []
+    lines: list[bytes] = []
     for line in written:
         if b'"id":2' in line:
             assert b'"tools"' in line
