@@ -61,8 +61,8 @@ from ssh_answers import (
 from ssh_edits import Edit
 from ssh_errors import ArgumentError, RefusedError, SSHError
 from ssh_kill import Signal
+from ssh_nodes import MOST_AT_ONCE, PARALLEL
 from ssh_policy import WRITING_TOOLS, AllowedCommands, Reach, no_writing, warnings
-from ssh_rounds import MOST_AT_ONCE, PARALLEL
 from ssh_shells import Task
 from ssh_system import SystemInfo
 

@@ -36,7 +36,7 @@ Status = Literal["done", "exited", "running", "killed", "lost", "asked", "refuse
 
 SHOWN = frozenset(
     {
-        *("host", "user", "command", "cwd", "on_timeout", "job_id", "cursor", "signal"),
+        *("host", "hosts", "user", "command", "cwd", "on_timeout", "job_id", "cursor", "signal"),
         *("path", "encoding", "mode", "expected_sha256", "operation", "pattern", "sort_by"),
     }
 )

@@ -151,8 +151,8 @@ class FleetResult(BaseModel):
     """How a command went on many machines: targets with the same outcome stand together."""
 
     status: Literal["exited", "running"] = Field(description="exited: it has ended on all of them")
-    groups: list[Group] = Field(description="largest first")
-    errors: list[FleetError] = Field(description="where it did not run")
+    groups: list[Annotated[Group, Inlined()]] = Field(description="largest first")
+    errors: list[Annotated[FleetError, Inlined()]] = Field(description="where it did not run")
     running: str | None = Field(None, description="node set of those where it still runs")
     waiting: str | None = Field(None, description="node set of those where it has not begun")
     duration_seconds: float
@@ -196,7 +196,6 @@ def _either(one: type[BaseModel], other: type[BaseModel]) -> dict[str, Any]:
         "type": "object",
         "properties": second["properties"] | first["properties"],
         "required": [name for name in first["required"] if name in second["required"]],
-        "$defs": first.get("$defs", {}) | second.get("$defs", {}),
     }
 
 

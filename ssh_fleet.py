@@ -30,9 +30,9 @@ from ssh_fleet_background import BackgroundFleets, Where
 from ssh_fold import Member, Offsets, Part, State, answer, cursor_of, offsets, told
 from ssh_jobs import Job, Jobs
 from ssh_kill import Signal
-from ssh_nodes import Node, folded
+from ssh_nodes import PARALLEL, Node, folded
 from ssh_pool import Cancelled, Pool
-from ssh_rounds import KILL_SECONDS, PARALLEL, Crew, OnTimeout, Pace, Place, Progress, Round, kept_of, untold
+from ssh_rounds import KILL_SECONDS, Crew, OnTimeout, Pace, Place, Progress, Round, kept_of, untold
 from ssh_shells import Task
 
 _BEGIN_SECONDS = 45.0

@@ -21,10 +21,10 @@ from ssh_commands import Commands
 from ssh_fold import Member, Offsets, Part, State, answer, cursor_of, offsets, told
 from ssh_jobs import Jobs, new_background_name
 from ssh_kill import Signal
-from ssh_nodes import Node, folded, nodes
+from ssh_nodes import PARALLEL, Node, folded, nodes
 from ssh_output import Kept
 from ssh_pool import Cancelled
-from ssh_rounds import KILL_SECONDS, PARALLEL, Crew, Pace, Place, Progress, Round, kept_of, untold
+from ssh_rounds import KILL_SECONDS, Crew, Pace, Place, Progress, Round, kept_of, untold
 from ssh_shells import Task
 
 _BEGIN_SECONDS = 45.0

@@ -17,6 +17,8 @@ from settings import host_token, user_token
 from ssh_errors import ArgumentError
 
 MOST_NODES = 1000
+MOST_AT_ONCE = 128
+PARALLEL = 32
 _MOST_TEXT = 64 * 1024
 
 _RANGE = r"[0-9]{1,9}(?:-[0-9]{1,9}(?:/[1-9][0-9]{0,8})?)?"

@@ -24,11 +24,10 @@ from settings import Target
 from ssh_commands import Report, Running
 from ssh_errors import SSHError
 from ssh_fold import Member, Part
+from ssh_nodes import MOST_AT_ONCE
 from ssh_pool import Cancelled, Pool
 from ssh_transport import jittered
 
-MOST_AT_ONCE = 128
-PARALLEL = 32
 KILL_SECONDS = 12.0
 _FLEET_BYTES = 32 * 1024 * 1024
 _COPIES = 10

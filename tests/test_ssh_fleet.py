@@ -17,6 +17,7 @@ from typing import Any
 import paramiko
 import pytest
 from fastmcp import Client
+from mcp_types import ElicitResult
 
 import app
 import ssh_fleet
@@ -30,9 +31,8 @@ from ssh_errors import ArgumentError, SSHError
 from ssh_fleet import Fleets
 from ssh_fold import Member
 from ssh_jobs import Jobs
-from ssh_nodes import Node, folded, nodes
+from ssh_nodes import MOST_AT_ONCE, Node, folded, nodes
 from ssh_pool import Pool
-from ssh_rounds import MOST_AT_ONCE
 from ssh_shells import Task
 
 GOOD, REFUSING, HANGING, DOWN = 282, 3, 5, 10
@@ -476,6 +476,17 @@ def text(result: Any) -> str:
     return str(block.text)
 
 
+class Person:
+    """Somebody at a client who agrees to everything: what they were asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    async def __call__(self, message: str, response_type: object, params: Any, context: object) -> Any:
+        self.asked.append(message)
+        return ElicitResult(action="accept", content={"agree": True})
+
+
 def test_tool_runs_on_a_node_set_and_answers_in_both_forms(call: Call) -> None:
     result = call(command="echo up", hosts=["127.0.1.[1-12]", "tester@127.0.1.3", "127.0.1.1,127.0.1.2"])
     assert not result.is_error, text(result)
@@ -604,6 +615,33 @@ def test_refused_call_on_a_fleet_leaves_no_target(
     named = [record for record in records if "id" in record]
     assert [(record["event"], record["target"]) for record in named] == [("intent", None), ("outcome", None)]
     assert named[1]["status"] == "refused"
+
+
+def test_person_is_asked_once_for_a_whole_fleet(
+    call: Call, hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONFIRM", "destructive")
+    word = marker()
+    assert "CONFIRM wants a person to be asked" in text(call(command="true", hosts=["127.0.1.[1-3]"]))
+    person = Person()
+
+    async def run() -> tuple[Any, Any]:
+        async with Client(app.mcp, elicitation_handler=person) as client:
+            begun = await client.call_tool(
+                "ssh_execute", {"command": f"sleep 9{word}", "hosts": ["127.0.1.[1-3]"], "timeout": 1}
+            )
+            job = begun.structured_content["job_id"]
+            return begun, await client.call_tool("ssh_execute", {"job_id": job, "signal": "TERM"})
+
+    begun, ended = asyncio.run(run())
+    where = f"on tester@127.0.1.[1-3]:{hosts.port} (3 hosts)?"
+    assert begun.structured_content["status"] == "running"
+    assert ended.structured_content["groups"][0]["signal"] == "TERM"
+    first, second = person.asked
+    assert first.startswith(f"Run this {where}")
+    assert second.startswith(f"Send SIGTERM to this {where}")
+    assert f"sleep 9{word}" in first
+    assert f"sleep 9{word}" in second
 
 
 def test_hosts_of_an_answer_name_the_same_hosts_in_the_next_call(call: Call) -> None:
