@@ -56,11 +56,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         exit_for(error)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """A parser whose list of commands begins without an empty line."""
+
+    def format_help(self) -> str:
+        return super().format_help().replace("commands:\n  \n", "commands:\n")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
         prog="ssh-mcp-server",
-        description="An MCP server that lets an assistant work on your machines over SSH.",
-        epilog="Settings are environment variables; the README lists them. Exit status 2: a setting is wrong.",
+        description="An MCP server that lets an assistant work on your machines over SSH. Without a command "
+        "it serves MCP.",
+        epilog="Settings are environment variables; the README lists them. Exit status 2: a setting, or this command "
+        "line, is wrong. Each command has a --help of its own.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument(
@@ -71,16 +80,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--env-file",
         type=Path,
+        metavar="FILE",
         default=os.environ.get("SSH_MCP_ENV_FILE") or None,
         help="file with settings, for those that the environment does not hold",
     )
     commands = parser.add_subparsers(dest="command", title="commands", metavar="")
     commands.add_parser(
-        "demo", help="show every tool at work on a throwaway SSH server; needs no configuration"
+        "demo",
+        help="show every tool at work on a throwaway SSH server",
+        description="Show every tool at work on a throwaway SSH server. It needs no configuration, and leaves nothing "
+        "behind.",
+        epilog="Exit status 1: an answer was not as expected.",
     )
     commands.add_parser(
         "secrets",
-        help="write a settings file with fresh signing keys; --env-file says where, if not the usual place",
+        help="write a settings file with fresh signing keys",
+        description="Write a settings file with fresh signing keys, never over one that is there. Only you may "
+        "read it.",
+        epilog="--env-file before the command says where, if not in the usual place.",
     )
     _add_check(commands)
     _add_config(commands)
@@ -89,14 +106,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_check(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser = commands.add_parser(
         "check",
         help="say what is wrong with a configuration, and what would mend it",
         description="Read the settings as the server would, do what it would do, and say what is wrong. Nothing is "
         "changed on any host.",
-        epilog="Exit status: 0 nothing is wrong, 1 something is, 2 the settings do not load. The settings file is "
-        "named before the command: ssh-mcp-server --env-file FILE check",
+        epilog="Exit status: 0 nothing is wrong, 1 something is, 2 the settings do not load. --env-file, --host "
+        "and --port stand before the command.",
     )
     hosts = parser.add_argument(
         "hosts",
@@ -111,13 +128,13 @@ def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
 
 
-def _add_config(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_config(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser = commands.add_parser(
         "config",
         help="show how a client is told of this server, or write it into the client's file",
         description="Show how a client is told of this server. What is to be copied goes to stdout.",
         epilog="Exit status 1: the client's file was left alone, and it was said why. Secrets belong in the settings "
-        "file: ssh-mcp-server --env-file FILE config CLIENT names it.",
+        "file, which --env-file before the command names.",
     )
     client = parser.add_argument(
         "client", nargs="?", metavar="CLIENT", help="which client; without one all are listed"
@@ -143,15 +160,17 @@ def _add_config(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
 
 
-def _add_audit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    audit = commands.add_parser("audit", help="check an audit trail, or show it")
+def _add_audit(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    audit = commands.add_parser(
+        "audit", help="check an audit trail, or show it", description="Check an audit trail, or show it."
+    )
     actions = audit.add_subparsers(dest="action", title="commands", metavar="", required=True)
     verify = actions.add_parser(
         "verify",
         help="say whether a trail is as it was written",
         description="Say whether a record of an audit trail was altered, removed, moved or put in.",
-        epilog="The exit status is 1 if so, and 2 when a file cannot be read. Without --key whoever can write the "
-        "files may have made the whole trail anew; that its end was cut off is seen with --head alone.",
+        epilog="Exit status: 0 if none was, 1 if one was, 2 when a file cannot be read. Without --key whoever can "
+        "write the files may have made the whole trail anew. That its end was cut off is seen with --head alone.",
     )
     verify.add_argument(
         "--key",
@@ -163,13 +182,16 @@ def _add_audit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     verify.add_argument(
         "--head", metavar="HASH", help="a hash that an earlier check printed: that record must still be there"
     )
-    show = actions.add_parser("show", help="show a trail for people to read")
+    show = actions.add_parser(
+        "show", help="show a trail for people to read", description="Show an audit trail for people to read."
+    )
     show.add_argument("--tool", default="*", help="only calls of this tool, such as ssh_execute")
     show.add_argument("--target", default="*", help="only this target, or a part of it, such as web1")
     show.add_argument("--identity", default="*", help="only this caller, or a part, such as @example.com")
     show.add_argument(
         "--since",
         type=_time,
+        metavar="TIME",
         default="0001-01-01",
         help="only from then on, such as 2026-11-25 or 2026-11-25T14:00Z",
     )
@@ -177,13 +199,15 @@ def _add_audit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action.add_argument("files", nargs="+", type=Path, metavar="FILE", help="in any order; .gz too")
 
 
-def _add_completion(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_completion(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser = commands.add_parser(
         "completion",
         help="print a script that makes a shell complete this command line",
-        description="Print a script that makes a shell complete commands, options, clients and hosts.",
-        epilog='For good, in ~/.bashrc, or with zsh in ~/.zshrc: eval "$(ssh-mcp-server completion bash)". '
+        description="Print a script that makes a shell complete this command line.",
+        epilog='In ~/.bashrc:                  eval "$(ssh-mcp-server completion bash)"\n'
+        'In ~/.zshrc, after compinit:   eval "$(ssh-mcp-server completion zsh)"\n'
         "In ~/.config/fish/config.fish: ssh-mcp-server completion fish | source",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("shell", choices=completion.SHELLS, metavar="SHELL", help="bash, zsh or fish")
 

@@ -128,6 +128,19 @@ def test_version_and_help_are_told() -> None:
     assert "demo" in run(["--help"]).stdout
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["", "demo", "secrets", "check", "config", "audit", "audit verify", "audit show", "completion"],
+)
+def test_help_of_each_command_says_what_it_does_in_80_columns(command: str) -> None:
+    help_text = run([*command.split(), "--help"]).stdout
+    usage, purpose, *_ = help_text.split("\n\n")
+    assert usage.startswith("usage: ")
+    assert purpose.endswith(".")
+    assert max(map(len, help_text.splitlines())) <= 80
+    assert not [line for line in help_text.splitlines() if line.isspace()]
+
+
 def test_unknown_option_is_exit_status_two() -> None:
     assert run(["--nonsense"]).returncode == 2
 
