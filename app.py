@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from importlib.util import find_spec
 from types import FrameType
 from typing import Annotated, Literal
 
@@ -458,6 +459,18 @@ def _log_to_stderr(level: str) -> None:
     logging.getLogger().addHandler(handler)  # else the first library that logs there sets up one of its own
 
 
+def _add_tasks(url: str) -> None:
+    """Let commands run as tasks. Raises SettingsError where the extra is missing; only here is it imported."""
+    if not all(map(find_spec, ("fastmcp_tasks", "docket", "redis"))):
+        raise SettingsError(
+            "TASKS_URL is set, and this installation lacks the extra `cluster`; install ssh-mcp-server[cluster]"
+        )
+    os.environ.setdefault("FASTMCP_ENV_FILE", os.devnull)  # else it reads the working directory's .env
+    from mcp_tasks import Tasks
+
+    mcp.add_extension(Tasks(url, mcp, _ssh))
+
+
 try:
     _checked = settings.load()
     Reach(_checked)
@@ -469,6 +482,8 @@ try:
     for sentence in warnings(_checked):
         _log.warning("%s", sentence)
     fastmcp.settings.host, fastmcp.settings.port = _checked.http_host, _checked.http_port
+    if _checked.tasks_url:
+        _add_tasks(_checked.tasks_url)
 except SettingsError as error:
     settings.exit_for(error)
 

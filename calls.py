@@ -12,8 +12,8 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -258,21 +258,25 @@ def answers(tool: Callable[P, A]) -> Callable[P, A]:
 
     @wraps(tool)
     def call(*args: P.args, **kwargs: P.kwargs) -> Any:
-        try:
-            with audit.current() as record:
-                identity()
-                answer = tool(*args, **kwargs)
-                record.answered(answer)
-        except SSHError as error:
-            raise _tool_error(str(error)) from None
-        except Exception:
-            _log.exception("%s failed", tool.__name__)
-            raise _tool_error(
-                f"{tool.__name__} failed inside the server; its log on stderr says where"
-            ) from None
+        with failures_told(tool.__name__), audit.current() as record:
+            identity()
+            answer = tool(*args, **kwargs)
+            record.answered(answer)
         return ToolResult(content=answer.text(), structured_content=answer)
 
     return call
+
+
+@contextmanager
+def failures_told(tool: str) -> Iterator[None]:
+    """Turn what goes wrong in a tool into a tool error, whose text is for people."""
+    try:
+        yield
+    except SSHError as error:
+        raise _tool_error(str(error)) from None
+    except Exception:
+        _log.exception("%s failed", tool)
+        raise _tool_error(f"{tool} failed inside the server; its log on stderr says where") from None
 
 
 class Telling:

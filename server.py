@@ -14,7 +14,7 @@ from fastmcp import FastMCP
 from fastmcp.server.auth import AccessToken
 
 import settings
-from settings import SettingsError
+from settings import Members, SettingsError
 from ssh_jobs import local_key
 
 if TYPE_CHECKING:
@@ -39,7 +39,10 @@ async def _always(_: AccessToken) -> bool:
 class Server(FastMCP[None]):
     """FastMCP, whose HTTP transports are one application behind the login."""
 
-    job_key: Callable[[], str | Sequence[bytes]] = staticmethod(local_key)
+    members: Members | None = None
+    """Whose job ids and tasks these are; None: the local user's."""
+    runs_tasks: bool = True
+    """Whether tasks run here too, and not only in workers."""
     in_force: Callable[[AccessToken], Awaitable[bool]] = staticmethod(_always)
     _listens_on: str | None = None
 
@@ -47,6 +50,10 @@ class Server(FastMCP[None]):
         """Make it; `report` is what holders of a token are told of the default target, and may block."""
         super().__init__(**options)
         self._report = report
+
+    def job_key(self) -> str | Sequence[bytes]:
+        """Return what signs job ids. Raises SSHError when the local user's key cannot be used."""
+        return local_key() if self.members is None else self.members.session_keys[::-1]  # the last signs
 
     async def run_http_async(self, *args: Any, **kwargs: Any) -> None:
         """Serve over HTTP until told to stop; a setting that cannot be used ends the process before it listens."""
@@ -69,7 +76,7 @@ class Server(FastMCP[None]):
 
         current = settings.load()
         login = settings.login(current, self._listens_on)
-        self.job_key = lambda: login.session_keys[::-1]  # itsdangerous signs with the last
+        self.members = login.members
         served = http_server.http_app(
             self,
             login,

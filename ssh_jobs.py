@@ -35,7 +35,7 @@ from settings import Target
 from ssh_answers import CommandResult
 from ssh_background import Look
 from ssh_commands import Commands, Running
-from ssh_errors import ArgumentError, SSHError
+from ssh_errors import ArgumentError, BegunError, SSHError
 from ssh_exchange import Progress, Pulse, untold
 from ssh_kill import Signal
 from ssh_output import Kept, share
@@ -53,6 +53,7 @@ _AFTER_KILL_SECONDS = 3.0
 _LOOK_SECONDS = 20.0
 _ANSWER_SECONDS = 15.0
 _NEARLY_SECONDS = 0.2
+_BEGIN_SECONDS = 20.0
 _BACKGROUND = "b"
 """Begins the names of background jobs; those of detached ones are hexadecimal after a `d`."""
 
@@ -174,12 +175,39 @@ class Jobs:
 
         Raises what `run` raises, and SSHError when it could not be started.
         """
-        name = f"{_BACKGROUND}{int(time.time()):x}-{secrets.token_hex(8)}"
+        name = _new_name()
         self._key()
         self._commands.start_background(target, replace(task, job=name), timeout=timeout, cancelled=cancelled)
-        nothing = Kept(0)
-        look = Look("running", None, None, 0, (0, 0), nothing, nothing)
-        return self._looked(owner, name, target, look, (0, 0))
+        return self._unseen(owner, name, target, "running")
+
+    def promise(self, owner: str, target: Target) -> CommandResult:
+        """Return what there is to say of a background job that is yet to begin: its `job_id`, above all."""
+        return self._unseen(owner, _new_name(), target, "running")
+
+    def begin(self, owner: str, job_id: str, task: Task, *, cancelled: Cancelled) -> bool:
+        """Start a promised job, unless it was begun before, here or by another server. Return whether it came to run.
+
+        Raises what `start_background` raises; after any of it one may call again, for nothing is begun twice.
+        """
+        name, target = self._opened(owner, job_id)
+        task = replace(task, job=name)
+        try:
+            self._commands.start_background(target, task, timeout=_LOOK_SECONDS, cancelled=cancelled)
+        except BegunError:
+            return self._begun(name, target, cancelled)
+        return True
+
+    def end(self, owner: str, job_id: str, *, cancelled: Cancelled) -> None:
+        """End a promised job as `go_on` does with `on_timeout="kill"`; one that has not begun never will.
+
+        Raises ArgumentError for a job that `owner` does not have, and SSHError when the target cannot be asked.
+        """
+        if self._begun(*self._opened(owner, job_id), cancelled):
+            self.go_on(owner, job_id, on_timeout="kill", timeout=0, cancelled=cancelled)
+
+    def lost(self, owner: str, job_id: str) -> CommandResult:
+        """Return what there is to say of a job whose outcome is unknown."""
+        return self._unseen(owner, *self._opened(owner, job_id), "lost")
 
     def target_of(self, owner: str, job_id: str) -> Target:
         """Return where a job runs. Raises ArgumentError when `owner` has no such job."""
@@ -251,6 +279,10 @@ class Jobs:
         except (BadSignature, UnicodeError):
             raise ArgumentError("unknown job: this job_id was not given out to you by this server") from None
         return name, Target(user, host, port)
+
+    def _begun(self, name: str, target: Target, cancelled: Cancelled) -> bool:
+        program = ssh_background.begun(name, _BEGIN_SECONDS)
+        return self._sh(target, program, cancelled, _BEGIN_SECONDS + _ANSWER_SECONDS).split() == [b"yes"]
 
     def _look(
         self,
@@ -334,6 +366,14 @@ class Jobs:
             note=look.note,
         )
 
+    def _unseen(
+        self, owner: str, name: str, target: Target, status: Literal["running", "lost"]
+    ) -> CommandResult:
+        nothing = Kept(0)
+        return self._looked(
+            owner, name, target, Look(status, None, None, 0, (0, 0), nothing, nothing), (0, 0)
+        )
+
     def _signed(self, owner: str, name: str, target: Target) -> str:
         return str(self._handles(owner).dumps([name, *astuple(target)]))
 
@@ -343,8 +383,9 @@ class Jobs:
             job = self._jobs.get(name)
         if job is None:
             raise ArgumentError(
-                "this job is no longer known: it ended more than an hour ago, or the server was restarted and "
-                "its outcome is unknown; look on the machine before you run it again"
+                "this job is no longer known: it ended more than an hour ago, or the server was restarted, or it "
+                "runs on another replica's connection, since only background jobs are known to all; look on the "
+                "machine before you run it again"
             )
         return job
 
@@ -396,6 +437,10 @@ class Jobs:
                 self._driving = False
                 return None
             return [job for job in self._jobs.values() if job.ended_at is None]
+
+
+def _new_name() -> str:
+    return f"{_BACKGROUND}{int(time.time()):x}-{secrets.token_hex(8)}"
 
 
 def _told_from_afar(progress: Progress) -> Progress:
