@@ -84,7 +84,7 @@ class Seal:
 
     def order(self, order: Order) -> str:
         """Return an order as it travels."""
-        return self._orders.encrypt(order.model_dump_json().encode()).decode()
+        return self._orders.encrypt(order.model_dump_json(exclude_unset=True).encode()).decode()
 
     def outcome(self, outcome: Outcome) -> str:
         """Return an outcome as it travels."""

@@ -119,7 +119,7 @@ class Runner:
     def _carry_out(self, order: Order, redelivered: bool, withdrawn: threading.Event) -> str:
         try:
             with failures_told(TOOL):
-                call = self._call(order, order.command.model_dump(exclude_none=True))
+                call = self._call(order, order.command.model_dump(exclude_unset=True))
                 with call.current(), call:
                     anyio.from_thread.run(self._check_login, order)
                     answer = self._answer(order, redelivered, withdrawn)

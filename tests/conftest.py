@@ -25,7 +25,7 @@ from settings import Settings, Target
 from ssh_commands import Commands
 from ssh_pool import Pool
 
-pytest_plugins = ["oauth", "ssh_client"]
+pytest_plugins = ["oauth", "ssh_client", "cluster"]
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 

@@ -2,21 +2,19 @@
 
 import asyncio
 import signal
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 from fastmcp import Client
 from fastmcp.client.transports import StreamableHttpTransport
 
-from conftest import Server, free_port, program, wait_for
+from conftest import Server, free_port
 from front import nginx
 from oauth import App, Browser, Google, Remote, make_remote, tokens_of
+from redis_process import redis_server
 
 IN_TURN = """
 upstream replicas {{
@@ -38,30 +36,6 @@ server {{
     }}
 }}
 """
-
-
-@contextmanager
-def redis_server(folder: Path) -> Iterator[str]:
-    """Run a Redis of our own that keeps nothing on disk, and give its URL."""
-    port = free_port()
-    command = [program("redis-server", "redis-server"), "--port", str(port), "--bind", "127.0.0.1"]
-    with (folder / "redis.log").open("wb") as log:
-        process = subprocess.Popen([*command, "--save", "", "--appendonly", "no"], stdout=log, stderr=log)
-
-    def answers() -> bool:
-        assert process.poll() is None, (folder / "redis.log").read_text()
-        with redis.Redis(port=port) as client:
-            try:
-                return bool(client.ping())
-            except redis.ConnectionError:
-                return False
-
-    try:
-        wait_for(answers)
-        yield f"redis://127.0.0.1:{port}/0"
-    finally:
-        process.terminate()
-        process.wait()
 
 
 @pytest.fixture(scope="module")
