@@ -6,6 +6,7 @@ that means for a command is `task_runner`'s matter.
 - Docket pickles what it keeps, so whoever can write to Redis could run code here. It keeps JSON instead, from the
   moment this module is imported: orders and outcomes are text (docket 0.27, whose every use is
   `cloudpickle.dumps` and `loads`; tests/test_task_queue.py fails when that changes).
+- Whoever can write to Redis can still stop tasks, by destroying what is there or writing what Docket chokes on.
 - No start waits for Redis. While it is away the worker tries again and again, and who asks gets QueueError.
 
 Importing this takes seconds, so only what runs tasks does. Used from one event loop.
@@ -15,7 +16,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from hashlib import sha256
@@ -53,16 +54,24 @@ _STATES: dict[ExecutionState, State] = {
 }
 
 
+class _Nothing(tuple[()]):
+    """What cannot be read: no arguments by position, and none by name."""
+
+    def keys(self) -> tuple[()]:
+        return ()
+
+    items = keys
+
+
 def _dumps(value: object) -> bytes:
     return json.dumps(value, default=str).encode()
 
 
 def _loads(data: bytes) -> Any:
     try:
-        value = json.loads(data)
+        return json.loads(data)
     except ValueError:
-        value = None
-    return value if isinstance(value, dict | list | str) else {}
+        return _Nothing()
 
 
 vars(cloudpickle).update(dumps=_dumps, loads=_loads)
@@ -125,13 +134,13 @@ class Queue:
             schedule_automatic_tasks=False,
         ) as worker:
             working = asyncio.create_task(worker.run_forever())
+            working.add_done_callback(_stopped)
             try:
                 yield working
             finally:
                 working.cancel()
                 withdraw()
-                with suppress(asyncio.CancelledError):
-                    await working
+                await asyncio.wait({working})
 
     async def put(self, task_id: str, order: str) -> None:
         """Put an order in. Raises QueueError, which says whether it may have got there."""
@@ -174,6 +183,11 @@ class Queue:
                     _log.warning("the Redis server (TASKS_URL) is back")
                 down = False
             await asyncio.sleep(_WATCH_SECONDS)
+
+
+def _stopped(working: asyncio.Task[None]) -> None:
+    if not working.cancelled() and (error := working.exception()):
+        _log.error("tasks are run no more here; start this process again: %r", error)
 
 
 @asynccontextmanager

@@ -56,6 +56,4 @@ async def _run(url: str, members: Members | None, services: "Services", grace_se
         last_resort = threading.Timer(grace_seconds, os._exit, (0,))
         last_resort.daemon = True
         last_resort.start()
-    if not stop.is_set():
-        _log.error("tasks are run no more: %s", working.exception())
     return 0 if stop.is_set() else 1

@@ -147,7 +147,8 @@ def whole_cluster(
 
 @pytest.fixture
 def cluster(whole_cluster: Cluster) -> Iterator[Cluster]:
-    """The module's cluster, whose workers are gone after each test."""
+    """The module's cluster, with no workers but those that the test starts."""
+    whole_cluster.stop_workers()
     yield whole_cluster
     whole_cluster.stop_workers()
 
