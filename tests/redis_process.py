@@ -47,6 +47,7 @@ class Redis:
         if self.process is not None:
             self.process.terminate()
             self.process.wait()
+            self.process = None
 
     def values(self) -> bytes:
         """Return all keys and values there are, one after the other."""
