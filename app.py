@@ -74,6 +74,14 @@ def _sudo_is_hidden() -> bool:
     return not (_services.sudo if _services else _checked.ssh_sudo)
 
 
+async def _count(identity: str) -> None:
+    """Count a call against RATE_LIMIT. Raises what `Rate.take` and `SharedRate.take` raise."""
+    if mcp.shared_rate is None:
+        _ssh().rate.take(identity)
+    else:
+        await mcp.shared_rate.take(identity)
+
+
 @asynccontextmanager
 async def _lifespan(_: FastMCP[None]) -> AsyncIterator[None]:
     """Keep the services while the server runs; signals end it as the end of stdin does."""
@@ -85,6 +93,8 @@ async def _lifespan(_: FastMCP[None]) -> AsyncIterator[None]:
             yield
     finally:
         _services = None
+        if mcp.shared_rate is not None:
+            await mcp.shared_rate.close()
         await anyio.to_thread.run_sync(services.close)
         await anyio.to_thread.run_sync(telemetry.stop)
 
@@ -143,7 +153,7 @@ mcp: Server = Server(
         HidingParameter("ssh_execute", "sudo", _sudo_is_hidden),
         Measured(),
         Recorded(lambda: _ssh().trail),
-        RateLimited(lambda identity: _ssh().rate.take(identity)),
+        RateLimited(_count),
         PlainErrors(),
         EndWithLogin(lambda token: mcp.in_force(token)),
     ],

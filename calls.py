@@ -161,12 +161,12 @@ class Rate:
 class RateLimited(Middleware):
     """Refuse calls of an identity that makes too many, before their arguments are looked at; `take` raises then."""
 
-    def __init__(self, take: Callable[[str], None]) -> None:
+    def __init__(self, take: Callable[[str], Awaitable[None]]) -> None:
         self._take = take
 
     async def on_call_tool(self, context: MiddlewareContext[Any], call_next: CallNext[Any, Any]) -> Any:
         try:
-            self._take(identity())
+            await self._take(identity())
         except SSHError as error:
             raise _tool_error(str(error)) from None
         return await call_next(context)

@@ -20,6 +20,8 @@ from ssh_jobs import local_key
 if TYPE_CHECKING:
     from fastmcp.server.http import StarletteWithLifespan
 
+    from shared_rate import SharedRate
+
 _MOST_FILES = 65_536
 
 _UVICORN: dict[str, Any] = {
@@ -41,6 +43,8 @@ class Server(FastMCP[None]):
 
     members: Members | None = None
     """Whose job ids and tasks these are; None: the local user's."""
+    shared_rate: "SharedRate | None" = None
+    """Counts calls with other replicas, if there may be any."""
     runs_tasks: bool = True
     """Whether tasks run here too, and not only in workers."""
     in_force: Callable[[AccessToken], Awaitable[bool]] = staticmethod(_always)
@@ -86,6 +90,10 @@ class Server(FastMCP[None]):
             stateless=bool(kwargs.get("stateless_http")),
         )
         self.in_force = served.state.in_force
+        if current.rate_limit is not None and not login.state_url.startswith("sqlite:"):
+            from shared_rate import SharedRate
+
+            self.shared_rate = SharedRate(current.rate_limit, login.state_url)
         return served
 
 

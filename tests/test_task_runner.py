@@ -6,7 +6,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -24,7 +24,7 @@ KEY = secrets.token_bytes(32)
 SEAL = Seal.of_members([KEY])
 
 
-class Logins(State):
+class Logins:
     """A store that knows whether logins were taken back, if it can be asked."""
 
     alive_now: bool | None = True
@@ -59,12 +59,15 @@ def order(
     )
 
 
+def runner(services: Services, logins: Logins | None = None) -> Runner:
+    return Runner(lambda: services, SEAL, Standing({ME}, cast("State", logins or Logins())))
+
+
 def carried_out(
     services: Services, wanted: Order, logins: Logins | None = None, *, redelivered: bool = False
 ) -> Outcome:
     async def run() -> str:
-        runner = Runner(lambda: services, SEAL, Standing({ME}, logins or Logins()))
-        return await runner.run(SEAL.order(wanted), redelivered)
+        return await runner(services, logins).run(SEAL.order(wanted), redelivered)
 
     return SEAL.opened_outcome(asyncio.run(run()), wanted.job_id)
 
@@ -112,7 +115,7 @@ def test_order_that_is_delivered_again_waits_for_what_runs(
     wanted = order(first, f"echo x >> {tmp_path}/ran; sleep 1; echo end")
     told: list[Outcome] = []
     threads = [
-        threading.Thread(target=lambda at=at: told.append(carried_out(at, wanted, redelivered=True)))  # type: ignore[misc]
+        threading.Thread(target=lambda at=at: told.append(carried_out(at, wanted, redelivered=True)))
         for at in (first, second, first)
     ]
     for thread in threads:
@@ -159,7 +162,7 @@ def test_order_that_is_ended_before_it_begins_never_does(
     monkeypatch.setattr("ssh_jobs._BEGIN_SECONDS", 0.4)
     services = services_of()
     wanted = order(services, f"touch {tmp_path}/ran")
-    Runner(lambda: services, SEAL, Standing({ME}, Logins())).end(wanted)
+    runner(services).end(wanted)
     outcome = carried_out(services, wanted)
     assert outcome.fields is not None
     assert outcome.fields["status"] == "lost"

@@ -200,7 +200,7 @@ def put_in(cluster: Cluster, *arguments: str) -> str:
                 while execution.state not in (ExecutionState.COMPLETED, ExecutionState.FAILED):
                     await asyncio.sleep(0.05)
                     await execution.sync()
-            return execution.state.value
+            return str(execution.state.value)
 
     return asyncio.run(put())
 
