@@ -1,6 +1,7 @@
 """Workers that die, stop, or lose Redis: each command runs once, and what became of it is told."""
 
 import asyncio
+import json
 import os
 import random
 import secrets
@@ -80,6 +81,8 @@ def test_worker_told_to_stop_lets_go_and_another_goes_on(cluster: Cluster, token
     def drain() -> None:
         wait_for(count.exists)
         assert first.stop(signal.SIGTERM) == 0
+        last = json.loads((first.folder / "audit").read_text().splitlines()[-1])
+        assert last["event"] == "stop"  # in order, not by force
         cluster.worker()
         go.touch()
 
