@@ -66,13 +66,16 @@ find "$j" -name status -mtime +6 | while IFS= read -r f; do rm -rf -- "${f%/stat
 find "$j" -name pid -mtime +6 | while IFS= read -r f; do
   [ -e "${f%/pid}/status" ] || alive "${f%/pid}" || rm -rf -- "${f%/pid}"
 done
-for old in "$j"/*; do
+room() {
+  for old in "$j"/*; do
+    set -- "$j"/*
+    [ $# -ge 100 ] || [ "$(du -sk "$j" | sed 's/[^0-9].*//')" -gt 1048576 ] || break
+    ! ended "$old" || rm -rf -- "$old"
+  done
   set -- "$j"/*
-  [ $# -ge 100 ] || [ "$(du -sk "$j" | sed 's/[^0-9].*//')" -gt 1048576 ] || break
-  ! ended "$old" || rm -rf -- "$old"
-done
-set -- "$j"/*
-[ $# -lt 100 ] || exit 4
+  [ $# -lt 100 ]
+}
+room || room || room || exit 4  # others that start now may take the room that was made
 if ! mkdir "$b/NAME"; then
   [ -d "$b/NAME" ] || exit 3
   exit 5

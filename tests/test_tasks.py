@@ -27,6 +27,8 @@ from conftest import marker, running, wait_for
 from oauth import ME, YOU, App
 from task_queue import KEPT_SECONDS
 
+pytest_plugins = ["cluster"]
+
 
 @pytest.fixture(scope="module")
 def served(whole_cluster: Cluster) -> Iterator[Cluster]:

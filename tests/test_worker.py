@@ -23,6 +23,8 @@ from cluster import Cluster, Worker
 from conftest import wait_for
 from oauth import BIN
 
+pytest_plugins = ["cluster"]
+
 MOMENTS = int(os.environ.get("WORKER_KILLS", "2"))
 """How often a worker is killed; 20 take five minutes."""
 
