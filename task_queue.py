@@ -5,7 +5,7 @@ that means for a command is `task_runner`'s matter.
 
 - Docket pickles what it keeps, so whoever can write to Redis could run code here. It keeps JSON instead, from the
   moment this module is imported: orders and outcomes are text (docket 0.27, whose every use is
-  `cloudpickle.dumps` and `loads`; tests/test_task_queue.py fails when that changes).
+  `cloudpickle.dumps` and `loads`; tests/test_tasks.py fails when that changes).
 - Whoever can write to Redis can still stop tasks, by destroying what is there or writing what Docket chokes on.
 - No start waits for Redis. While it is away the worker tries again and again, and who asks gets QueueError.
 
