@@ -1,5 +1,7 @@
 """The trail: who did what where, and how it ended. One call of a tool is an `intent` and an `outcome` with one id.
 
+A call on a fleet is one of each for every target, all of them with that id.
+
 The intent is on the disk before anything is reached: a target is only given out (`RecordedReach`) once it is. What
 could not be put on record is not done; what was done and could not be put on record is told as an error.
 
@@ -18,7 +20,7 @@ import platform
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from types import TracebackType
@@ -27,10 +29,10 @@ from typing import Any, Literal
 from audit_chain import Record
 from audit_log import Log, now, reason
 from settings import SettingsError, Target, __version__, os_user
-from ssh_errors import ArgumentError, AuditError, RefusedError, SSHError
+from ssh_errors import ArgumentError, AuditError, RefusedError, SSHError, UnconfirmedError
 from ssh_policy import Reach
 
-Status = Literal["done", "exited", "running", "killed", "lost", "refused", "failed", "cancelled"]
+Status = Literal["done", "exited", "running", "killed", "lost", "asked", "refused", "failed", "cancelled"]
 
 SHOWN = frozenset(
     {
@@ -50,6 +52,7 @@ _FACTS = (
 """The fields of answers that are recorded."""
 
 _ERROR_CHARACTERS = 300
+_LIST_CHARACTERS = 1000
 
 _log = logging.getLogger("ssh_mcp_server.audit")
 _current: ContextVar["Call"] = ContextVar("audit_call")
@@ -169,7 +172,9 @@ class Call:
             "tool": tool,
         }
         self._began_at = time.monotonic()
-        self._targets: list[Target | None] = []
+        self.meant: set[Target] = set()
+        """The targets that it was given."""
+        self._targets: dict[Target | None, None] = {}
         self._answer: object = None
 
     @contextmanager
@@ -182,11 +187,14 @@ class Call:
         finally:
             _current.reset(token)
 
-    def intend(self, target: Target | None) -> None:
-        """Record that the call means `target`, or all with None. Raises AuditError: then nothing may be done."""
-        if self._trail.kept and target not in self._targets:
-            self._append(self._record("intent", target, {"arguments": described(self._arguments)}))
-            self._targets.append(target)
+    def intend(self, *targets: Target | None) -> None:
+        """Record that the call means these targets, or all with None. Raises AuditError: then nothing may be done."""
+        self.meant.update(target for target in targets if target is not None)
+        new = [target for target in targets if target not in self._targets]
+        if self._trail.kept and new:
+            arguments = {"arguments": described(self._arguments)}
+            self._append(*(self._record("intent", target, arguments) for target in new))
+            self._targets |= dict.fromkeys(new)
 
     def answered(self, answer: object) -> None:
         """Note what the tool answers."""
@@ -211,13 +219,15 @@ class Call:
         if not self._trail.kept:
             return
         facts = {name: value for name in _FACTS if (value := getattr(self._answer, name, None)) is not None}
-        outcome = {
+        common = {
             "status": getattr(self._answer, "status", status),
             **({} if error is None else {"error": error.split("\n")[0][:_ERROR_CHARACTERS]}),
             **facts,
             "duration_seconds": round(time.monotonic() - self._began_at, 3),
         }
-        records = [self._record("outcome", self._targets[-1] if self._targets else None, outcome)]
+        of_each: dict[Target | None, dict[str, Any]] = dict(getattr(self._answer, "outcomes", ()))
+        targets = list(self._targets) or [None]
+        records = [self._record("outcome", target, common | of_each.get(target, {})) for target in targets]
         if not self._targets:
             records.insert(0, self._record("intent", None, {"arguments": described(self._arguments)}))
         self._append(*records)
@@ -259,6 +269,12 @@ class RecordedReach:
             call.intend(target)
         return target
 
+    def targets(self, named: Iterable[tuple[str, str | None, int | None]]) -> list[Target]:
+        """Return the targets that a call on a fleet means, all of them allowed. Raises what `target` raises."""
+        targets = [self._reach.target(*each) for each in named]
+        current().intend(*targets)
+        return targets
+
     def every(self) -> None:
         """Record that a call means all targets. Raises AuditError."""
         current().intend(None)
@@ -267,6 +283,8 @@ class RecordedReach:
 def _verdict(error: Exception | None) -> tuple[Status, str | None]:
     if error is None:
         return "done", None
+    if isinstance(error, UnconfirmedError):
+        return "asked", None
     if isinstance(error, (RefusedError, ArgumentError)):
         return "refused", str(error)
     return "failed", str(error) if isinstance(error, SSHError) else "an error inside the server"
@@ -284,6 +302,8 @@ def _described(name: str, value: object, arguments: Mapping[str, Any]) -> object
         return value
     if name == "env" and isinstance(value, dict):
         return {"names": sorted(value)}
+    if name == "hosts" and _is_short_list(value):
+        return value
     if name == "edits" and isinstance(value, list) and all(isinstance(edit, dict) for edit in value):
         return [described(edit) for edit in value]
     data = _data(value)
@@ -291,6 +311,12 @@ def _described(name: str, value: object, arguments: Mapping[str, Any]) -> object
         with suppress(binascii.Error):
             data = base64.b64decode(data, validate=True)
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _is_short_list(value: object) -> bool:
+    if not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
+        return False
+    return sum(map(len, value)) <= _LIST_CHARACTERS
 
 
 def _data(value: object) -> bytes:

@@ -12,29 +12,34 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import wraps
+from itertools import islice
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import anyio
 import anyio.from_thread
 import anyio.to_thread
-from fastmcp.exceptions import NotFoundError, ToolError, ValidationError
+from fastmcp.exceptions import NotFoundError, PromptError, ResourceError, ToolError, ValidationError
 from fastmcp.server.auth import AccessToken
 from fastmcp.server.dependencies import get_access_token, get_context
 from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
 from fastmcp.tools.base import Tool, ToolResult
+from mcp_types import LoggingLevel
 from pydantic import ValidationError as PydanticValidationError
 
 import audit
+import confirm
 import telemetry
-from settings import os_user
-from ssh_errors import AuditError, RefusedError, SSHError
+from settings import Target, os_user
+from ssh_errors import AuditError, RefusedError, SSHError, UnconfirmedError
 from ssh_output import visible
 
 _ERROR_CHARACTERS = 1000
 _LOGIN_SECONDS = 5.0
+_MESSAGE_SECONDS = 1.0
+_MOST_ANNOUNCED = 5
 _RATE_SECONDS = 60.0
 
 P = ParamSpec("P")
@@ -116,6 +121,33 @@ async def _recorded(call: audit.Call, status: audit.Status, error: str | None) -
             raise _tool_error(str(failure)) from None
 
 
+class Announced(Middleware):
+    """Tell a call's client, as log messages, of connections that were made for it; `news` says what, if any was.
+
+    Since MCP 2026-07-28 only a client hears of it that asks for log messages with the call.
+    """
+
+    def __init__(self, news: Callable[[Target, float], tuple[LoggingLevel, str] | None]) -> None:
+        self._news = news
+
+    async def on_call_tool(self, context: MiddlewareContext[Any], call_next: CallNext[Any, Any]) -> Any:
+        began_at = time.monotonic()
+        result = await call_next(context)
+        if (client := context.fastmcp_context) is not None:
+            for target in islice(audit.current().meant, _MOST_ANNOUNCED):
+                if (told := self._news(target, began_at)) is not None:
+                    level, message = told
+                    await _sent(client.log(message, level, "ssh"))
+        return result
+
+
+async def _sent(message: Coroutine[Any, Any, None]) -> None:
+    """Send a message, if that takes no time worth mentioning; it must not fail what it tells of."""
+    sending = asyncio.create_task(message)
+    sending.add_done_callback(_untold)
+    await asyncio.wait([sending], timeout=_MESSAGE_SECONDS)
+
+
 class Rate:
     """Lets one identity make at most `most` calls in any 60 seconds, None: as many as it likes. Thread-safe.
 
@@ -165,10 +197,33 @@ class RateLimited(Middleware):
         self._take = take
 
     async def on_call_tool(self, context: MiddlewareContext[Any], call_next: CallNext[Any, Any]) -> Any:
+        if confirm.answered():
+            return await call_next(context)
         try:
             await self._take(identity())
         except SSHError as error:
             raise _tool_error(str(error)) from None
+        return await call_next(context)
+
+
+class ReadingLimited(Middleware):
+    """Let only known callers read resources and get prompts, and each only so often; `take` raises then."""
+
+    def __init__(self, take: Callable[[str], None]) -> None:
+        self._take = take
+
+    async def on_read_resource(self, context: MiddlewareContext[Any], call_next: CallNext[Any, Any]) -> Any:
+        try:
+            self._take(identity())
+        except SSHError as error:
+            raise ResourceError(str(error), log_level=logging.DEBUG) from None
+        return await call_next(context)
+
+    async def on_get_prompt(self, context: MiddlewareContext[Any], call_next: CallNext[Any, Any]) -> Any:
+        try:
+            self._take(identity())
+        except SSHError as error:
+            raise PromptError(str(error), log_level=logging.DEBUG) from None
         return await call_next(context)
 
 
@@ -258,10 +313,13 @@ def answers(tool: Callable[P, A]) -> Callable[P, A]:
 
     @wraps(tool)
     def call(*args: P.args, **kwargs: P.kwargs) -> Any:
-        with failures_told(tool.__name__), audit.current() as record:
-            identity()
-            answer = tool(*args, **kwargs)
-            record.answered(answer)
+        try:
+            with failures_told(tool.__name__), audit.current() as record:
+                identity()
+                answer = tool(*args, **kwargs)
+                record.answered(answer)
+        except UnconfirmedError as unconfirmed:
+            return confirm.asking(unconfirmed)
         return ToolResult(content=answer.text(), structured_content=answer)
 
     return call
@@ -272,6 +330,8 @@ def failures_told(tool: str) -> Iterator[None]:
     """Turn what goes wrong in a tool into a tool error, whose text is for people."""
     try:
         yield
+    except UnconfirmedError:
+        raise
     except SSHError as error:
         raise _tool_error(str(error)) from None
     except Exception:
@@ -292,17 +352,22 @@ class Telling:
 
     def __call__(self, seconds: float, size: int, line: str) -> None:
         message = f"{seconds:.0f} s, {size} bytes" + (f": {line}" if line else "")
-        anyio.from_thread.run_sync(self._send, seconds, message)
+        anyio.from_thread.run_sync(self._send, seconds, None, message)
 
-    def _send(self, seconds: float, message: str) -> None:
+    def of_fleet(self, done: int, running: int, failed: int, count: int) -> None:
+        """Tell how many of a fleet's targets are done, running and failed, and of how many."""
+        message = f"done {done}, running {running}, failed {failed} of {count}"
+        anyio.from_thread.run_sync(self._send, done + failed, count, message)
+
+    def _send(self, progress: float, total: float | None, message: str) -> None:
         if self._sending is None or self._sending.done():
-            self._sending = asyncio.create_task(self._context.report_progress(seconds, None, message))
+            self._sending = asyncio.create_task(self._context.report_progress(progress, total, message))
             self._sending.add_done_callback(_untold)
 
 
 def _untold(sending: asyncio.Task[None]) -> None:
     if not sending.cancelled() and (error := sending.exception()):
-        _log.info("a progress notification was not sent: %s", error)
+        _log.info("a notification was not sent: %s", error)
 
 
 def identity() -> str:

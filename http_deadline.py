@@ -51,5 +51,7 @@ class PunctualProtocol(H11Protocol):
 def _limit_patience(transport: asyncio.Transport) -> None:
     """Let the system end the connection when what was sent stays unread for that long (tcp(7), TCP_USER_TIMEOUT)."""
     connection = transport.get_extra_info("socket")
-    if connection is not None and connection.family != socket.AF_UNIX and hasattr(socket, "TCP_USER_TIMEOUT"):
+    if not hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux alone has it; Windows lacks AF_UNIX, too
+        return
+    if connection is not None and connection.family != socket.AF_UNIX:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, TAKE_SECONDS * 1000)

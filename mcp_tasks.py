@@ -21,6 +21,7 @@ import anyio.to_thread
 from fastmcp.server.context import Context
 from fastmcp.server.dependencies import get_access_token
 from fastmcp.server.extensions import ToolCallContinuation, ToolCallOutcome
+from fastmcp.tools.base import InputRequiredToolResult
 from fastmcp.utilities.tasks import TASKS_EXTENSION_ID
 from fastmcp_tasks import TasksExtension, wire_production
 from fastmcp_tasks.components import coerce_task_arguments
@@ -39,6 +40,8 @@ from mcp.shared.exceptions import MCPError
 from mcp_types import INTERNAL_ERROR, INVALID_PARAMS, CallToolRequestParams, CallToolResult, TextContent
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 
+import confirm
+import questions
 from calls import answers, identity
 from server import Server
 from services import Services
@@ -103,6 +106,8 @@ class Tasks(TasksExtension):
         checked = coerce_task_arguments(tool, given)
         wanted = Command(**{name: checked[name] for name in given})
         result: Any = await anyio.to_thread.run_sync(answers(self.ssh_execute), wanted)
+        if isinstance(result, InputRequiredToolResult):
+            return result
         now = datetime.now(UTC).isoformat()
         return CreateTaskResult(
             task_id=result.structured_content["job_id"],
@@ -119,7 +124,9 @@ class Tasks(TasksExtension):
         if ssh.no_running:
             raise RefusedError(ssh.no_running)
         target = ssh.reach.target(wanted.host, wanted.user, wanted.port)
-        Task.of(ssh.allowed.approved(wanted.command, wanted.env), wanted.cwd, wanted.env, wanted.input)
+        line = ssh.allowed.approved(wanted.command, wanted.env)
+        task = Task.of(line, wanted.cwd, wanted.env, wanted.input)
+        confirm.ask(lambda: questions.running(str(target), task, background=True))
         promise = ssh.jobs.promise(identity(), target)
         token = get_access_token()
         order = Order(
@@ -127,6 +134,7 @@ class Tasks(TasksExtension):
             owner=identity(),
             client=None if token is None else token.client_id,
             token=None if token is None else token.claims["jti"],
+            confirmed=ssh.confirms,
             command=wanted,
         )
         anyio.from_thread.run(self._tasks.queue.put, order.job_id, self._tasks.seal.order(order))

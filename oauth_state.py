@@ -78,11 +78,17 @@ class State(Protocol):
 
 def open_state(url: str) -> State:
     """Return the store that STATE_URL names. Raises SettingsError when it can never work."""
+    file = file_of(url)
+    return RedisState(url) if file is None else SqliteState(file)
+
+
+def file_of(url: str) -> Path | None:
+    """Return the file that STATE_URL names, None when it names a server."""
     parts = urlsplit(url)
-    if parts.scheme == "sqlite":
-        path = unquote(parts.path)
-        return SqliteState(Path(path[1:] if os.name == "nt" else path).expanduser())
-    return RedisState(url)
+    if parts.scheme != "sqlite":
+        return None
+    path = unquote(parts.path)
+    return Path(path[1:] if os.name == "nt" else path).expanduser()
 
 
 class _Watch:

@@ -3,26 +3,35 @@
 Whether HTTP is served is known only once it is asked for, so its settings are demanded there and not before.
 """
 
+import inspect
 import os
+import warnings
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio.to_thread
 import fastmcp
 from fastmcp import FastMCP
 from fastmcp.server.auth import AccessToken
+from mcp import MCPDeprecationWarning
+from mcp.server.request_state import AESGCMRequestStateCodec, RequestStateSecurity
 
 import settings
+from schemas import without_docstring
 from settings import Members, SettingsError
-from ssh_jobs import local_key
 
 if TYPE_CHECKING:
     from fastmcp.server.http import StarletteWithLifespan
 
     from shared_rate import SharedRate
 
+# Log messages still reach clients that ask for them; that their successor is OpenTelemetry helps no operator
+warnings.filterwarnings("ignore", "The logging capability", MCPDeprecationWarning)
+
 _MOST_FILES = 65_536
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _UVICORN: dict[str, Any] = {
     "proxy_headers": False,  # the application knows which proxies to believe
@@ -34,8 +43,32 @@ _UVICORN: dict[str, Any] = {
 }
 
 
+def _local_key() -> str:
+    from ssh_jobs import local_key  # with Paramiko below it, which no list of tools needs
+
+    return local_key()
+
+
 async def _always(_: AccessToken) -> bool:
     return True
+
+
+class _Sealing:
+    """Seals what clients carry from one call to the next; replicas can read it that share a key."""
+
+    def __init__(self) -> None:
+        self.use([os.urandom(32)])
+
+    def use(self, keys: Sequence[bytes]) -> None:
+        """Seal with the first key from now on, and open with all of them."""
+        self._codec = AESGCMRequestStateCodec(list(dict.fromkeys(keys)))
+
+    def seal(self, payload: bytes) -> str:
+        return self._codec.seal(payload)
+
+    def unseal(self, token: str) -> bytes:
+        """Raise InvalidRequestState for what was not sealed by any of the keys."""
+        return self._codec.unseal(token)
 
 
 class Server(FastMCP[None]):
@@ -52,12 +85,24 @@ class Server(FastMCP[None]):
 
     def __init__(self, report: Callable[[], dict[str, Any]], **options: Any) -> None:
         """Make it; `report` is what holders of a token are told of the default target, and may block."""
-        super().__init__(**options)
+        self._sealing = _Sealing()
+        super().__init__(request_state_security=RequestStateSecurity(codec=self._sealing), **options)
         self._report = report
 
     def job_key(self) -> str | Sequence[bytes]:
         """Return what signs job ids. Raises SSHError when the local user's key cannot be used."""
-        return local_key() if self.members is None else self.members.session_keys[::-1]  # the last signs
+        return _local_key() if self.members is None else self.members.session_keys[::-1]  # the last signs
+
+    def tool(self, **options: Any) -> Callable[[F], F]:  # type: ignore[override]
+        """Return a decorator that registers a tool, whose whole docstring is its description."""
+
+        def register(function: F) -> F:
+            described = {"description": inspect.getdoc(function)} | options
+            with without_docstring(function):
+                super(Server, self).tool(**described)(function)
+            return function
+
+        return register
 
     async def run_http_async(self, *args: Any, **kwargs: Any) -> None:
         """Serve over HTTP until told to stop; a setting that cannot be used ends the process before it listens."""
@@ -81,6 +126,7 @@ class Server(FastMCP[None]):
         current = settings.load()
         login = settings.login(current, self._listens_on)
         self.members = login.members
+        self._sealing.use(login.session_keys)
         served = http_server.http_app(
             self,
             login,

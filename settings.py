@@ -10,7 +10,9 @@ import ipaddress
 import os
 import stat
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 from urllib.parse import urlsplit
@@ -27,9 +29,10 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
 )
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-__version__ = "0.1.0"
+from version import __version__ as __version__
 
 _HOST_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789._-")
 _USER_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-@+")
@@ -53,7 +56,14 @@ _url = TypeAdapter(AnyHttpUrl, config=ConfigDict(url_preserve_empty_path=True))
 
 
 class SettingsError(Exception):
-    """A variable cannot be used; `str()` is one line that names it, what it holds, and what would do."""
+    """A variable cannot be used; `str()` is one line that names it, what it holds, and what would do.
+
+    `problems` are such lines on everything that was found together, that one first.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(problems[0])
+        self.problems = problems
 
 
 @dataclass(frozen=True)
@@ -189,7 +199,7 @@ def os_user() -> str:
     """Return the name of the account that this process runs as, an empty one if it has none."""
     try:
         return getpass.getuser()
-    except (OSError, KeyError):
+    except (OSError, KeyError, ImportError):  # the last on Windows, before Python 3.13
         return ""  # no account name: the operator is asked for one
 
 
@@ -200,114 +210,150 @@ def _expanded(path: Path) -> Path:
         raise ValueError("there is no such home directory") from None
 
 
-def _not_built(*off: str) -> BeforeValidator:
-    """Refuse a restriction that this version would not enforce: silence would be taken for protection."""
-
-    def refuse(value: object) -> None:
-        if value is not None and str(value).strip().lower() not in ("", *off):
-            raise ValueError("this version does not enforce it yet; unset it")
-
-    return BeforeValidator(refuse)
-
-
 ExpandedPath = Annotated[Path, AfterValidator(_expanded)]
-NotBuiltSwitch = Annotated[None, _not_built("false", "0", "no", "off", "never")]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
 class Settings(BaseSettings):
-    """The variables of the SSH side. Each field's description says what would do."""
+    """Every variable. A field's description says what would do; the string below it says what it is for."""
 
     model_config = SettingsConfigDict(env_ignore_empty=True, extra="ignore", frozen=True)
 
     ssh_default_host: Annotated[str, AfterValidator(host_token)] | None = Field(
         None, description="a host name or an IP address"
     )
+    """The host of a call that names none; it may be an alias of the SSH config."""
     ssh_default_port: Port = Field(22, description="a port from 1 to 65535")
+    """Its port; when it is not set, that of the SSH config wins."""
     ssh_default_user: Annotated[str, AfterValidator(user_token)] = Field(
         default_factory=os_user, description="an account name: letters, digits and . _ - @ +"
     )
+    """The account there; when it is not set, that of the SSH config wins."""
     ssh_key_path: ExpandedPath | None = Field(None, description="the path of a private key")
+    """Private key: Ed25519, ECDSA or RSA, OpenSSH or PEM; for the default target, and for hosts without IdentityFile
+    in the SSH config. Without it the SSH agent's keys, then IdentityFile or else `~/.ssh/id_ed25519`, `id_ecdsa`,
+    `id_rsa`."""
     ssh_key_passphrase: SecretStr | None = Field(None, description="the key's passphrase")
+    """Its passphrase, if it has one and no agent holds the key."""
     ssh_known_hosts: ExpandedPath = Field(
         Path("~/.ssh/known_hosts").expanduser(), description="the path of a known_hosts file"
     )
+    """Host keys as OpenSSH keeps them: hashed names, wildcards, `@cert-authority` and `@revoked` included. Set, it
+    wins over the SSH config."""
     ssh_config: ExpandedPath = Field(
         Path("~/.ssh/config").expanduser(), description="the path of an SSH client configuration, or none"
     )
+    """The SSH config, read as `ssh -F` reads it; `none` for no one."""
     ssh_host_key_policy: Literal["strict", "accept-new"] = Field("strict", description="strict or accept-new")
+    """`strict` refuses unknown hosts; `accept-new` records them at the first visit. A changed key is always refused.
+    Set, it wins over the SSH config."""
     ssh_allowed_hosts: str | None = Field(
         None,
         description="comma-separated patterns [user@]host[:port], such as web1,deploy@*.example.com:2222",
     )
+    """What calls may name; when it is not set, the default host. Without user or port: those that the settings or the
+    SSH config give that host. `*` and `?` are wildcards, `*@*:*` is anything, and `10.0.*` also a name like
+    `10.0.example.com`. Calls name hosts in the usual spelling (`10.0.0.5`, not `10.0.5`; no dot at the end)."""
     allowed_paths: Annotated[str, AfterValidator(_directories)] | None = Field(
         None,
         description="colon-separated directories without wildcards, such as /srv/app:~/notes",
     )
+    """What the file tools may touch; when it is not set, anything. Absolute, or in the login directory (`~/notes`,
+    `notes`)."""
     allowed_commands: str | None = Field(
         None, description="the first words of commands, with commas between them, such as ls,systemctl status"
     )
+    """What commands may begin with; when it is not set, any command line may be run."""
     read_only: bool = Field(False, description="true or false")
+    """`true` hides and refuses what writes files, and `ssh_execute` unless `ALLOWED_COMMANDS` is set."""
     ssh_sudo: bool = Field(False, description="true or false")
+    """`true` gives `ssh_execute` the parameter `sudo`."""
     ssh_sudo_password: Annotated[SecretStr, AfterValidator(_one_line)] | None = Field(
         None, description="the password that sudo asks for: one line of 255 bytes at most"
     )
+    """It goes to sudo alone, if it asks, on every host that calls may name. Without one sudo must ask for none
+    (`NOPASSWD`)."""
     ssh_max_connections: int = Field(10, ge=1, le=100, description="a whole number from 1 to 100")
+    """Connections kept for one target."""
     ssh_max_total_connections: int = Field(
         500, ge=1, le=100_000, description="a whole number from 1 to 100000"
     )
+    """Connections kept in all."""
     ssh_idle_seconds: float = Field(600, ge=1, le=86_400, description="seconds, from 1 to 86400")
+    """An idle connection is closed after this."""
     ssh_connect_timeout: float = Field(10, ge=0.1, le=600, description="seconds, from 0.1 to 600")
+    """From name look-up to login. Set, it wins over the SSH config."""
     ssh_max_output_bytes: int = Field(
         30_000, ge=1_000, le=10_000_000, description="bytes, from 1000 to 10000000"
     )
+    """Of a command's output in one answer, both streams together."""
     ssh_max_read_bytes: int = Field(
         65_536, ge=1_000, le=10_000_000, description="bytes, from 1000 to 10000000"
     )
+    """Text of a file in one answer."""
     rate_limit: int | None = Field(
         None, ge=1, le=100_000, description="tool calls a minute, a whole number from 1 to 100000"
     )
+    """What one identity may make in any minute; one over it is refused, and told when to try again."""
+    confirm: Literal["never", "destructive"] = Field("never", description="never or destructive")
+    """`destructive`: commands, writes, edits and signals ask the person first, through the client; one that cannot ask
+    is refused."""
     http_host: Annotated[str, AfterValidator(host_token)] = Field(
         "127.0.0.1", description="an address or a name of this machine to listen on"
     )
+    """HTTP: where it listens; `--host` wins."""
     http_port: Port = Field(3003, description="a port from 1 to 65535")
+    """HTTP: on which port; `--port` wins."""
     public_base_url: Annotated[str, AfterValidator(_origin)] | None = Field(
         None,
         description="an https URL without a path, such as https://mcp.example.com; plain http only on loopback",
     )
+    """HTTP: the URL that clients and Google see; on loopback it may be left out, and is where it listens."""
     google_client_id: str | None = Field(None, description="the OAuth client ID from Google's console")
+    """HTTP: it is shown by https://console.cloud.google.com/apis/credentials; must be given."""
     google_client_secret: SecretStr | None = Field(
         None, description="the OAuth client secret from Google's console"
     )
+    """HTTP: it is shown there, too; must be given."""
     google_discovery_url: Annotated[str, AfterValidator(_trusted_url)] = Field(
         _GOOGLE, description="the https URL of an OpenID provider's discovery document"
     )
+    """HTTP: another OpenID provider instead of Google."""
     allowed_email: Annotated[str, AfterValidator(_emails)] | None = Field(
         None, description="who may log in: e-mail addresses in ASCII, with commas between them"
     )
+    """HTTP: compared without case, and asked at every use of a token; must be given."""
     jwt_secret: SecretStr | None = Field(None, description="the key that signs access tokens")
+    """HTTP: 32 bytes or more, made with `openssl rand -hex 32`; must be given. `NEW,OLD` changes it: the first signs,
+    all verify."""
     session_secret: SecretStr | None = Field(
         None, description="the key that signs sessions, client ids and job ids"
     )
+    """HTTP: likewise, and another one; it also signs the browser's consent."""
     oauth_code_secret: SecretStr | None = Field(None, description="the key that signs authorization codes")
+    """HTTP: likewise, and a third one."""
     state_url: Annotated[str, AfterValidator(_state_url)] | None = Field(
         None, repr=False, description="sqlite:///path or redis://host:port/db"
     )
+    """HTTP: what must outlive a restart; when it is not set, a SQLite file in your state directory. The file belongs
+    to the account that runs the server. `redis://` is for several replicas."""
     tasks_url: Annotated[str, AfterValidator(_redis_url)] | None = Field(
         None, repr=False, description="redis://host:port/db, or rediss:// for TLS"
     )
+    """Commands may run as MCP tasks, in any replica or worker (docs/replicas.md)."""
     forwarded_allow_ips: Annotated[str, AfterValidator(_networks)] = Field(
         "127.0.0.1", description="addresses or networks of proxies, with commas between them"
     )
+    """HTTP: proxies whose `X-Forwarded-For` is believed."""
     audit_log: Annotated[str, AfterValidator(_audit_log)] | None = Field(
         None, description="the absolute path of a file, syslog:, or fd: and the number of an open descriptor"
     )
+    """The audit trail. Without it there is none."""
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR"],
         BeforeValidator(lambda v: v.upper() if isinstance(v, str) else v),
     ] = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
-
-    confirm: NotBuiltSwitch = None
+    """What goes to stderr; stdout belongs to MCP."""
 
     @classmethod
     def settings_customise_sources(
@@ -360,12 +406,13 @@ def login(current: Settings, base_url: str | None = None) -> Login:
     """Return the OAuth configuration, without which HTTP is not served.
 
     `base_url` is what the server really listens on, if not what the settings say; without PUBLIC_BASE_URL it is the
-    URL that clients see, as long as only this machine can reach it. Raises SettingsError for the first variable that
-    is missing or cannot be used.
+    URL that clients see, as long as only this machine can reach it. Raises SettingsError for the variables that are
+    missing or cannot be used.
     """
-    names = ("jwt_secret", "session_secret", "oauth_code_secret")
-    keys = {name: _signing_keys(name, _needed(current, name)) for name in names}
-    every = [key for name in names for key in set(keys[name])]
+    if problems := _missing(current, base_url):
+        raise SettingsError(*problems)
+    keys = {name: _signing_keys(current, name) for name in SIGNING_KEYS}
+    every = [key for name in SIGNING_KEYS for key in set(keys[name])]
     if len(set(every)) != len(every):
         raise SettingsError(f"JWT_SECRET, SESSION_SECRET and OAUTH_CODE_SECRET share a value; {_MAKE_SECRET}")
     return Login(
@@ -394,7 +441,7 @@ def members(current: Settings) -> Members | None:
             "STATE_URL is not set, and a worker asks there whether a login still counts; give what the servers have, "
             f"{description}"
         )
-    keys = _signing_keys("session_secret", _needed(current, "session_secret"))
+    keys = _signing_keys(current, "session_secret")
     return Members(_allowed_emails(current), keys, current.state_url)
 
 
@@ -407,17 +454,35 @@ def http_url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def _missing(current: Settings, base_url: str | None) -> list[str]:
+    """Return a sentence on each variable that a login needs and cannot use as it is."""
+    others = ("google_client_id", "google_client_secret", "allowed_email")
+    demands: list[Callable[[], object]] = [
+        *(partial(_signing_keys, current, name) for name in SIGNING_KEYS),
+        partial(_public_url, current, base_url),
+        *(partial(_needed, current, name) for name in others),
+    ]
+    problems = []
+    for demand in demands:
+        try:
+            demand()
+        except SettingsError as error:
+            problems.append(str(error))
+    return problems
+
+
 def _needed(current: Settings, name: str) -> str:
     value = getattr(current, name)
     text = value.get_secret_value() if isinstance(value, SecretStr) else value
     if text and text.strip():
         return str(text).strip()
     description = Settings.model_fields[name].description
-    remedy = f"{description}; {_MAKE_SECRET}" if name in _SIGNING else f"give {description}"
+    remedy = f"{description}; {_MAKE_SECRET}" if name in SIGNING_KEYS else f"give {description}"
     raise SettingsError(f"{name.upper()} is not set, and HTTP is not served without a login; {remedy}")
 
 
-def _signing_keys(name: str, text: str) -> tuple[bytes, ...]:
+def _signing_keys(current: Settings, name: str) -> tuple[bytes, ...]:
+    text = _needed(current, name)
     keys = tuple(part.strip().encode() for part in text.split(","))
     if any(len(key) < _SECRET_BYTES for key in keys):
         raise SettingsError(f"{name.upper()} has fewer than {_SECRET_BYTES} bytes; {_MAKE_SECRET}")
@@ -487,47 +552,64 @@ def _usual_env_files() -> list[Path]:
 
 def load(named_file: Path | None = None) -> Settings:
     """Read and check all settings. Raises SettingsError, whose text is one line for the operator."""
-    values = _file_values(env_file(named_file))
+    values, problems = _file_values(env_file(named_file))
     try:
-        return Settings(**values)
+        loaded = Settings(**values)
     except ValidationError as error:
-        raise SettingsError(_sentence(error)) from None
+        problems += [_sentence(fault) for fault in error.errors(include_url=False, include_context=False)]
+    if problems:
+        raise SettingsError(*problems)
+    return loaded
 
 
-def _file_values(path: Path | None) -> dict[str, Any]:
+def assigned_names(path: Path) -> list[str]:
+    """Return the names that a settings file assigns to, as they stand there. Raises SettingsError as `load` does."""
+    return [binding.key for binding in _bindings(path)[0] if binding.key and binding.value is not None]
+
+
+def _file_values(path: Path | None) -> tuple[dict[str, Any], list[str]]:
+    """Return what a file assigns, and a sentence on each thing that is wrong with it."""
     if path is None:
-        return {}
+        return {}, []
+    bindings, mode = _bindings(path)
+    wrong = [binding for binding in bindings if _is_wrong(binding)]
+    problems = [_not_understood(binding, path) for binding in wrong]
+    values = {binding.key.lower(): binding.value for binding in bindings if binding.key and binding.value}
+    holds_secret = _SECRETS & values.keys() or "@" in f"{values.get('state_url')}{values.get('tasks_url')}"
+    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO) and holds_secret:
+        problems.append(f"{path} holds a secret and others may read it; run: chmod 600 {path}")
+    return values, problems
+
+
+def _bindings(path: Path) -> tuple[list[Binding], int]:
+    """Return the lines of a file, and its mode."""
     try:
         with path.open(encoding="utf-8") as file:
-            bindings = list(parse_stream(file))
-        mode = path.stat().st_mode
+            return list(parse_stream(file)), os.fstat(file.fileno()).st_mode
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(
             f"the settings file {path} cannot be read: {getattr(error, 'strerror', 'not UTF-8')}"
         ) from None
-    values = dict(_assigned(binding, path) for binding in bindings if binding.key or binding.error)
-    values = {name: value for name, value in values.items() if value}
-    holds_secret = _SECRETS & values.keys() or "@" in f"{values.get('state_url')}{values.get('tasks_url')}"
-    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO) and holds_secret:
-        raise SettingsError(f"{path} holds a secret and others may read it; run: chmod 600 {path}")
-    return values
 
 
-def _assigned(binding: Binding, path: Path) -> tuple[str, str]:
-    """Return what a line assigns to which name. Raises SettingsError for any other: it may hold a restriction."""
-    if binding.error or binding.key is None or binding.value is None:
-        text = binding.original.string
-        blank_lines = text[: len(text) - len(text.lstrip())].count("\n")
-        raise SettingsError(
-            f"the settings file {path} cannot be understood in line {binding.original.line + blank_lines}; write "
-            "NAME=value, with every quote closed"
-        )
-    return binding.key.lower(), binding.value
+def _is_wrong(binding: Binding) -> bool:
+    """Whether a line assigns nothing, and is no comment: what it was meant for may be a restriction."""
+    return binding.error or (binding.key is not None and binding.value is None)
 
 
-_SIGNING = frozenset({"jwt_secret", "session_secret", "oauth_code_secret"})
-_SECRETS = _SIGNING | frozenset(
+def _not_understood(binding: Binding, path: Path) -> str:
+    text = binding.original.string
+    blank_lines = text[: len(text) - len(text.lstrip())].count("\n")
+    return (
+        f"the settings file {path} cannot be understood in line {binding.original.line + blank_lines}; write "
+        "NAME=value, with every quote closed"
+    )
+
+
+SIGNING_KEYS = ("jwt_secret", "session_secret", "oauth_code_secret")
+_SECRETS = frozenset(
     {
+        *SIGNING_KEYS,
         "google_client_secret",
         "ssh_key_passphrase",
         "ssh_sudo_password",
@@ -540,12 +622,9 @@ def environment_without_secrets() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.lower() not in _SECRETS}
 
 
-def _sentence(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_context=False)[0]
-    name = str(first["loc"][0])
-    if first["msg"].endswith("unset it"):
-        return f"{name.upper()} is set, and {first['msg'].removeprefix('Value error, ')}"
-    shown = str(first["input"])
+def _sentence(fault: ErrorDetails) -> str:
+    name = str(fault["loc"][0])
+    shown = str(fault["input"])
     held = "a value that cannot be used" if is_secret(name, shown) else repr(shown[:100])
     return f"{name.upper()} is {held}; give {Settings.model_fields[name].description}"
 

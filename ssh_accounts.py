@@ -56,16 +56,16 @@ class Accounts:
             return None
         return dialect
 
-    def learn(self, target: Target, dialect: Dialect, outcome: Outcome, *, met: bool) -> None:
+    def learn(self, target: Target, dialect: Dialect, outcome: Outcome, *, met: bool, ahead: bool) -> None:
         """Remember who read a line, forget it when nobody did.
 
-        See that a shell is started ahead for each caller that `met` the account, and so could not have one.
+        With `ahead` see that a shell is started for each caller that `met` the account, and so could not have one.
         """
         if not outcome.answered:
             self._dialects.pop(target, None)
         elif met or self.dialect(target) is None:
             self._dialects[target] = dialect, time.monotonic()
-            if dialect in AHEAD:
+            if ahead and dialect in AHEAD:
                 self._pool.expect(target, AHEAD[dialect])
 
     def meet(

@@ -6,10 +6,12 @@ other side are made visible in it; the fields keep the truth.
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, PrivateAttr
 
+from schemas import Inlined
+from settings import Target
 from ssh_output import one_line, visible
 
 
@@ -30,6 +32,29 @@ def _with_facts(body: str, facts: Sequence[str | None]) -> str:
 
 
 Status = Literal["exited", "running", "killed", "lost"]
+JobState = Literal["running", "ended", "background"]
+
+
+def both_streams(stdout: str, stderr: str) -> str:
+    """Return what a command said as a person reads it."""
+    body = visible(stdout)
+    if stderr:
+        body = f"{body.removesuffix(chr(10))}\n" if body else ""
+        body += f"[stderr]\n{visible(stderr)}"
+    return body
+
+
+def outcome(status: Status, exit_code: int | None, signal: str | None) -> str:
+    """Return how a command ended in words."""
+    code = f"exit code {exit_code}"
+    if status == "exited":
+        return code
+    if status == "running":
+        return "still running"
+    if status == "lost":
+        return "lost: the connection went away; whether the command has finished is unknown"
+    killed = f"killed by SIG{signal}" if signal else "killed"
+    return killed if exit_code is None else f"{killed}, {code}"
 
 
 class CommandResult(BaseModel):
@@ -57,13 +82,9 @@ class CommandResult(BaseModel):
 
     def text(self) -> str:
         """Return both streams and the outcome."""
-        body = visible(self.stdout)
-        if self.stderr:
-            body = f"{body.removesuffix(chr(10))}\n" if body else ""
-            body += f"[stderr]\n{visible(self.stderr)}"
         omitted = self.stdout_omitted + self.stderr_omitted
         return _with_facts(
-            body,
+            both_streams(self.stdout, self.stderr),
             [
                 self._outcome(),
                 f"{self.duration_seconds:.2f} s",
@@ -77,15 +98,110 @@ class CommandResult(BaseModel):
         )
 
     def _outcome(self) -> str:
-        code = f"exit code {self.exit_code}"
-        if self.status == "exited":
-            return code
         if self.status == "running":
             return "still running: call ssh_execute with job_id and cursor for what comes next"
-        if self.status == "lost":
-            return "lost: the connection went away; whether the command has finished is unknown"
-        signal = f"killed by SIG{self.signal}" if self.signal else "killed"
-        return signal if self.exit_code is None else f"{signal}, {code}"
+        return outcome(self.status, self.exit_code, self.signal)
+
+
+class Group(BaseModel):
+    """Targets of a fleet on which a command went the same way."""
+
+    hosts: str = Field(description="node set; can be passed as hosts")
+    count: int
+    status: Status
+    exit_code: int | None
+    signal: str | None
+    stdout: str
+    stderr: str
+    stdout_bytes: int = Field(description="on each of them")
+    stderr_bytes: int
+    stdout_omitted: int
+    stderr_omitted: int
+    duration_seconds: float = Field(description="on the slowest")
+    stdout_path: str | None = Field(None, description="background, and one host: the remote file")
+    stderr_path: str | None = None
+    note: str | None = None
+
+    def text(self) -> str:
+        """Return whose outcome it is, and both streams."""
+        omitted = self.stdout_omitted + self.stderr_omitted
+        facts = [
+            outcome(self.status, self.exit_code, self.signal),
+            f"{omitted} bytes omitted" if omitted else "",
+            self.note or "",
+            f"whole output in {self.stdout_path} and {self.stderr_path}" if self.stdout_path else "",
+        ]
+        head = one_line(f"{self.hosts} ({self.count}): {' · '.join(filter(None, facts))}")
+        return "\n".join(filter(None, [head, both_streams(self.stdout, self.stderr).removesuffix("\n")]))
+
+
+class FleetError(BaseModel):
+    """Targets of a fleet on which the same thing kept a command from running."""
+
+    hosts: str
+    count: int
+    message: str
+
+    def text(self) -> str:
+        """Return one line."""
+        return one_line(f"{self.hosts} ({self.count}): {self.message}")
+
+
+class FleetResult(BaseModel):
+    """How a command went on many machines: targets with the same outcome stand together."""
+
+    status: Literal["exited", "running"] = Field(description="exited: it has ended on all of them")
+    groups: list[Group] = Field(description="largest first")
+    errors: list[FleetError] = Field(description="where it did not run")
+    running: str | None = Field(None, description="node set of those where it still runs")
+    waiting: str | None = Field(None, description="node set of those where it has not begun")
+    duration_seconds: float
+    job_id: str | None = None
+    cursor: str | None = None
+    note: str | None = None
+    _outcomes: list[tuple[Target, dict[str, Any]]] = PrivateAttr(default_factory=list)
+
+    @property
+    def outcomes(self) -> list[tuple[Target, dict[str, Any]]]:
+        """For the trail: each target, with its status and the other fields of its outcome."""
+        return self._outcomes
+
+    def told_to_trail(self, outcomes: list[tuple[Target, dict[str, Any]]]) -> "FleetResult":
+        """Set what the trail is told, and return itself."""
+        self._outcomes = outcomes
+        return self
+
+    def text(self) -> str:
+        """Return each group and each error, and what one needs to go on."""
+        going = "still running: call ssh_execute with job_id and cursor for what comes next"
+        return _with_facts(
+            "\n".join([group.text() for group in self.groups] + [error.text() for error in self.errors]),
+            [
+                going if self.status == "running" else "ended everywhere",
+                f"{self.duration_seconds:.2f} s",
+                f"running on {self.running}" if self.running else None,
+                f"not begun on {self.waiting}" if self.waiting else None,
+                self.note,
+                f"job_id {self.job_id}" if self.job_id else None,
+                f"cursor {self.cursor}" if self.cursor else None,
+            ],
+        )
+
+
+def _either(one: type[BaseModel], other: type[BaseModel]) -> dict[str, Any]:
+    """Return the schema of a tool that answers with one model or the other: clients want one object, not a choice."""
+    schemas = [model.model_json_schema() for model in (one, other)]
+    first, second = schemas
+    return {
+        "type": "object",
+        "properties": second["properties"] | first["properties"],
+        "required": [name for name in first["required"] if name in second["required"]],
+        "$defs": first.get("$defs", {}) | second.get("$defs", {}),
+    }
+
+
+EXECUTE_SCHEMA = _either(CommandResult, FleetResult)
+"""What ssh_execute answers: with `hosts` the fields of a fleet stand in place of the single result."""
 
 
 class FileContent(BaseModel):
@@ -188,7 +304,7 @@ class Listing(BaseModel):
     """A page of a directory."""
 
     path: str
-    entries: list[Entry]
+    entries: list[Annotated[Entry, Inlined()]]
     total: int
     truncated: bool
     next_offset: int | None

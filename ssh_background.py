@@ -270,6 +270,11 @@ class Look:
     note: str | None = None
 
 
+def path_of(name: str, stream: Literal["stdout", "stderr"]) -> str:
+    """Return where a job's output stands."""
+    return f"~/{FOLDER}/{name}/{stream}"
+
+
 def start(name: str, run: str, stdin_bytes: int) -> str:
     """Return what a POSIX shell evaluates to start `run`, a piece of its own language, as the job `name`.
 

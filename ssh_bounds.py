@@ -41,8 +41,9 @@ import ssh_sftp_packets
 from settings import Target
 from ssh_errors import RefusedError
 from ssh_policy import AllowedPaths, below, is_hidden, is_within
-from ssh_sftp import SFTP, Opening, Reply
+from ssh_sftp import SFTP
 from ssh_sftp_packets import Attributes, StatusError
+from ssh_sftp_replies import Opening, Reply
 
 _MOST_LINKS: Final = 40
 _MOST_TURNS: Final = 3

@@ -16,6 +16,7 @@ Invariants:
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -95,6 +96,35 @@ class Commands:
         )
         report = Report(target, exchange.outcome, exchange.books, started_at, self.budget)
         return report.result() if exchange.kept_session is None else Running(report, exchange)
+
+    def begin(
+        self,
+        target: Target,
+        task: Task,
+        *,
+        timeout: float,
+        linger_seconds: float,
+        budget: int,
+        cancelled: Cancelled,
+    ) -> "Report | Running":
+        """Begin a command within `timeout` seconds, and hand it over unless it ends within `linger_seconds` more.
+
+        Of each stream `budget` bytes are kept at both ends. No shell is started ahead for a next caller: who asks
+        many targets comes back to few of them. Raises what `run` raises.
+        """
+        started_at = time.monotonic()
+        exchange = self._run(
+            target,
+            task,
+            started_at + timeout,
+            cancelled,
+            budget,
+            detach=True,
+            linger_seconds=linger_seconds,
+            ahead=False,
+        )
+        report = Report(target, exchange.outcome, exchange.books, started_at, budget)
+        return report if exchange.kept_session is None else Running(report, exchange)
 
     def script(self, target: Target, text: str, *, cancelled: Cancelled, timeout: float = 15) -> str:
         """Run a program of ours with `/bin/sh`, whatever the login shell is, and return what it prints.
@@ -192,6 +222,8 @@ class Commands:
         *,
         progress: Progress = untold,
         detach: bool = False,
+        linger_seconds: float = math.inf,
+        ahead: bool = True,
     ) -> Exchange:
         pulse = Pulse(progress)
         if self._accounts.by_sh_alone:
@@ -208,6 +240,7 @@ class Commands:
                 pulse,
                 warm=warm,
                 detach=detach,
+                linger_seconds=linger_seconds,
                 patience=patience,
             )
 
@@ -218,10 +251,10 @@ class Commands:
                 dialect, exchange = self._accounts.meet(target, task, attempt, deadline, cancelled)
             else:
                 self._accounts.refuse_unless_carried(target, task, dialect)
-                exchange = attempt(dialect, warm=True)
+                exchange = attempt(dialect, warm=ahead)
             if exchange.outcome.unread:
                 exchange = attempt(dialect)
-            self._accounts.learn(target, dialect, exchange.outcome, met=met)
+            self._accounts.learn(target, dialect, exchange.outcome, met=met, ahead=ahead)
         outcome = exchange.outcome
         if dialect == "plain":
             if outcome.lost and not outcome.note and exchange.connected:
@@ -250,9 +283,13 @@ class Commands:
         *,
         warm: bool,
         detach: bool,
+        linger_seconds: float,
         patience: float | None,
     ) -> Exchange:
-        """Run a task on one session; with `patience` only after a greeting, which is waited for so many seconds."""
+        """Run a task on one session; with `patience` only after a greeting, which is waited for so many seconds.
+
+        The deadline comes early when the command has had its session for `linger_seconds`.
+        """
 
         def check() -> None:
             cancelled()
@@ -267,6 +304,7 @@ class Commands:
             if patience is not None:
                 greeting = start_reader(session, dialect)
             exchange = Exchange(session, task, dialect, budget, greeting, patient=patience is not None)
+            deadline = min(deadline, time.monotonic() + linger_seconds)
             impatient_at = time.monotonic() + (patience or 0.0)
 
             def watch() -> None:
@@ -393,15 +431,22 @@ class Report:
         """Return how it ended, with all of its output."""
         return self._result(self.outcome.status, self.outcome.out, self.outcome.err, ended_at)
 
-    def since(self, seen: tuple[int, int], ended_at: float | None) -> tuple[CommandResult, str]:
-        """Return how it goes, with what its streams said after so many bytes of each, and the cursor after that."""
+    def after(
+        self, seen: tuple[int, int], ended_at: float | None
+    ) -> tuple[tuple[Kept, Kept], tuple[int, int]]:
+        """Return what its streams said after so many bytes of each, and how long they are in all."""
         outcome, going = self.outcome, ended_at is None
         with self.books:
             totals = outcome.out.total, outcome.err.total
-            out, err = (
-                stream.after(offset, whole=going)
-                for stream, offset in zip((outcome.out, outcome.err), seen, strict=True)
-            )
+            return (
+                outcome.out.after(seen[0], whole=going),
+                outcome.err.after(seen[1], whole=going),
+            ), totals
+
+    def since(self, seen: tuple[int, int], ended_at: float | None) -> tuple[CommandResult, str]:
+        """Return how it goes, with what its streams said after so many bytes of each, and the cursor after that."""
+        outcome, going = self.outcome, ended_at is None
+        (out, err), totals = self.after(seen, ended_at)
         cursor = f"{min(seen[0], totals[0]) + out.total}.{min(seen[1], totals[1]) + err.total}"
         result = self._result("running" if going else outcome.status, out, err, ended_at)
         return result.model_copy(update={"stdout_bytes": totals[0], "stderr_bytes": totals[1]}), cursor

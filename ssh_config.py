@@ -85,6 +85,13 @@ class SshConfig:
         local = self._local()
         self._read(Matched(Asked("", None, None, local.user, 22), local, self._exec_seconds), active=False)
 
+    def aliases(self) -> list[str]:
+        """Return the names in Host lines that are no patterns, in their order. Runs nothing. Raises ConfigError."""
+        local = self._local()
+        matched = Matched(Asked("", None, None, local.user, 22), local, self._exec_seconds)
+        self._read(matched, active=False)
+        return [name for name in dict.fromkeys(matched.host_patterns) if not {*"*?!"} & {*name}]
+
     def lookup(
         self,
         host: str,

@@ -3,7 +3,6 @@
 One instance is one look-up, made of one reading or, where HostName and `Match final` ask for it, of two.
 """
 
-import getpass
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from hashlib import sha1
 from pathlib import Path
 
 import ssh_local
+from settings import os_user
 from ssh_config_keywords import ALIASES, PASSED_OVER, REFUSED, is_harmless
 from ssh_config_syntax import Line, delimited, included, matches, matches_list, read_lines
 from ssh_config_values import (
@@ -45,7 +45,7 @@ class Local:
     def now(cls) -> "Local":
         """Ask the system."""
         uid = str(os.getuid()) if hasattr(os, "getuid") else "0"
-        return cls(getpass.getuser(), str(Path.home()), uid, socket.gethostname())
+        return cls(os_user(), str(Path.home()), uid, socket.gethostname())
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class Matched:
         self.wants_final = False
         self.final = False
         self.local = local
+        self.host_patterns: list[str] = []
         self.listed: dict[str, list[Line]] = {keyword: [] for keyword in _LISTED}
         self._asked = asked
         self._exec_seconds = exec_seconds
@@ -77,6 +78,7 @@ class Matched:
         applies = active
         for line in read_lines(path):
             if line.keyword == "host":
+                self.host_patterns += line.words
                 applies = self._host_applies(line) and active
             elif line.keyword == "match":
                 applies = self._match_applies(line, active) and active

@@ -13,6 +13,14 @@ class RefusedError(SSHError):
     """A setting does not allow it; the message names the setting. Nothing was sent."""
 
 
+class UnconfirmedError(SSHError):
+    """A person has to agree first, and was not asked yet; `question` is what to ask. Nothing was sent."""
+
+    def __init__(self, question: str) -> None:
+        super().__init__("CONFIRM wants a person to be asked first; nothing was done")
+        self.question = question
+
+
 class ArgumentError(SSHError):
     """An argument makes no sense; nothing was sent."""
 

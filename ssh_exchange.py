@@ -28,6 +28,9 @@ _TICK_SECONDS = 0.25
 _GRACE_SECONDS = 0.5
 _ASK_SECONDS = 0.1
 _STALL_SECONDS = 10.0
+_QUIET_ANSWERS = 2
+_TRICKLE_BYTES = 4096
+"""More than a chatty background process prints between two answers, less than one packet of a backlog."""
 _PULSE_SECONDS = 1.0
 _LINE_BYTES = 120
 _PACKETS = 16
@@ -261,34 +264,41 @@ class Exchange:
 class _Grace:
     """How long output is still taken after the command's own process has ended.
 
-    Half a second, and longer while more arrives than a chatty background process would print: what the command itself
-    left in pipes and windows comes as fast as the wire carries it. Where the wire or the server stalls it may come
-    later than that, so the server is asked for an answer, which comes behind it.
+    Half a second, and longer until it is certain that the command's own output is here: the server is asked for an
+    answer, which comes behind what it had sent. Two answers in a row with next to nothing before them show it. One is
+    not enough: a server that is busy with new keys (RFC 4253, 9) answers before it goes on to read the pipes.
     """
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._began_at = time.monotonic()
-        self._until = self._began_at + _GRACE_SECONDS
+        self._asked_at: float | None = None
         self._bytes = 0
-        self._asked = False
+        self._quiet_answers = 0
 
     def is_over(self, moved: int) -> bool:
+        """Take note of bytes that came; return whether no more are to be waited for."""
         self._bytes += moved
         now = time.monotonic()
-        if not self._asked and now - self._began_at >= _ASK_SECONDS:
-            self._session.ask()
-            self._asked = True
-        if now < self._until:
+        if self._asked_at is None or (self._session.answered and not self._session.pending):
+            self._go_on_asking(now)
+        if now - self._began_at < _GRACE_SECONDS:
             return False
-        stalls = not self._session.answered and now - self._began_at < _STALL_SECONDS
-        if not stalls and self._bytes < _FLOOD_BYTES:
-            return True
-        self._until, self._bytes = now + _GRACE_SECONDS, 0
-        return False
+        stalled = self._asked_at is not None and now - self._asked_at > _STALL_SECONDS
+        return self._is_all_here or (stalled and not self._session.answered)
 
+    @property
+    def _is_all_here(self) -> bool:
+        return self._quiet_answers == _QUIET_ANSWERS
 
-_FLOOD_BYTES = 256 * 1024
+    def _go_on_asking(self, now: float) -> None:
+        if self._is_all_here or now - self._began_at < _ASK_SECONDS:
+            return
+        if self._asked_at is not None:
+            self._quiet_answers = self._quiet_answers + 1 if self._bytes < _TRICKLE_BYTES else 0
+        if not self._is_all_here:
+            self._asked_at, self._bytes = now, 0
+            self._session.ask()
 
 
 _OUT_MARKED = re.compile(rb" (\d{1,10}|no)\r?\n")

@@ -219,6 +219,11 @@ class Files:
             atomic=atomic,
         )
 
+    def destination(self, target: Target, path: str, *, cancelled: Cancelled) -> Place:
+        """Return where a write to a path would go, and what is there now. Raises FileError; changes nothing."""
+        with self._bounds(target, path, "write", cancelled) as bounds:
+            return self._place(bounds, target, path)
+
     def edit(
         self,
         target: Target,

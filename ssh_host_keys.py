@@ -9,7 +9,7 @@ Borrowed from cryptography's private parts, checked with 50.0.2 (`tests/test_ssh
 """
 
 import base64
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
 
@@ -44,6 +44,8 @@ class HostKey:
 
     type: str
     blob: bytes
+    is_new: bool = field(default=False, compare=False)
+    """Whether it was unknown until this visit, and recorded at it."""
 
     def __str__(self) -> str:
         """The key as OpenSSH names it to people: type and fingerprint."""

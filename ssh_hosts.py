@@ -6,6 +6,7 @@ strict here: nobody is there to be asked, and an unverified host is nobody.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,11 @@ class Host:
 class Hosts:
     """The hosts of one configuration. Thread-safe; the SSH config is read at every question."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, known_hosts: Callable[..., KnownHosts] = KnownHosts) -> None:
+        """`known_hosts` makes what their keys are known by."""
         path = settings.ssh_config
         self._settings = settings
+        self._known_hosts = known_hosts
         self._config = SshConfig(
             None if str(path) in ("none", os.devnull) else path,
             may_be_missing="ssh_config" not in settings.model_fields_set,
@@ -58,6 +61,10 @@ class Hosts:
             self._config.check()
         except ConfigError as error:
             raise SettingsError(str(error)) from None
+
+    def aliases(self) -> list[str]:
+        """Return the names that the SSH config gives to hosts. Raises ConfigError. Nothing is reached or run."""
+        return self._config.aliases()
 
     def target(self, host: str, user: str | None = None, port: int | None = None) -> Target:
         """Return the target that is meant by a host, which is checked already, and what is said with it.
@@ -96,7 +103,7 @@ class Hosts:
             target=target,
             config=config,
             is_default=is_default,
-            known_hosts=KnownHosts(*files, hash_names=config.hash_known_hosts),
+            known_hosts=self._known_hosts(*files, hash_names=config.hash_known_hosts),
             # what is recorded nowhere would be new every time
             accepts_new=policy == "accept-new" and files[0] != Path(os.devnull),
             connect_seconds=self._set("ssh_connect_timeout")

@@ -20,9 +20,10 @@ import os
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import astuple, replace
+from dataclasses import astuple, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
@@ -32,7 +33,7 @@ from platformdirs import user_state_path
 
 import ssh_background
 from settings import Target
-from ssh_answers import CommandResult
+from ssh_answers import CommandResult, JobState
 from ssh_background import Look
 from ssh_commands import Commands, Running
 from ssh_errors import ArgumentError, BegunError, SSHError
@@ -49,6 +50,8 @@ _ANSWERS_SECONDS = 3600.0
 _SWEEP_SECONDS = 60.0
 _ENDED_BYTES = 64 * 1024 * 1024
 _ITSELF_BYTES = 2048
+_REMEMBERED = 1000
+_COMMAND_CHARACTERS = 500
 _AFTER_KILL_SECONDS = 3.0
 _LOOK_SECONDS = 20.0
 _ANSWER_SECONDS = 15.0
@@ -58,19 +61,36 @@ _BACKGROUND = "b"
 """Begins the names of background jobs; those of detached ones are hexadecimal after a `d`."""
 
 
+"""Of one in the background only its machine knows more."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A job that this process began: whose it is, where it runs, the beginning of its command, and when (epoch)."""
+
+    name: str
+    owner: str
+    target: Target
+    command: str
+    began_at: float
+
+
 class Job:
     """A detached command. `changed`, which all jobs share, guards `ended_at` and wakes who waits for an end.
 
     An ended job holds its report alone, since it is kept for long.
     """
 
-    def __init__(self, running: Running, owner: str, changed: threading.Condition) -> None:
+    def __init__(
+        self, running: Running, owner: str, changed: threading.Condition, over: Callable[["Job"], None] | None
+    ) -> None:
         self.name = f"d{secrets.token_hex(8)}"
         self.owner = owner
         self.report = running.report
         self.running: Running | None = running
         self.ended_at: float | None = None
         self._changed = changed
+        self.over = over
 
     @property
     def target(self) -> Target:
@@ -107,6 +127,8 @@ class Job:
             self.ended_at = time.monotonic()
             self.running = None
             self._changed.notify_all()
+        if self.over is not None:
+            self.over(self)
 
     def wait(self, deadline: float, cancelled: Cancelled, progress: Progress = untold) -> bool:
         """Wait for its end; return whether it has ended. Raises what `cancelled` raises."""
@@ -132,6 +154,7 @@ class Jobs:
         self._key = key
         self._books = threading.Lock()
         self._jobs: dict[str, Job] = {}
+        self._begun: deque[Begun] = deque(maxlen=_REMEMBERED)
         self._changed = threading.Condition()
         self._stirred = threading.Event()
         self._driving = False
@@ -159,14 +182,24 @@ class Jobs:
         )
         if isinstance(ended, CommandResult):
             return ended
-        job = Job(ended, owner, self._changed)
+        job = self.follow(owner, ended)
+        with self._books:
+            self._begun.append(_begun(job.name, owner, target, task))
+        return self._answer(job, (0, 0))
+
+    def follow(self, owner: str, running: Running, over: Callable[[Job], None] | None = None) -> Job:
+        """Drain a command that was handed over until it ends.
+
+        With `over`, which is called with the job then and must not wait, the caller answers for it from there on.
+        """
+        job = Job(running, owner, self._changed, over)
         with self._books:
             self._forget_old()
             self._jobs[job.name] = job
-        ended.exchange.stir(self._stirred)
+        running.exchange.stir(self._stirred)
         self._stirred.set()
         self._drive()
-        return self._answer(job, (0, 0))
+        return job
 
     def start_background(
         self, owner: str, target: Target, task: Task, *, cancelled: Cancelled, timeout: float = 45
@@ -175,14 +208,16 @@ class Jobs:
 
         Raises what `run` raises, and SSHError when it could not be started.
         """
-        name = _new_name()
+        name = new_background_name()
         self._key()
         self._commands.start_background(target, replace(task, job=name), timeout=timeout, cancelled=cancelled)
+        with self._books:
+            self._begun.append(_begun(name, owner, target, task))
         return self._unseen(owner, name, target, "running")
 
     def promise(self, owner: str, target: Target) -> CommandResult:
         """Return what there is to say of a background job that is yet to begin: its `job_id`, above all."""
-        return self._unseen(owner, _new_name(), target, "running")
+        return self._unseen(owner, new_background_name(), target, "running")
 
     def begin(self, owner: str, job_id: str, task: Task, *, cancelled: Cancelled) -> bool:
         """Start a promised job, unless it was begun before, here or by another server. Return whether it came to run.
@@ -194,7 +229,7 @@ class Jobs:
         try:
             self._commands.start_background(target, task, timeout=_LOOK_SECONDS, cancelled=cancelled)
         except BegunError:
-            return self._begun(name, target, cancelled)
+            return self._came_to_run(name, target, cancelled)
         return True
 
     def end(self, owner: str, job_id: str, *, cancelled: Cancelled) -> None:
@@ -202,7 +237,7 @@ class Jobs:
 
         Raises ArgumentError for a job that `owner` does not have, and SSHError when the target cannot be asked.
         """
-        if self._begun(*self._opened(owner, job_id), cancelled):
+        if self._came_to_run(*self._opened(owner, job_id), cancelled):
             self.go_on(owner, job_id, on_timeout="kill", timeout=0, cancelled=cancelled)
 
     def lost(self, owner: str, job_id: str) -> CommandResult:
@@ -212,6 +247,36 @@ class Jobs:
     def target_of(self, owner: str, job_id: str) -> Target:
         """Return where a job runs. Raises ArgumentError when `owner` has no such job."""
         return self._opened(owner, job_id)[1]
+
+    def described(self, owner: str, job_id: str) -> str:
+        """Return what a job runs, as far as this process knows. Raises ArgumentError when `owner` has no such job."""
+        name, _ = self._opened(owner, job_id)
+        with self._books:
+            begun = next((begun for begun in self._begun if begun.name == name), None)
+        if begun is None and not name.startswith(_BACKGROUND):
+            self._found(name)
+        return begun.command if begun else f"{name}, which was begun before this server"
+
+    def begun_by(self, owner: str) -> list[tuple[str, Begun, JobState]]:
+        """Return the `job_id`, what is known, and the state of jobs of `owner`, the last one first.
+
+        Only those that this process began. Nothing is asked of a machine. Raises SSHError without a key.
+        """
+        with self._books:
+            self._forget_old()
+            known = [(begun, self._state(begun)) for begun in reversed(self._begun) if begun.owner == owner]
+        return [
+            (self._signed(owner, begun.name, begun.target), begun, state)
+            for begun, state in known
+            if state is not None
+        ]
+
+    def _state(self, begun: Begun) -> JobState | None:
+        """Return how a job goes, None when it is forgotten; the caller holds the books."""
+        if begun.name.startswith(_BACKGROUND):
+            return "background"
+        job = self._jobs.get(begun.name)
+        return None if job is None else "running" if job.ended_at is None else "ended"
 
     def go_on(
         self,
@@ -234,7 +299,7 @@ class Jobs:
         seen = _offsets(cursor)
         name, target = self._opened(owner, job_id)
         if name.startswith(_BACKGROUND):
-            look = self._look(
+            look = self.look(
                 name, target, seen, deadline, cancelled, progress, signal, end=on_timeout == "kill"
             )
             return self._looked(owner, name, target, look, seen)
@@ -268,42 +333,48 @@ class Jobs:
             handle = self._signed(job.owner, job.name, job.target)
         return result.model_copy(update={"job_id": handle, "cursor": cursor})
 
-    def _handles(self, owner: str) -> URLSafeSerializer:
+    def handles(self, owner: str, of: str = "job") -> URLSafeSerializer:
+        """Return what signs `owner`'s handles of jobs, or of something else. Raises SSHError without a key."""
         return URLSafeSerializer(
-            self._key(), salt=f"ssh-mcp-server job of {owner}", signer_kwargs={"digest_method": sha256}
+            self._key(), salt=f"ssh-mcp-server {of} of {owner}", signer_kwargs={"digest_method": sha256}
         )
 
     def _opened(self, owner: str, job_id: str) -> tuple[str, Target]:
         try:
-            name, user, host, port = self._handles(owner).loads(job_id)
+            name, user, host, port = self.handles(owner).loads(job_id)
         except (BadSignature, UnicodeError):
             raise ArgumentError("unknown job: this job_id was not given out to you by this server") from None
         return name, Target(user, host, port)
 
-    def _begun(self, name: str, target: Target, cancelled: Cancelled) -> bool:
+    def _came_to_run(self, name: str, target: Target, cancelled: Cancelled) -> bool:
         program = ssh_background.begun(name, _BEGIN_SECONDS)
         return self._sh(target, program, cancelled, _BEGIN_SECONDS + _ANSWER_SECONDS).split() == [b"yes"]
 
-    def _look(
+    def look(
         self,
         name: str,
         target: Target,
         seen: tuple[int, int],
         deadline: float,
         cancelled: Cancelled,
-        progress: Progress,
-        signal: Signal | None,
+        progress: Progress = untold,
+        signal: Signal | None = None,
         *,
-        end: bool,
+        end: bool = False,
+        budget: int | None = None,
     ) -> Look:
-        """Wait for a background job and look at it, after sending it a signal; with `end` end it at the deadline."""
+        """Wait for a background job and look at it, after sending it a signal; with `end` end it at the deadline.
+
+        Of each stream `budget` bytes are fetched from both ends, by default as many as an answer shows. Raises
+        ArgumentError when there is no such job, SSHError when it could not be reached or signalled.
+        """
         if signal is not None:
             answer = self._sh(target, ssh_background.signalling(name, signal), cancelled).split()
             if answer not in ([signal.encode()], [b"ended"]):
                 raise SSHError(
                     f"{target}: SIG{signal} was not delivered; the job may just have ended. Ask again"
                 )
-        budget = self._commands.budget
+        budget = budget or self._commands.budget
         told = _told_from_afar(progress)
         unkilled: str | None = None
         while True:
@@ -361,8 +432,8 @@ class Jobs:
             target=str(target),
             job_id=self._signed(owner, name, target),
             cursor=f"{min(seen[0], look.sizes[0]) + out.total}.{min(seen[1], look.sizes[1]) + err.total}",
-            stdout_path=f"~/{ssh_background.FOLDER}/{name}/stdout",
-            stderr_path=f"~/{ssh_background.FOLDER}/{name}/stderr",
+            stdout_path=ssh_background.path_of(name, "stdout"),
+            stderr_path=ssh_background.path_of(name, "stderr"),
             note=look.note,
         )
 
@@ -375,7 +446,7 @@ class Jobs:
         )
 
     def _signed(self, owner: str, name: str, target: Target) -> str:
-        return str(self._handles(owner).dumps([name, *astuple(target)]))
+        return str(self.handles(owner).dumps([name, *astuple(target)]))
 
     def _found(self, name: str) -> Job:
         with self._books:
@@ -396,7 +467,8 @@ class Jobs:
         )
         held = sum(job.held_bytes for job in ended)
         for job in ended:
-            if time.monotonic() - (job.ended_at or 0) > _ANSWERS_SECONDS or held > _ENDED_BYTES:
+            old = time.monotonic() - (job.ended_at or 0) > _ANSWERS_SECONDS
+            if old or held > _ENDED_BYTES or job.over is not None:
                 held -= job.held_bytes
                 del self._jobs[job.name]
 
@@ -439,8 +511,8 @@ class Jobs:
             return [job for job in self._jobs.values() if job.ended_at is None]
 
 
-def _new_name() -> str:
-    return f"{_BACKGROUND}{int(time.time()):x}-{secrets.token_hex(8)}"
+def _begun(name: str, owner: str, target: Target, task: Task) -> Begun:
+    return Begun(name, owner, target, task.command[:_COMMAND_CHARACTERS], time.time())
 
 
 def _told_from_afar(progress: Progress) -> Progress:
@@ -453,6 +525,11 @@ def _told_from_afar(progress: Progress) -> Progress:
             progress(time.monotonic() - began_at, int(so_far), last)
 
     return tell
+
+
+def new_background_name() -> str:
+    """Return a name that no background job has."""
+    return f"{_BACKGROUND}{int(time.time()):x}-{secrets.token_hex(8)}"
 
 
 def _offsets(cursor: str | None) -> tuple[int, int]:

@@ -78,7 +78,7 @@ class Keys:
             yield offer
             return
         paths = _default_paths() if files is None else list(map(Path, files))
-        with _agent(config.identity_agent if config else None) as held:
+        with agent_keys(config.identity_agent if config else None) as held:
             named = [blob for path in paths if (blob := _public_blob(path))]
             first = [key for blob in named for key in held if key.asbytes() == blob]
             others = [] if config and config.identities_only else [key for key in held if key not in first]
@@ -189,7 +189,7 @@ def _default_paths() -> list[Path]:
 
 
 @contextmanager
-def _agent(named: str | None) -> Iterator[list[paramiko.AgentKey]]:
+def agent_keys(named: str | None) -> Iterator[list[paramiko.AgentKey]]:
     """Lend the keys of the agent at a socket, or of the environment's; none when it does not answer or is `none`."""
     agent = paramiko.agent.AgentSSH()
     try:
@@ -207,6 +207,8 @@ def _agent(named: str | None) -> Iterator[list[paramiko.AgentKey]]:
 
 
 def _unix_socket(path: str) -> socket.socket:
+    if not hasattr(socket, "AF_UNIX"):
+        raise OSError("this system has no sockets with paths")
     connected = socket.socket(socket.AF_UNIX)
     try:
         connected.settimeout(_AGENT_SECONDS)

@@ -184,7 +184,7 @@ class KnownHosts:
         unused = "" if old.key.type in _ALGORITHMS.values() else ", of a type that is not used here"
         raise HostKeyError(
             f"the host key of {host} has changed: {preface}it shows {key}, but {path} line {old.line.number} has "
-            f"{old.key}{unused}. Somebody may be in between. If the machine was set up anew, compare the fingerprints, "
+            f"{old.key}{unused}. Somebody may be in between; if the machine was set up anew, compare the fingerprints, "
             f'then: ssh-keygen -R "{host}" -f {shlex.quote(str(path))}'
         )
 

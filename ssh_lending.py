@@ -276,6 +276,17 @@ class TargetPool:
         with self._books:
             return self._counts.copy()
 
+    def connections(self) -> list[Connection]:
+        """Return the connections that are open."""
+        with self._books:
+            return [member.connection for member in self._members if member.connection.alive]
+
+    @property
+    def given_up_seconds(self) -> float:
+        """How long nobody tries to connect, since the target does not answer; 0 when anybody may."""
+        with self._books:
+            return self._breaker.wait_seconds
+
     @property
     def in_use(self) -> bool:
         """Whether anything is lent."""

@@ -19,8 +19,9 @@ from ssh_answers import Entry, iso_time, octal
 from ssh_bounds import Bounds, Opened
 from ssh_errors import ConnectionLostError, FileError
 from ssh_pool import Cancelled
-from ssh_sftp import SFTP, Opening, Reply
+from ssh_sftp import SFTP
 from ssh_sftp_packets import Name, StatusError, shown_name
+from ssh_sftp_replies import Opening, Reply
 
 MOST_ENTRIES: Final = 200_000
 _WALK_SECONDS: Final = 60.0

@@ -5,6 +5,7 @@ known; what the SSH config says of algorithms is applied to what Paramiko has.
 """
 
 import time
+from dataclasses import replace
 
 import paramiko
 
@@ -79,6 +80,7 @@ def _exchange_keys(host: Host, transport: Transport, deadline: float) -> HostKey
         if not host.accepts_new:
             raise
         host.known_hosts.add(host.known_as, key)
+        return replace(key, is_new=True)
     return key
 
 

@@ -40,6 +40,10 @@ class Kept:
         """Return all bytes of a stream that fits in the budget."""
         return bytes(self._head + self._tail)
 
+    def ends(self) -> tuple[int, bytes, bytes]:
+        """Return how long it is, with its head and tail: the same for equal streams, however they came in."""
+        return self.total, bytes(self._head), bytes(self._tail[-self._budget :])
+
     @property
     def held(self) -> int:
         """Bytes in memory."""

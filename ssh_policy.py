@@ -16,7 +16,7 @@ simple command in it begins with the words of a prefix, and is then rebuilt from
 
 import itertools
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -24,7 +24,7 @@ from ipaddress import IPv6Address
 
 import ssh_words
 from settings import Settings, SettingsError, Target, host_token, user_token
-from ssh_errors import ArgumentError, RefusedError
+from ssh_errors import ArgumentError, RefusedError, SSHError
 from ssh_hosts import Hosts
 from ssh_words import UnreadableError
 
@@ -84,8 +84,7 @@ class Reach:
         self._settings = settings
         self._hosts = Hosts(settings)
         self._hosts.check()
-        texts = (settings.ssh_allowed_hosts or "").split(",")
-        self._patterns = tuple(_pattern(text.strip()) for text in texts if text.strip())
+        self._patterns = tuple(_pattern(text) for text in _listed(settings.ssh_allowed_hosts))
         if not self._patterns and settings.ssh_default_host:
             self._patterns = (_Pattern(None, settings.ssh_default_host, None),)
         self._spelled = {settings.ssh_default_host, *(pattern.host for pattern in self._patterns)}
@@ -124,6 +123,40 @@ class Reach:
             raise _refused(str(target))
         return target
 
+    def target_of(self, text: str) -> Target:
+        """Return the target that `[user@]host[:port]` means. Raises what `target` raises."""
+        user, at, rest = text.rpartition("@")
+        try:
+            host, port = split_port(rest)
+            return self.target(host, user if at else None, int(port) if port is not None else None)
+        except ValueError:
+            raise ArgumentError(f"{text[:100]!r} is no target: give [user@]host[:port]") from None
+
+    @property
+    def patterns(self) -> list[str]:
+        """What may be named, as `SSH_ALLOWED_HOSTS` or the default host says it."""
+        listed = self._settings.ssh_allowed_hosts or self._settings.ssh_default_host or ""
+        return [text for part in listed.split(",") if (text := part.strip())]
+
+    def named(self, beginning: str = "") -> Iterator[tuple[str, Target]]:
+        """Yield what is known by name and may be reached, as `target_of` takes it, each with its target.
+
+        Those are the default host, the patterns without a wildcard, and the aliases of the SSH config. Raises
+        ConfigError.
+        """
+        in_patterns = [text for text in self.patterns if _literal(text) == text]
+        default = self._settings.ssh_default_host
+        for name in dict.fromkeys([*([default] if default else []), *in_patterns, *self._hosts.aliases()]):
+            if name.lower().startswith(beginning.lower()) and (target := self._allowed(name)) is not None:
+                yield name, target
+
+    def _allowed(self, name: str) -> Target | None:
+        """Return the target that a name means, None if it may not be reached, or cannot be."""
+        try:
+            return self.target_of(name)
+        except SSHError:
+            return None
+
     def _own(self, target: Target, user: str | None, port: int | None) -> Target:
         """Return the target that is meant when a call leaves the user out, and the port."""
         return Target(
@@ -131,6 +164,10 @@ class Reach:
             target.host,
             self._hosts.target(target.host, user, None).port if port else target.port,
         )
+
+
+def _listed(texts: str | None) -> list[str]:
+    return [text for part in (texts or "").split(",") if (text := part.strip())]
 
 
 def _usual_spelling(host: str) -> str:
@@ -220,6 +257,12 @@ def warnings(settings: Settings) -> list[str]:
         said.append(
             "ALLOWED_PATHS binds the file tools alone: without ALLOWED_COMMANDS ssh_execute goes anywhere"
         )
+    if settings.ssh_sudo and settings.ssh_sudo_password:
+        said += [
+            f"SSH_ALLOWED_HOSTS holds {text!r}, and any host that it matches gets SSH_SUDO_PASSWORD; name the hosts"
+            for text in _listed(settings.ssh_allowed_hosts)
+            if set("*?") & set(_pattern(text).host)
+        ]
     return said
 
 
@@ -291,7 +334,7 @@ def _glob(pattern: str, text: str) -> bool:
 def _pattern(text: str) -> _Pattern:
     user, at, rest = text.rpartition("@")
     try:
-        host, port = _split_port(rest)
+        host, port = split_port(rest)
         literal = _literal(host)
         host = host.lower() if literal != host else host_token(host)
         host_token(literal)
@@ -317,7 +360,7 @@ def _check_port(port: str) -> None:
         raise ValueError("a port")
 
 
-def _split_port(text: str) -> tuple[str, str | None]:
+def split_port(text: str) -> tuple[str, str | None]:
     """Split `host`, `host:port`, `[address]`, `[address]:port` or a bare IPv6 address."""
     if text.startswith("["):
         host, closing, rest = text[1:].partition("]")

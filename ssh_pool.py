@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import telemetry
 from settings import Settings, Target
@@ -40,20 +41,33 @@ _COUNTED = (
 )
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What is known of a target without asking it: of its open connections, else of the last one."""
+
+    connections: int
+    host_key: str | None
+    server_version: str | None
+    round_trip_seconds: float | None
+    given_up_seconds: float
+
+
 class Pool:
     """All connections of the process. Every method may be called from any thread."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, hosts: Hosts | None = None) -> None:
+        """`hosts` are those of the settings, unless given."""
         self.max_connections = settings.ssh_max_connections
         self.idle_seconds = settings.ssh_idle_seconds
-        self._max_total = settings.ssh_max_total_connections
+        self.max_total = settings.ssh_max_total_connections
         self._settings = settings
-        self._hosts = Hosts(settings)
+        self._hosts = hosts or Hosts(settings)
         self._keys = Keys(settings)
         self._changed = threading.Condition()
         self._targets: dict[Target, TargetPool] = {}
         self._host_keys: dict[Target, str] = {}
         self._closed = False
+        self._wanting_room = 0
         self._janitor: threading.Thread | None = None
 
     @contextmanager
@@ -119,15 +133,17 @@ class Pool:
             pools = [p for t, p in self._targets.items() if targets is None or t in targets]
         had = [pool for pool in pools if pool.size]
         closed = [pool.target for pool in had if not pool.close_idle()]
-        with self._changed:
-            pools = list(self._targets.values())
-        return closed, [pool.target for pool in pools if pool.size]
+        return closed, [pool.target for pool in self._pools() if pool.size]
 
     def open_targets(self) -> dict[Target, int]:
         """Return how many connections each target has, opening ones included."""
+        return {pool.target: size for pool in self._pools() if (size := pool.size)}
+
+    def is_connected(self, target: Target) -> bool:
+        """Whether a target has a connection, or one is being opened."""
         with self._changed:
-            pools = list(self._targets.values())
-        return {pool.target: size for pool in pools if (size := pool.size)}
+            pool = self._targets.get(target)
+        return pool is not None and pool.size > 0
 
     def counters(self) -> dict[str, int]:
         """Return what has happened since the start, all targets together.
@@ -137,10 +153,8 @@ class Pool:
         `sessions_refused` by servers; calls that had to wait (`waits`), or `failed_fast` because the target does not
         answer; `breaker_opened`: how often a target was given up for a while.
         """
-        with self._changed:
-            pools = list(self._targets.values())
         total = Counter(dict.fromkeys(_COUNTED, 0))
-        for pool in pools:
+        for pool in self._pools():
             total.update(pool.counters())
         return dict(total)
 
@@ -174,6 +188,27 @@ class Pool:
         with self._changed:
             return self._host_keys.get(target)
 
+    def seen(self, target: Target) -> Seen:
+        """Return what is known of a target; nothing is sent."""
+        with self._changed:
+            pool, host_key = self._targets.get(target), self._host_keys.get(target)
+        connections = pool.connections() if pool else []
+        trips = [trip for one in connections if (trip := one.round_trip_seconds) is not None]
+        return Seen(
+            connections=len(connections),
+            host_key=host_key,
+            server_version=connections[-1].server_version if connections else None,
+            round_trip_seconds=round(min(trips), 4) if trips else None,
+            given_up_seconds=round(pool.given_up_seconds, 1) if pool else 0.0,
+        )
+
+    def made_since(self, target: Target, since: float) -> Connection | None:
+        """Return the newest connection to a target, if it was made since then (monotonic seconds)."""
+        with self._changed:
+            pool = self._targets.get(target)
+        made = [one for one in (pool.connections() if pool else []) if one.made_at >= since]
+        return max(made, key=lambda one: one.made_at, default=None)
+
     def changed(self) -> None:
         """Note that a connection was closed; for the targets' pools."""
         with self._changed:
@@ -185,21 +220,33 @@ class Pool:
         Raises BusyError when nothing becomes free within the time that a connection may take.
         """
         deadline = time.monotonic() + self._settings.ssh_connect_timeout
-        while True:
-            with self._changed:
-                pools = list(self._targets.values())
-            if sum(p.size for p in pools) <= self._max_total:
-                return
-            idle = [(since, p) for p in pools if (since := p.idle_since()) is not None]
+        with self._changed:
+            self._wanting_room += 1
+        while not self._admitted():
+            idle = [(since, one) for one in self._pools() if (since := one.idle_since()) is not None]
             if idle:
                 min(idle, key=lambda pair: pair[0])[1].evict_idle()
-            elif time.monotonic() >= deadline:
-                raise BusyError(
-                    f"{pool.target}: all {self._max_total} connections (SSH_MAX_TOTAL_CONNECTIONS) are in use"
-                )
-            else:
+            elif time.monotonic() < deadline:
                 with self._changed:
                     self._changed.wait(_POLL_SECONDS)
+            else:
+                with self._changed:
+                    self._wanting_room -= 1
+                raise BusyError(
+                    f"{pool.target}: all {self.max_total} connections (SSH_MAX_TOTAL_CONNECTIONS) are in use"
+                )
+
+    def _admitted(self) -> bool:
+        """Let a connection be opened if it fits under the total, in which those that want room too do not count."""
+        with self._changed:
+            if sum(pool.size for pool in self._targets.values()) - self._wanting_room >= self.max_total:
+                return False
+            self._wanting_room -= 1
+            return True
+
+    def _pools(self) -> list[TargetPool]:
+        with self._changed:
+            return list(self._targets.values())
 
     def _of(self, target: Target) -> TargetPool:
         with self._changed:

@@ -23,26 +23,21 @@ from typing import Final
 
 from ssh_errors import ConnectionLostError
 from ssh_session import Session
-from ssh_sftp_packets import (
-    EOF,
-    FAILURE,
-    NO_ATTRIBUTES,
-    OK,
-    Attributes,
-    Body,
-    Name,
-    Reader,
-    StatusError,
-    path_bytes,
-    string,
+from ssh_sftp_packets import NO_ATTRIBUTES, Attributes, Reader, StatusError, path_bytes, string
+from ssh_sftp_replies import (
+    ANSWER_SECONDS,
+    CONNECTION_LOST,
+    EXTENDED_REPLY,
+    STATUS,
+    Handles,
+    Opening,
+    Reply,
 )
 
-ANSWER_SECONDS: Final = 14.0
 _CHUNK_BYTES: Final = 32 * 1024
 _LARGE_CHUNK_BYTES: Final = 128 * 1024
 _IN_FLIGHT_BYTES: Final = 4 * 1024 * 1024
 _FIRST_READS: Final = 16
-_MOST_WRONG_GUESSES: Final = 3
 _MOST_TURNS: Final = 4
 _MOST_PACKET_BYTES: Final = 1024 * 1024
 
@@ -50,162 +45,11 @@ _INIT, _VERSION = 1, 2
 _OPEN, _CLOSE, _READ, _WRITE, _LSTAT, _FSTAT = 3, 4, 5, 6, 7, 8
 _FSETSTAT, _OPENDIR, _READDIR, _REMOVE, _MKDIR = 10, 11, 12, 13, 14
 _REALPATH, _STAT, _RENAME, _READLINK = 16, 17, 18, 19
-_STATUS, _HANDLE, _DATA, _NAME, _ATTRS = 101, 102, 103, 104, 105
-_EXTENDED, _EXTENDED_REPLY = 200, 201
-
-_CONNECTION_LOST = 7
+_EXTENDED = 200
 
 
 class NoSFTPError(Exception):
     """The server does not speak SFTP."""
-
-
-class Reply:
-    """The answer to one request, perhaps still under way."""
-
-    def __init__(self, sftp: "SFTP") -> None:
-        self._sftp = sftp
-        self._arrived = threading.Event()
-        self._kind = 0
-        self._body: Body = b""
-
-    @property
-    def arrived(self) -> bool:
-        """Whether the answer is there."""
-        return self._arrived.is_set()
-
-    def arrive(self, kind: int, body: Body) -> None:
-        """Take the answer; called once, by the reading thread."""
-        self._kind, self._body = kind, body
-        self._arrived.set()
-
-    def wait(self, *expected: int) -> Body:
-        """Return the body of an answer of an expected kind.
-
-        Raises StatusError for a status other than OK, ConnectionLostError when none comes within
-        `ANSWER_SECONDS`.
-        """
-        if not self._arrived.wait(ANSWER_SECONDS):
-            self._sftp.close()
-            raise ConnectionLostError("the file server does not answer")
-        if self._kind == _STATUS:
-            code = Reader(self._body).uint32()
-            if code == _CONNECTION_LOST:
-                raise ConnectionLostError("the connection went away")
-            if code != OK:
-                reader = Reader(self._body[4:])
-                raise StatusError(code, reader.string().decode("utf-8", "replace") if reader.left else "")
-        if self._kind not in (expected or (_STATUS,)):
-            self._sftp.close()
-            raise ConnectionLostError("the file server gave an answer that makes no sense")
-        return self._body
-
-    def done(self) -> None:
-        """Wait for a plain OK."""
-        self.wait(_STATUS)
-
-    def data(self) -> bytes:
-        """Wait for bytes of a file; none at its end."""
-        try:
-            return Reader(self.wait(_DATA)).string()
-        except StatusError as error:
-            if error.code == EOF:
-                return b""
-            raise
-
-    def attributes(self) -> Attributes:
-        """Wait for a file's attributes."""
-        return Reader(self.wait(_ATTRS)).attributes()
-
-    def names(self) -> list[Name]:
-        """Wait for names; none at a directory's end."""
-        try:
-            reader = Reader(self.wait(_NAME))
-        except StatusError as error:
-            if error.code == EOF:
-                return []
-            raise
-        return [Name(reader.string(), reader.string(), reader.attributes()) for _ in range(reader.uint32())]
-
-    def account_names(self) -> tuple[list[bytes], list[bytes]]:
-        """Wait for the names of users and groups; empty where the server knows none."""
-        reader = Reader(self.wait(_EXTENDED_REPLY))
-        users, groups = Reader(reader.string()), Reader(reader.string())
-        return list(users.strings()), list(groups.strings())
-
-    def path(self) -> bytes:
-        """Wait for the one name of a REALPATH, READLINK or `expand-path@openssh.com`."""
-        names = self.names()
-        if not names:
-            raise StatusError(FAILURE, "no name in the answer")
-        return names[0].name
-
-
-class Opening(Reply):
-    """The answer to an OPEN or OPENDIR, and the handle that it will probably bring."""
-
-    def __init__(self, sftp: "SFTP", handles: "_Handles") -> None:
-        super().__init__(sftp)
-        self._handles = handles
-        self.guess = handles.expect()
-
-    def arrive(self, kind: int, body: Body) -> None:
-        """See Reply."""
-        self._handles.settle(self.guess, Reader(body).string() if kind == _HANDLE else None)
-        super().arrive(kind, body)
-
-    def handle(self) -> bytes:
-        """Wait for the handle."""
-        return Reader(self.wait(_HANDLE)).string()
-
-
-class _Handles:
-    """Foretells handles as OpenSSH's server gives them: the one that was closed last, else the next number.
-
-    It does so only while no other answer is outstanding, and never names a handle that is open: then a wrong guess
-    is no handle at all. Servers that count otherwise are found out, and guessed no more. Thread-safe.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._free: list[bytes] = []
-        self._open: set[bytes] = set()
-        self._expected = 0
-        self._wrong = 0
-
-    @property
-    def count(self) -> int:
-        """How many handles are open, those included that are under way."""
-        with self._lock:
-            return len(self._open) + self._expected
-
-    def expect(self) -> bytes | None:
-        """Return what the next handle will be, or None; called in the order in which requests are sent."""
-        with self._lock:
-            self._expected += 1
-            if self._expected > 1 or self._wrong >= _MOST_WRONG_GUESSES:
-                return None
-            guess = self._free[-1] if self._free else struct.pack(">I", len(self._open))
-            return None if guess in self._open else guess
-
-    def settle(self, guess: bytes | None, handle: bytes | None) -> None:
-        """Learn which handle it was; None if there was an error instead."""
-        with self._lock:
-            self._expected -= 1
-            if handle is None:
-                return
-            if guess is not None:
-                self._wrong = 0 if handle == guess else self._wrong + 1
-            if handle in self._free:
-                self._free.remove(handle)
-            self._open.add(handle)
-
-    def give_back(self, handle: bytes) -> None:
-        """Learn that a handle is closed."""
-        with self._lock:
-            self._open.discard(handle)
-            if self._wrong < _MOST_WRONG_GUESSES:
-                self._free.append(handle)
 
 
 class _Reads:
@@ -266,7 +110,7 @@ class SFTP:
         self._next_id = 0
         self._ended = False
         self._sending = threading.RLock()
-        self._handles = _Handles()
+        self._handles = Handles()
         self.turns = threading.BoundedSemaphore(_MOST_TURNS)
         self._limits: Reply | None = None
         self._buffer = bytearray()
@@ -294,7 +138,7 @@ class SFTP:
         if self._limits is None or not self._limits.arrived:
             return _CHUNK_BYTES
         try:
-            limits = Reader(self._limits.wait(_EXTENDED_REPLY))
+            limits = Reader(self._limits.wait(EXTENDED_REPLY))
         except StatusError:
             return _CHUNK_BYTES
         _, most_read, most_written = limits.uint64(), limits.uint64(), limits.uint64()
@@ -344,7 +188,7 @@ class SFTP:
         """CLOSE."""
         with self._sending:
             self._handles.give_back(handle)
-            return self._submit(Reply(self), _CLOSE, string(handle))
+            return self._submit(Reply(self.close), _CLOSE, string(handle))
 
     def read(self, handle: bytes, offset: int, length: int) -> Reply:
         """READ: bytes, perhaps fewer than asked for."""
@@ -474,11 +318,11 @@ class SFTP:
 
     def _request(self, kind: int, body: bytes) -> Reply:
         with self._sending:
-            return self._submit(Reply(self), kind, body)
+            return self._submit(Reply(self.close), kind, body)
 
     def _open(self, kind: int, body: bytes) -> Opening:
         with self._sending:
-            opening = Opening(self, self._handles)
+            opening = Opening(self.close, self._handles)
             self._submit(opening, kind, body)
         return opening
 
@@ -550,7 +394,7 @@ class SFTP:
             self._ended = True
             pending, self._pending = list(self._pending.values()), {}
         for reply in pending:
-            reply.arrive(_STATUS, struct.pack(">I", _CONNECTION_LOST))
+            reply.arrive(STATUS, struct.pack(">I", CONNECTION_LOST))
 
 
 def all_done(replies: Iterable[Reply | None]) -> None:

@@ -112,28 +112,35 @@ class Reader:
 
     @property
     def left(self) -> int:
+        """How many bytes have not been taken."""
         return len(self._data) - self._at
 
     def take(self, count: int) -> Body:
+        """Take that many bytes. Raises ConnectionLostError when there are fewer."""
         if count > self.left:
             raise ConnectionLostError("the file server sent a packet that is cut short")
         self._at += count
         return self._data[self._at - count : self._at]
 
     def uint32(self) -> int:
+        """Take four bytes as a number."""
         return int.from_bytes(self.take(4), "big")
 
     def uint64(self) -> int:
+        """Take eight bytes as a number."""
         return int.from_bytes(self.take(8), "big")
 
     def string(self) -> bytes:
+        """Take a length and as many bytes."""
         return bytes(self.take(self.uint32()))
 
     def strings(self) -> Iterator[bytes]:
+        """Take strings until nothing is left."""
         while self.left:
             yield self.string()
 
     def attributes(self) -> Attributes:
+        """Take an ATTRS structure (draft-ietf-secsh-filexfer-02, 5)."""
         flags = self.uint32()
         size = self.uint64() if flags & 0x1 else None
         uid, gid = (self.uint32(), self.uint32()) if flags & 0x2 else (None, None)
@@ -145,4 +152,5 @@ class Reader:
 
 
 def string(data: bytes) -> bytes:
+    """Return bytes with their length before them."""
     return struct.pack(">I", len(data)) + data

@@ -17,13 +17,15 @@ Through sudo (`ssh_sudo`) the shell makes way for sudo, and `/bin/sh` behind it 
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import ssh_background
 from ssh_errors import ArgumentError
-from ssh_session import Session
 from ssh_sudo import Sudo
 from ssh_words import quoted
+
+if TYPE_CHECKING:
+    from ssh_session import Session  # with Paramiko below it, which no list of tools needs
 
 Dialect = Literal["posix", "foreign", "plain"]
 """Who reads the line: the login shell, which is a POSIX shell; `/bin/sh`, started by another; or nobody."""
@@ -49,7 +51,7 @@ $1"
 """Runs a background command where the shell itself reads it."""
 
 
-def start_reader(session: Session, dialect: Dialect) -> bytes:
+def start_reader(session: "Session", dialect: Dialect) -> bytes:
     """Start a shell that reads `Task.line` whenever it comes; return the greeting it prints once it waits for it.
 
     The request is one line, and harmless to whatever else reads it.
@@ -59,7 +61,7 @@ def start_reader(session: Session, dialect: Dialect) -> bytes:
     return greeting
 
 
-def start_ahead(session: Session, dialect: Dialect) -> bytes:
+def start_ahead(session: "Session", dialect: Dialect) -> bytes:
     """Do as `start_reader` does, where it is known that `dialect` reads; what it reads then is `Task.line_ahead`."""
     if dialect != "posix":
         return start_reader(session, dialect)

@@ -9,10 +9,11 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Annotated, Final, Protocol
 
 from pydantic import BaseModel, Field
 
+from schemas import Inlined
 from settings import Target
 from ssh_output import visible
 
@@ -117,16 +118,16 @@ class SystemInfo(BaseModel):
     """The state of a machine."""
 
     hostname: str
-    os: OSInfo
+    os: Annotated[OSInfo, Inlined()]
     uptime_seconds: float | None = None
     load_average: list[float] | None = None
-    cpu: CPUInfo
-    memory: Memory | None = None
-    swap: Memory | None = None
-    disks: list[Disk]
+    cpu: Annotated[CPUInfo, Inlined()]
+    memory: Annotated[Memory, Inlined()] | None = None
+    swap: Annotated[Memory, Inlined()] | None = None
+    disks: list[Annotated[Disk, Inlined()]]
 
     def text(self) -> str:
-        """Return a line for each fact."""
+        """Return a line for each fact, with a bar for what can be used up: a report of 80 columns."""
         facts = [
             ("host", self.hostname),
             ("system", " ".join(part for part in (self.os.name, self.os.version) if part)),
@@ -396,18 +397,31 @@ def _duration(seconds: float | None) -> str:
     return f"{days} d {hours} h {minutes} min" if days else f"{hours} h {minutes} min"
 
 
+def _bar(used: float, total: float) -> str:
+    """Draw how much of something is in use, as ten characters and in percent."""
+    share = min(1.0, used / total) if total else 0.0
+    return f"[{'#' * round(10 * share):-<10}] {100 * share:3.0f} %"
+
+
 def _cpu_text(cpu: CPUInfo) -> str:
-    cores = f"{cpu.cores} cores" if cpu.cores is not None else None
-    busy = f"{cpu.usage_percent} % busy" if cpu.usage_percent is not None else None
-    return ", ".join(part for part in (cpu.model, cores, busy) if part)
+    busy = _bar(cpu.usage_percent, 100) if cpu.usage_percent is not None else ""
+    cores = f"{cpu.cores} cores" if cpu.cores is not None else ""
+    return "  ".join(part for part in (busy, cores, cpu.model) if part)
 
 
 def _memory_text(memory: Memory | None) -> str:
     if memory is None:
         return ""
-    return f"{_size(memory.used_bytes)} of {_size(memory.total_bytes)} used, {_size(memory.available_bytes)} available"
+    if not memory.total_bytes:
+        return "none"
+    bar = _bar(memory.used_bytes, memory.total_bytes)
+    sizes = f"{_size(memory.used_bytes)} of {_size(memory.total_bytes)}"
+    return f"{bar}  {sizes}, {_size(memory.available_bytes)} available"
 
 
 def _disk_text(disk: Disk) -> str:
-    kind = f", {disk.filesystem}" if disk.filesystem else ""
-    return f"{disk.mount}: {_size(disk.used_bytes)} of {_size(disk.total_bytes)} used ({disk.device}{kind})"
+    bar = _bar(
+        disk.used_bytes, disk.used_bytes + disk.free_bytes
+    )  # as df: what only root may use is not counted
+    kind = f" ({disk.filesystem})" if disk.filesystem else ""
+    return f"{bar}  {_size(disk.used_bytes)} of {_size(disk.total_bytes)}  {disk.mount}{kind}"

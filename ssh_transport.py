@@ -266,6 +266,8 @@ class Connection:
             host.config.server_alive_interval or _IDLE_SILENCE_SECONDS, _IDLE_SILENCE_SECONDS
         )
         self.in_use = False
+        self.made_at = time.monotonic()
+        self.round_trip_seconds: float | None = None
         self._transport = transport
         self._wire = wire
         self._asked_at: float | None = None
@@ -276,6 +278,11 @@ class Connection:
     def alive(self) -> bool:
         """Whether the connection may be used; a dead wire is found out within seconds of use."""
         return bool(self._transport.is_active())
+
+    @property
+    def server_version(self) -> str:
+        """How the server names its software (RFC 4253, 4.2)."""
+        return str(self._transport.remote_version)
 
     @property
     def heard_at(self) -> float:
@@ -295,19 +302,22 @@ class Connection:
         return "the other side hung up" if self._wire.hung_up else "what was sent or received made no sense"
 
     def open_session(self, timeout: float) -> Session:
-        """Open a session channel within `timeout` seconds: one round trip.
+        """Open a session channel within `timeout` seconds: one round trip, of which the time is kept.
 
         Raises SessionRefusedError when the server opens no more of them, ConnectionLostError when the
         connection is dead or does not answer in time.
         """
+        asked_at = time.monotonic()
         try:
-            return Session(self._transport.open_session(timeout=timeout))
+            session = Session(self._transport.open_session(timeout=timeout))
         except paramiko.ChannelException:
             raise SessionRefusedError from None
         except SOCKET_ERRORS as error:
             if self.alive and "Timeout" not in str(error):
                 raise SessionRefusedError from None
             raise ConnectionLostError(f"{self.target}: the connection does not answer") from None
+        self.round_trip_seconds = time.monotonic() - asked_at
+        return session
 
     def open_passage(self, host: str, port: int, timeout: float) -> JumpWire:
         """Let the other side connect to a host within `timeout` seconds (RFC 4254, 7.2).

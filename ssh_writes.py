@@ -25,8 +25,9 @@ from ssh_bounds import Bounds
 from ssh_errors import ConnectionLostError, FileError, RefusedError
 from ssh_listing import MOST_ENTRIES, Directory, hard_links, open_folders
 from ssh_safety_copy import Names, kept
-from ssh_sftp import SFTP, Reply, all_done
+from ssh_sftp import SFTP, all_done
 from ssh_sftp_packets import Attributes, Name, StatusError
+from ssh_sftp_replies import Reply
 
 _MOST_LOOKED_AT = 2000
 _STALE_SECONDS = 900

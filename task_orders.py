@@ -51,6 +51,7 @@ class Order(BaseModel):
     owner: str
     client: str | None = Field(description="the OAuth client, None over stdio")
     token: str | None = Field(description="the `jti` of the access token, None over stdio")
+    confirmed: bool = Field(description="whether a person agreed (CONFIRM)")
     command: Command
 
 

@@ -23,6 +23,7 @@ import anyio.to_thread
 from fastmcp.exceptions import ToolError
 
 import audit
+import confirm
 from calls import failures_told
 from oauth_grants import Standing
 from oauth_state import StateDown
@@ -105,7 +106,7 @@ class Runner:
         arguments = {"job_id": order.job_id, "on_timeout": "kill"}
         with suppress(ToolError), failures_told(TOOL):
             call = self._call(order, arguments)
-            with call.current(), call:
+            with confirm.asked_before(), call.current(), call:
                 self._target(ssh, order)
                 ssh.jobs.end(order.owner, order.job_id, cancelled=lambda: None)
 
@@ -120,7 +121,7 @@ class Runner:
         try:
             with failures_told(TOOL):
                 call = self._call(order, order.command.model_dump(exclude_unset=True))
-                with call.current(), call:
+                with confirm.asked_before(), call.current(), call:
                     anyio.from_thread.run(self._check_login, order)
                     answer = self._answer(order, redelivered, withdrawn)
                     call.answered(answer)
@@ -147,6 +148,10 @@ class Runner:
         try:
             if ssh.no_running:
                 raise RefusedError(ssh.no_running)
+            if ssh.confirms and not order.confirmed:
+                raise RefusedError(
+                    "CONFIRM is destructive where this task runs, and nobody was asked where it was ordered"
+                )
             self._target(ssh, order)
             line = ssh.allowed.approved(wanted.command, wanted.env)
             task = Task.of(line, wanted.cwd, wanted.env, wanted.input)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-from fastmcp.exceptions import NotFoundError, ToolError
 from opentelemetry import metrics, trace
 from opentelemetry.metrics import CallbackOptions, Observation
 
@@ -71,6 +70,11 @@ def call(tool: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        from fastmcp.exceptions import (
+            NotFoundError,
+            ToolError,
+        )  # `check` uses a pool, and has no need of FastMCP
+
         attributes["error.type"] = "tool_error" if isinstance(error, ToolError) else type(error).__name__
         if isinstance(error, NotFoundError):
             del attributes["gen_ai.tool.name"]  # a caller's invention, of which there is no end

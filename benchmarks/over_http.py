@@ -54,7 +54,7 @@ def serve(which: str, port: int) -> None:
     if which == "ours":
         from app import mcp as ours
 
-        ours.tool(ping)
+        ours.tool()(ping)
         ours.run("http", host="127.0.0.1", port=port)
     else:
         from fastmcp import FastMCP

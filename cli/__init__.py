@@ -1,4 +1,7 @@
-"""The console script `ssh-mcp-server`: what it can be told on the command line."""
+"""The console script `ssh-mcp-server`: what it can be told on the command line.
+
+Each command imports what it needs once it is known to be the one; `--help` and `--version` need nothing.
+"""
 
 import argparse
 import os
@@ -6,12 +9,17 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from settings import SettingsError, __version__, exit_for
+from cli import completion
+from version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the arguments name; without one, serve MCP."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    completion.answer(parser)
+    options = parser.parse_args(arguments)
+    from settings import SettingsError, exit_for
+
     try:
         if options.command == "demo":
             from cli.demo import demo
@@ -27,6 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             wanted = config.Wanted(options.name, tuple(options.env), options.env_file, options.http)
             raise SystemExit(config.config(options.client, wanted, write=options.write, force=options.force))
+        if options.command == "completion":
+            completion.show(options.shell)
+            return
+        if options.command == "check":
+            from cli import check
+
+            asked = check.Asked(
+                tuple(options.hosts), options.env_file, options.http, options.host, options.port
+            )
+            raise SystemExit(check.check(asked, as_json=options.json))
         if options.command == "worker":
             from cli.worker import worker
 
@@ -73,8 +91,10 @@ def _parser() -> argparse.ArgumentParser:
         "secrets",
         help="write a settings file with fresh signing keys; --env-file says where, if not the usual place",
     )
+    _add_check(commands)
     _add_config(commands)
     _add_audit(commands)
+    _add_completion(commands)
     _add_worker(commands)
     return parser
 
@@ -95,6 +115,28 @@ def _add_worker(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
 
 
+def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "check",
+        help="say what is wrong with a configuration, and what would mend it",
+        description="Read the settings as the server would, do what it would do, and say what is wrong. Nothing is "
+        "changed on any host.",
+        epilog="Exit status: 0 nothing is wrong, 1 something is, 2 the settings do not load. The settings file is "
+        "named before the command: ssh-mcp-server --env-file FILE check",
+    )
+    hosts = parser.add_argument(
+        "hosts",
+        nargs="*",
+        metavar="HOST",
+        help="further targets, as [user@]host[:port], beside the default one",
+    )
+    completion.offer(hosts, completion.hosts)
+    parser.add_argument(
+        "--http", action="store_true", help="check HTTP and the login as well, even where they are not set up"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+
+
 def _add_config(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "config",
@@ -103,17 +145,19 @@ def _add_config(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         epilog="Exit status 1: the client's file was left alone, and it was said why. Secrets belong in the settings "
         "file: ssh-mcp-server --env-file FILE config CLIENT names it.",
     )
-    parser.add_argument(
+    client = parser.add_argument(
         "client", nargs="?", metavar="CLIENT", help="which client; without one all are listed"
     )
+    completion.offer(client, completion.clients)
     parser.add_argument("--name", default="ssh", help="what the client calls the server; default: ssh")
-    parser.add_argument(
+    variable = parser.add_argument(
         "--env",
         action="append",
         default=[],
         metavar="NAME=VALUE",
         help="a setting, such as SSH_DEFAULT_HOST=web1.example.com; may be given often",
     )
+    completion.offer(variable, completion.variables)
     parser.add_argument(
         "--http", action="store_true", help="connect to PUBLIC_BASE_URL instead of starting it here"
     )
@@ -157,6 +201,17 @@ def _add_audit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     for action in (verify, show):
         action.add_argument("files", nargs="+", type=Path, metavar="FILE", help="in any order; .gz too")
+
+
+def _add_completion(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "completion",
+        help="print a script that makes a shell complete this command line",
+        description="Print a script that makes a shell complete commands, options, clients and hosts.",
+        epilog='For good, in ~/.bashrc, or with zsh in ~/.zshrc: eval "$(ssh-mcp-server completion bash)". '
+        "In ~/.config/fish/config.fish: ssh-mcp-server completion fish | source",
+    )
+    parser.add_argument("shell", choices=completion.SHELLS, metavar="SHELL", help="bash, zsh or fish")
 
 
 def _time(text: str) -> str:

@@ -55,16 +55,16 @@ def _verify(files: Sequence[Path], keys: Sequence[Ed25519PublicKey], noted: str 
 
 def _show(files: Iterable[Path], options: argparse.Namespace) -> None:
     """Print calls as they ended, then those that did not."""
-    begun: dict[str, Record] = {}
+    begun: dict[tuple[str, str], Record] = {}
     for line in chain.from_iterable(map(_lines, files)):
         record = parsed(line)
         if record is None or not _readable(record):
             print("! a line that is no record; `audit verify` says which")
         elif record["event"] == "intent":
-            begun[record["id"]] = record
+            begun[_name(record)] = record
         elif record["event"] != "outcome":
             _print(_event(record) if record["time"] >= options.since else ())
-        elif _wanted(intent := begun.pop(record["id"], record), options):
+        elif _wanted(intent := begun.pop(_name(record), record), options):
             _print(_call(intent, record))
     for intent in begun.values():
         if _wanted(intent, options):
@@ -100,6 +100,11 @@ def _event(record: Record) -> Iterator[str]:
         "torn": "a crash left a part of a record",
     }.get(record["event"], f"{record['event']}: {record.get('error')}")
     yield from _wrapped(f"{mark} {_clock(record)}  {what}", "  ")
+
+
+def _name(record: Record) -> tuple[str, str]:
+    """Return what an intent and its outcome have in common: a call on a fleet has some for every target."""
+    return str(record["id"]), str(record.get("target"))
 
 
 def _call(intent: Record, outcome: Record) -> Iterator[str]:
@@ -149,6 +154,8 @@ def _value(value: object) -> str:
     if isinstance(value, dict):
         names = value.get("names")
         return ",".join(map(str, names)) if isinstance(names, list) else str(value)
+    if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+        return ",".join(value)
     if isinstance(value, list):
         return f"{len(value)}"
     return str(value)

@@ -23,10 +23,11 @@ from settings import Settings, SettingsError
 
 _EXAMPLE = "https://mcp.example.com"
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
-_VARIABLES = frozenset(name.upper() for name in Settings.model_fields) | {
+VARIABLES = frozenset(name.upper() for name in Settings.model_fields) | {
     "OTEL_EXPORTER_OTLP_ENDPOINT",
     "SSH_AUTH_SOCK",  # where the agent listens: desktop applications often lack it
 }
+"""What `--env` knows; a secret among them is refused all the same."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def _variables(told: tuple[str, ...]) -> Mapping[str, str]:
     variables = {}
     for text in told:
         name, equals, value = text.partition("=")
-        if not equals or name not in _VARIABLES:
+        if not equals or name not in VARIABLES:
             raise SettingsError(
                 f"--env {name[:100]} is no setting; give NAME=VALUE with a name from the README"
             )

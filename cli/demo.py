@@ -149,9 +149,16 @@ def _show(console: Console, number: int, step: _Step, answer: str) -> None:
     arguments = " ".join(f"{name}={value!r}" for name, value in step.arguments.items())
     console.print()
     console.print(Text(f"{number}. {step.title}", style="bold"))
-    console.print(Text.assemble(("> ", "dim"), (step.tool, "bold cyan"), (f" {arguments}", "cyan")))
+    _print_behind("> ", Text.assemble((step.tool, "bold cyan"), (f" {arguments}", "cyan")), console)
     for line in answer.splitlines():
-        console.print(Text(f"  {line}", style=_style(line, step)))
+        _print_behind("  ", Text(line, style=_style(line, step)), console)
+
+
+def _print_behind(mark: str, text: Text, console: Console) -> None:
+    """Print a text behind a mark; on a terminal its lines are broken, and stand below each other."""
+    lines = [text] if console.soft_wrap else text.wrap(console, console.width - len(mark))
+    for index, line in enumerate(lines):
+        console.print(Text.assemble((mark if index == 0 else " " * len(mark), "dim"), line))
 
 
 def _style(line: str, step: _Step) -> str:

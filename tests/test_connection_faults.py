@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import paramiko
 import pytest
 import time_machine
 
@@ -268,6 +269,21 @@ def test_output_that_a_stall_keeps_back_behind_the_end_of_its_command_is_not_los
     result = user.commands.run(user.target, command, cancelled=nobody_cancels)
     assert (result.status, result.exit_code, result.stdout) == ("exited", 3, "early\nlate\n")
     user.close()
+
+
+def test_output_that_waits_for_new_keys_behind_the_end_of_its_command_is_not_lost(
+    own_sshd: Serve, users: Users, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def activate_late(transport: paramiko.Transport) -> None:
+        time.sleep(0.7)
+        activate(transport)
+
+    user = users(own_sshd("RekeyLimit 128K"))
+    assert user.echo() == "x"
+    activate = paramiko.Transport._activate_outbound
+    monkeypatch.setattr(paramiko.Transport, "_activate_outbound", activate_late)
+    result = user.commands.run(user.target, "head -c 400000 /dev/zero; exit 3", cancelled=nobody_cancels)
+    assert (result.status, result.exit_code, result.stdout_bytes) == ("exited", 3, 400_000)
 
 
 # A network that changes.

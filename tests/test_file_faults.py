@@ -38,7 +38,8 @@ from ssh_errors import ConnectionLostError, FileError, SSHError
 from ssh_files import Files
 from ssh_pool import Pool
 from ssh_session import Session
-from ssh_sftp import SFTP, _Handles
+from ssh_sftp import SFTP
+from ssh_sftp_replies import Handles
 from test_faults import processes_of
 from test_ssh_files import Tools, numbered, sha256, strays
 
@@ -232,7 +233,7 @@ class ForetoldHandles(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.handles = _Handles()
+        self.handles = Handles()
         self.way = "openssh"
         self.unused: list[int] = []
         self.count = 0

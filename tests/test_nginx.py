@@ -1,203 +1,34 @@
-"""Behind nginx with TLS, with the site file that ships: only its ports, names and paths are the tests' own."""
+"""What nginx does that other proxies leave to the server."""
 
-import asyncio
 import itertools
 import socket
-import ssl
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from secrets import token_urlsafe
-from typing import Any
+from collections.abc import Iterator
 
-import httpx
 import pytest
-from fastmcp import Client
-from fastmcp.client.transports import SSETransport, StreamableHttpTransport
 
 import oauth
-from conftest import Server, free_port
-from front import nginx
-from oauth import ME, STRANGER, App, Browser, Google, Remote, make_remote, query_of, tokens_of
-from tls import certificates
-
-SITE = Path(__file__).parents[1] / "deploy" / "nginx" / "ssh-mcp-server.conf"
-
-
-@dataclass
-class Behind(Remote):
-    """A server that is only reached through nginx."""
-
-    nginx_folder: Path = Path()
-    http_port: int = 0
-
-    @property
-    def url(self) -> str:
-        """The server's URL is nginx's."""
-        return self.environment["PUBLIC_BASE_URL"]
-
-    @property
-    def tls(self) -> ssl.SSLContext:
-        return ssl.create_default_context(cafile=self.nginx_folder / "ca.pem")
-
-    def nginx_logs(self) -> str:
-        return "".join(path.read_text() for path in sorted(self.nginx_folder.glob("*.log")))
-
-
-def site_for(folder: Path, http_port: int, https_port: int, behind: int) -> str:
-    """Return the shipped site with the tests' own places; each of the shipped ones must stand in it."""
-    site = SITE.read_text()
-    changes = {
-        "listen 80;": f"listen 127.0.0.1:{http_port};",
-        "    listen [::]:80;\n": "",
-        "listen 443 ssl;": f"listen 127.0.0.1:{https_port} ssl;",
-        "    listen [::]:443 ssl;\n": "",
-        "return 301 https://mcp.example.com$request_uri": f"return 301 https://localhost:{https_port}$request_uri",
-        "server_name mcp.example.com;": "server_name localhost;",
-        "/etc/letsencrypt/live/mcp.example.com/fullchain.pem": f"{folder}/cert.pem",
-        "/etc/letsencrypt/live/mcp.example.com/privkey.pem": f"{folder}/key.pem",
-        "/var/log/nginx/": f"{folder}/",
-        "http://127.0.0.1:3003": f"http://127.0.0.1:{behind}",
-    }
-    for shipped, ours in changes.items():
-        assert shipped in site, shipped
-        site = site.replace(shipped, ours)
-    return site
+from conftest import Server
+from front import Behind, behind_nginx, trust
+from oauth import Google
 
 
 @pytest.fixture(scope="module")
 def behind(google: Google, sshd: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Behind]:
     """A server behind nginx, for all tests that leave it as it is."""
-    folder, http_port, https_port = tmp_path_factory.mktemp("nginx"), free_port(), free_port()
-    certificates(folder)
-    plain = make_remote(folder / "remote", google, sshd, PUBLIC_BASE_URL=f"https://localhost:{https_port}")
-    remote = Behind(plain.folder, plain.port, plain.environment, nginx_folder=folder, http_port=http_port)
-    with nginx(folder, site_for(folder, http_port, https_port, plain.port), https_port):
-        Remote.start(plain)
-        remote.process = plain.process
+    with behind_nginx(tmp_path_factory.mktemp("nginx"), google, sshd) as remote:
         yield remote
-        remote.stop()
 
 
 @pytest.fixture
 def trusting(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> Behind:
-    """Let browsers and applications of the test trust the CA."""
-
-    def http_from(address: str | None = None, **options: Any) -> httpx.Client:
-        transport = httpx.HTTPTransport(local_address=address or oauth.own_address(), verify=behind.tls)
-        return httpx.Client(
-            transport=transport, follow_redirects=False, timeout=30, trust_env=False, **options
-        )
-
-    monkeypatch.setattr(oauth, "http_from", http_from)
+    """The server, whose CA browsers and applications of the test trust."""
+    trust(behind, monkeypatch)
     return behind
 
 
 def test_nginx_itself_takes_the_site(behind: Behind) -> None:
-    assert "emerg" not in behind.nginx_logs()
-    assert "warn" not in behind.nginx_logs()
-
-
-def test_plain_http_is_sent_to_tls(behind: Behind) -> None:
-    answer = httpx.get(f"http://localhost:{behind.http_port}/mcp?x=1", trust_env=False)
-    assert answer.status_code == 301
-    assert answer.headers["Location"] == f"{behind.url}/mcp?x=1"
-
-
-def test_browsers_are_told_to_stay_with_tls(trusting: Behind) -> None:
-    with oauth.http_from() as http:
-        assert http.get(f"{trusting.url}/health").headers["Strict-Transport-Security"] == "max-age=31536000"
-
-
-def test_pages_with_secrets_in_them_are_not_compressed(trusting: Behind) -> None:
-    with oauth.http_from() as http:
-        answer = http.get(trusting.url, headers={"Accept-Encoding": "gzip"})
-    assert answer.headers["Content-Type"].startswith("text/html")
-    assert "Content-Encoding" not in answer.headers
-
-
-def test_cookie_is_bound_to_this_host_and_to_tls(
-    trusting: Behind, app_of: Callable[..., App], browser_of: Callable[..., Browser]
-) -> None:
-    page = browser_of(trusting).consent(app_of(trusting).authorize_url())
-    cookie = page.response.headers["Set-Cookie"]
-    assert cookie.startswith("__Host-ssh-mcp=")
-    assert {"secure", "httponly", "samesite=lax", "path=/"} <= {
-        part.strip().lower() for part in cookie.split(";")
-    }
-
-
-@pytest.mark.parametrize(("path", "transport"), [("/sse", SSETransport), ("/mcp", StreamableHttpTransport)])
-def test_login_and_tools_work_through_nginx(
-    path: str, transport: Any, trusting: Behind, app_of: Callable[..., App]
-) -> None:
-    tokens = app_of(trusting).log_in(resource=f"{trusting.url}{path}")
-    assert tokens.claims["iss"] == trusting.url
-    assert tokens.claims["aud"] == [f"{trusting.url}{path}"]
-
-    async def run() -> Any:
-        wire = transport(f"{trusting.url}{path}", auth=tokens.access, verify=trusting.tls)
-        async with Client(wire) as client:
-            return (await client.call_tool("ssh_execute", {"command": "echo hello"})).structured_content
-
-    assert asyncio.run(run())["stdout"] == "hello\n"
-
-
-@pytest.mark.parametrize(("path", "transport"), [("/sse", SSETransport), ("/mcp", StreamableHttpTransport)])
-def test_progress_comes_while_the_command_still_runs(
-    path: str, transport: Any, trusting: Behind, app_of: Callable[..., App], tmp_path: Path
-) -> None:
-    tokens, go = app_of(trusting).log_in(resource=f"{trusting.url}{path}"), tmp_path / "go"
-
-    async def goes_on(*_: Any) -> None:
-        go.touch()
-
-    async def run() -> Any:
-        wire = transport(f"{trusting.url}{path}", auth=tokens.access, verify=trusting.tls)
-        async with Client(wire) as client:
-            command = f"while [ ! -e {go} ]; do sleep 0.1; done; echo seen"
-            return await client.call_tool(
-                "ssh_execute", {"command": command, "timeout": 60}, progress_handler=goes_on
-            )
-
-    assert asyncio.run(run()).structured_content["stdout"] == "seen\n"
-
-
-def test_client_cannot_choose_the_address_that_the_server_sees(
-    trusting: Behind, app_of: Callable[..., App]
-) -> None:
-    address = oauth.own_address()
-    with oauth.http_from(address) as http:
-        http.get(f"{trusting.url}/health?seen=1", headers={"X-Forwarded-For": "203.0.113.7"})
-    assert address in trusting.log()
-    assert "203.0.113.7" not in trusting.log()
-
-
-def test_client_with_a_big_registration_gets_through(
-    trusting: Behind, app_of: Callable[..., App], browser_of: Callable[..., Browser]
-) -> None:
-    many = [f"https://client.example.com/callback/{number}/{token_urlsafe(500)}" for number in range(9)]
-    app = app_of(trusting, client_id="none yet")
-    answer = app.register(redirect_uris=[app.redirect_uri, *many], client_name="n" * 200)
-    assert answer.status_code == 201
-    app.client_id = answer.json()["client_id"]
-    assert app.call(app.log_in().access).status_code == 200
-
-
-def test_file_of_32_mib_gets_through_and_more_is_refused_by_nginx(
-    trusting: Behind, app_of: Callable[..., App]
-) -> None:
-    app = app_of(trusting)
-    headers = {
-        "Authorization": f"Bearer {app.log_in().access}",
-        "Accept": "application/json, text/event-stream",
-    }
-    for size, refused in ((43 * 1024 * 1024, False), (49 * 1024 * 1024, True)):
-        body = b'{"jsonrpc": "2.0", "id": 1, "method": "ping", "params": {"x": "' + b"A" * size + b'"}}'
-        answer = app.http.post(
-            f"{trusting.url}/mcp", content=body, headers=headers | {"Content-Type": "application/json"}
-        )
-        assert (answer.status_code == 413) == refused, answer.text
+    assert "emerg" not in behind.front_logs()
+    assert "warn" not in behind.front_logs()
 
 
 @pytest.mark.parametrize("path", ["/token", "/register", "/authorize", "/sse", "/mcp/x"])
@@ -216,44 +47,7 @@ def test_large_message_without_a_login_reaches_no_disk_and_is_told_why(trusting:
             answer = http.post(f"{trusting.url}/mcp", content=b"x" * 20_000_000, headers=token)
         assert answer.status_code == 401
         assert "resource_metadata" in answer.headers["WWW-Authenticate"]
-    assert not [path for path in (trusting.nginx_folder / "body").rglob("*") if path.is_file()]
-
-
-def test_wrong_account_is_refused_through_nginx(
-    trusting: Behind, app_of: Callable[..., App], browser_of: Callable[..., Browser]
-) -> None:
-    browser = browser_of(trusting)
-    answer = browser.get(browser.callback_url(app_of(trusting).authorize_url(), STRANGER))
-    assert answer.status_code == 403
-    assert STRANGER in answer.text
-
-
-def test_no_log_of_nginx_holds_a_code_a_state_or_a_token(
-    trusting: Behind, app_of: Callable[..., App], browser_of: Callable[..., Browser]
-) -> None:
-    app, browser = app_of(trusting), browser_of(trusting)
-    authorize_url = app.authorize_url()
-    callback_url = browser.callback_url(authorize_url, ME)
-    answer = browser.get(callback_url).headers["Location"]
-    tokens = tokens_of(app.redeem(answer))
-    app.call(tokens.access)
-    trusting.stop()
-    try:
-        assert browser.http.get(callback_url).status_code == 502
-    finally:
-        trusting.start()
-    logs = trusting.nginx_logs()
-    assert '"GET /google/callback" 502' in logs
-    secrets = [
-        app.state,
-        query_of(callback_url)["code"],
-        query_of(callback_url)["state"],
-        query_of(answer)["code"],
-        tokens.access,
-        tokens.refresh,
-        app.client_id,
-    ]
-    assert [secret for secret in secrets if secret in logs] == []
+    assert not [path for path in (trusting.front / "body").rglob("*") if path.is_file()]
 
 
 def test_one_address_cannot_take_all_connections(trusting: Behind) -> None:

@@ -1,6 +1,7 @@
 """Which limits are said to limit less than they seem to."""
 
 import pytest
+from pydantic import SecretStr
 
 from settings import Settings
 from ssh_policy import warnings
@@ -92,6 +93,21 @@ def test_program_that_obeys_files_is_warned_of_where_files_may_be_written(
     assert [sentence.partition(", and git runs what files")[0] for sentence in said] == [
         f"ALLOWED_COMMANDS holds {prefix!r}"
     ] * warned
+
+
+@pytest.mark.parametrize(
+    ("hosts", "sudo", "warned"),
+    [("web*", True, True), ("web1,*@web2:*", True, False), ("web*", False, False), (None, True, False)],
+)
+def test_password_for_hosts_that_are_not_named_is_warned_of(
+    hosts: str | None, sudo: bool, warned: bool
+) -> None:
+    current = Settings(ssh_allowed_hosts=hosts, ssh_sudo=sudo, ssh_sudo_password=SecretStr("hunter2"))
+    said = warnings(current)
+    assert [sentence.partition(", and")[0] for sentence in said] == [
+        "SSH_ALLOWED_HOSTS holds 'web*'"
+    ] * warned
+    assert "hunter2" not in str(said)
 
 
 def test_warning_of_a_long_prefix_is_short() -> None:

@@ -13,8 +13,8 @@ from fastmcp.client.transports import StreamableHttpTransport
 
 from conftest import Server, free_port
 from front import nginx
-from oauth import App, Browser, Google, Remote, make_remote, tokens_of
-from redis_process import redis_server
+from oauth import App, Browser, Google, Remote, tokens_of
+from replicas import running_replicas
 
 IN_TURN = """
 upstream replicas {{
@@ -43,21 +43,9 @@ def replicas(
     google: Google, sshd: Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Remote, Remote]]:
     """Two servers with the same settings, reached each by itself."""
-    folder = tmp_path_factory.mktemp("replicas")
-    with redis_server(folder) as state_url:
-        base_url = f"http://127.0.0.1:{free_port()}"
-        first = make_remote(folder / "1", google, sshd, PUBLIC_BASE_URL=base_url, STATE_URL=state_url)
-        second = make_remote(folder / "2", google, sshd)
-        second.environment = {
-            **first.environment,
-            "HOME": str(second.folder),
-            "SSH_MCP_ENV_FILE": str(second.folder / "env"),
-        }
-        for remote in (first, second):
-            remote.start()
+    folder, base_url = tmp_path_factory.mktemp("replicas"), f"http://127.0.0.1:{free_port()}"
+    with running_replicas(folder, google, sshd, 2, PUBLIC_BASE_URL=base_url) as (first, second):
         yield first, second
-        for remote in (first, second):
-            remote.stop()
 
 
 @pytest.fixture

@@ -118,25 +118,6 @@ def test_bad_value_is_one_line_that_says_what_would_do(
     assert "\n" not in text
 
 
-@pytest.mark.parametrize(
-    "variable",
-    [
-        "CONFIRM",
-    ],
-)
-def test_restriction_that_nothing_enforces_stops_the_start(
-    monkeypatch: pytest.MonkeyPatch, variable: str, tmp_path: Path
-) -> None:
-    with pytest.raises(SettingsError, match=f"{variable} is set"):
-        load(write(tmp_path / "env", f"{variable}=1"))
-    monkeypatch.setenv(variable, "no")
-    if variable == "CONFIRM":
-        load()
-    else:
-        with pytest.raises(SettingsError, match=f"{variable} is set"):
-            load()
-
-
 def test_secret_is_taken_as_it_stands(tmp_path: Path) -> None:
     secret = load(write(tmp_path / "env", "SSH_KEY_PASSPHRASE='a${HOME}b'")).ssh_key_passphrase
     assert secret is not None
@@ -236,15 +217,6 @@ def test_secret_is_refused_whoever_else_may_use_the_file(tmp_path: Path, mode: i
 
 def test_file_without_secrets_may_be_read_by_all(tmp_path: Path) -> None:
     assert load(write(tmp_path / "env", "SSH_DEFAULT_HOST=web1", 0o644)).ssh_default_host == "web1"
-
-
-@pytest.mark.parametrize(("variable", "value"), [("CONFIRM", "destructive")])
-def test_restriction_in_the_environment_stops_the_start(
-    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
-) -> None:
-    monkeypatch.setenv(variable, value)
-    with pytest.raises(SettingsError, match=f"^{variable} is set.*unset it"):
-        load()
 
 
 @pytest.mark.parametrize("variable", ["SSH_CONFIG", "SSH_KEY_PATH", "SSH_KNOWN_HOSTS"])

@@ -20,7 +20,8 @@ from ssh_edits import Edit
 from ssh_errors import FileError, RefusedError, SSHError
 from ssh_files import Files
 from ssh_pool import Pool
-from ssh_sftp import SFTP, Opening
+from ssh_sftp import SFTP
+from ssh_sftp_replies import Opening
 
 SECRET = b"OUTSIDE, and longer than what is inside\n"
 EDIT = [Edit(operation="insert", start_line=0, new_text="changed")]

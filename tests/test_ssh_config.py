@@ -1,6 +1,8 @@
 """What our reader of the SSH config does that `ssh -G` does not tell of, or that differs from OpenSSH on purpose."""
 
+import getpass
 import os
+import pwd
 import shlex
 import socket
 import subprocess
@@ -16,6 +18,7 @@ from settings import Settings, host_token, user_token
 from ssh_client import Home
 from ssh_config import SshConfig
 from ssh_config_keywords import ALIASES, PASSED_OVER, REFUSED
+from ssh_config_match import Local
 from ssh_config_values import ACTED_UPON, Hop
 from ssh_errors import ArgumentError, ConfigError
 from ssh_policy import Reach
@@ -114,6 +117,21 @@ def test_agent_is_found_through_a_variable(home: Home) -> None:
     ):
         home.write(f"IdentityAgent {value}\n")
         assert home.read().identity_agent == agent
+
+
+def test_account_without_a_name_reads_it_all_the_same(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nameless() -> str:
+        raise KeyError("getpwuid(): uid not found: 54321")
+
+    monkeypatch.setattr(getpass, "getuser", nameless)
+    home.write("Host web\n Port 2222\n")
+    assert SshConfig(home.config).lookup("web", "me").port == 2222
+
+
+def test_aliases_are_the_names_that_are_no_patterns(home: Home) -> None:
+    home.write("Host inner web\n", "more")
+    home.write("Host web *.example.com !db w?b Db\nInclude more\nMatch host x\n Include more\nHost last\n")
+    assert SshConfig(home.config).aliases() == ["web", "Db", "inner", "last"]
 
 
 def test_hash_of_a_connection_holds_its_jump_host(home: Home) -> None:
@@ -260,3 +278,17 @@ def test_answer_is_of_now(home: Home) -> None:
     assert config.lookup("web").port == 1
     home.write("Port 2\n")
     assert config.lookup("web").port == 2
+
+
+def test_process_whose_account_has_no_name_reads_the_config_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in containers that run as any number."""
+
+    def no_entry(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", no_entry)
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    assert Local.now().user == ""

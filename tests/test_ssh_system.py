@@ -74,6 +74,13 @@ def test_thin_proc_gives_nulls(tmp_path: Path) -> None:
     assert info.text().startswith("host ")
 
 
+def test_report_shows_how_full_things_are_in_80_columns() -> None:
+    shown = recorded("macos-14.txt").text()
+    assert "disk    [######----]  56 %  119 GiB of 228 GiB  /System/Volumes/Data (apfs)\n" in shown
+    for name in ("macos-14.txt", "freebsd-14.txt", "openbsd-7.txt"):
+        assert max(len(line) for line in recorded(name).text().split("\n")) <= 80
+
+
 def test_missing_programs_give_nulls(tmp_path: Path) -> None:
     for name in ("cat", "grep"):
         (tmp_path / name).symlink_to(shutil.which(name) or "")

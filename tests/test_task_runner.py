@@ -52,10 +52,15 @@ def order(
     services: Services, command: str, owner: str = ME, target: Target | None = None, **more: Any
 ) -> Order:
     """Return what a server would order for that owner, whatever is allowed here."""
-    at = target or Target("tester", "127.0.0.1", services.reach.target(None, None, None).port)
+    at = target or Target("tester", "127.0.0.1", services.settings.ssh_default_port)
     job_id = str(services.jobs.promise(owner, at).job_id)
     return Order(
-        job_id=job_id, owner=owner, client="c", token="family.token", command=Command(command=command, **more)
+        job_id=job_id,
+        owner=owner,
+        client="c",
+        token="family.token",
+        confirmed=False,
+        command=Command(command=command, **more),
     )
 
 
@@ -78,6 +83,7 @@ def carried_out(
         ({"allowed_commands": "uptime"}, "ALLOWED_COMMANDS"),
         ({"read_only": True}, "READ_ONLY"),
         ({"ssh_allowed_hosts": "web1.example"}, "SSH_ALLOWED_HOSTS"),
+        ({"confirm": "destructive"}, "CONFIRM"),
     ],
 )
 def test_order_is_refused_where_it_is_not_allowed(
@@ -208,7 +214,9 @@ def test_store_that_goes_away_ends_nothing_that_runs(
 
 
 def test_key_of_another_installation_opens_nothing() -> None:
-    wanted = Order(job_id="j", owner=ME, client=None, token=None, command=Command(command="true"))
+    wanted = Order(
+        job_id="j", owner=ME, client=None, token=None, confirmed=False, command=Command(command="true")
+    )
     others = Seal.of_members([secrets.token_bytes(32)])
     for text in (others.order(wanted), SEAL.outcome(Outcome(job_id="j", text="", fields=None)), "", "x"):
         with pytest.raises(RefusedError, match="SESSION_SECRET"):
@@ -217,7 +225,9 @@ def test_key_of_another_installation_opens_nothing() -> None:
 
 
 def test_keys_rotate() -> None:
-    wanted = Order(job_id="j", owner=ME, client=None, token=None, command=Command(command="true"))
+    wanted = Order(
+        job_id="j", owner=ME, client=None, token=None, confirmed=False, command=Command(command="true")
+    )
     new = Seal.of_members([secrets.token_bytes(32), KEY])
     assert new.opened_order(SEAL.order(wanted)) == wanted
     with pytest.raises(RefusedError):
@@ -227,7 +237,9 @@ def test_keys_rotate() -> None:
 def test_order_expires(monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 
-    wanted = Order(job_id="j", owner=ME, client=None, token=None, command=Command(command="true"))
+    wanted = Order(
+        job_id="j", owner=ME, client=None, token=None, confirmed=False, command=Command(command="true")
+    )
     sealed, now = SEAL.order(wanted), time.time()
     monkeypatch.setattr("cryptography.fernet.time.time", lambda: now + 13 * 3600)
     with pytest.raises(RefusedError):

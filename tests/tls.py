@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 
-def certificates(folder: Path) -> None:
-    """Make a CA of our own (`ca.pem`) and a certificate for `localhost` (`cert.pem`, `key.pem`)."""
+def certificates(folder: Path, host: str = "localhost", *, days: int = 2) -> None:
+    """Make a CA of our own (`ca.pem`) and a certificate for a host (`cert.pem`, `key.pem`), good for so long."""
     now = datetime.datetime.now(datetime.UTC)
 
     def name(text: str) -> x509.Name:
@@ -26,8 +26,8 @@ def certificates(folder: Path) -> None:
             subject_name=name(subject),
             public_key=key.public_key(),
             serial_number=x509.random_serial_number(),
-            not_valid_before=now - datetime.timedelta(days=1),
-            not_valid_after=now + datetime.timedelta(days=2),
+            not_valid_before=now - datetime.timedelta(days=10),
+            not_valid_after=now + datetime.timedelta(days=days),
         )
 
     ca_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
@@ -53,8 +53,8 @@ def certificates(folder: Path) -> None:
         .sign(ca_key, hashes.SHA256())
     )
     certificate = (
-        begun("localhost", key)
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        begun(host, key)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(of_ca), critical=False)
         .sign(ca_key, hashes.SHA256())
     )

@@ -8,6 +8,12 @@ export const say = (value) => process.stdout.write(`${JSON.stringify(value)}\n`)
 /** Return the URL at which the browser came back: the test, which is the browser, writes it as a line. */
 export const cameBackWith = async () => new URL((await lines.next()).value);
 
+/** Return a person who agrees to whatever they are asked, and notes it. */
+export const agreeing = (asked) => async ({ params }) => {
+  asked.push(params.message);
+  return { action: 'accept', content: { agree: true } };
+};
+
 export class Login {
   constructor(redirectUrl, name) {
     this.redirectUrl = redirectUrl;

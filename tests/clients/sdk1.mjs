@@ -3,13 +3,19 @@ import { Client } from '@modelcontextprotocol/sdk/client/index.js';
 import { UnauthorizedError } from '@modelcontextprotocol/sdk/client/auth.js';
 import { SSEClientTransport } from '@modelcontextprotocol/sdk/client/sse.js';
 import { StreamableHTTPClientTransport } from '@modelcontextprotocol/sdk/client/streamableHttp.js';
-import { Login, cameBackWith, say } from './login.mjs';
+import { ElicitRequestSchema } from '@modelcontextprotocol/sdk/types.js';
+import { Login, agreeing, cameBackWith, say } from './login.mjs';
 
 const [url, callback] = process.argv.slice(2);
 const Transport = url.endsWith('/sse') ? SSEClientTransport : StreamableHTTPClientTransport;
 const login = new Login(callback, 'TypeScript SDK 1');
 const transport = () => new Transport(new URL(url), { authProvider: login });
-const client = () => new Client({ name: 'sdk1', version: '1' });
+const asked = [];
+const client = () => {
+  const made = new Client({ name: 'sdk1', version: '1' }, { capabilities: { elicitation: {} } });
+  made.setRequestHandler(ElicitRequestSchema, agreeing(asked));
+  return made;
+};
 
 const first = transport();
 try {
@@ -26,7 +32,7 @@ const call = async () => {
   const { tools } = await connected.listTools();
   const answer = await connected.callTool({ name: 'ssh_execute', arguments: { command: 'echo hello' } });
   await connected.close();
-  return { tools: tools.map((tool) => tool.name), result: answer.structuredContent };
+  return { tools: tools.map((tool) => tool.name), result: answer.structuredContent, asked };
 };
 
 say(await call());

@@ -1,14 +1,19 @@
 // The TypeScript SDK that speaks 2026-07-28 without a handshake: sdk2.mjs URL CALLBACK. Logs in and calls a tool.
 import { Client, StreamableHTTPClientTransport, UnauthorizedError } from '@modelcontextprotocol/client';
-import { Login, cameBackWith, say } from './login.mjs';
+import { Login, agreeing, cameBackWith, say } from './login.mjs';
 
 const [url, callback] = process.argv.slice(2);
 const login = new Login(callback, 'TypeScript SDK 2');
 const transport = () => new StreamableHTTPClientTransport(new URL(url), { authProvider: login });
-const client = () => new Client(
-  { name: 'sdk2', version: '1' },
-  { versionNegotiation: { mode: { pin: '2026-07-28' } } },
-);
+const asked = [];
+const client = () => {
+  const made = new Client(
+    { name: 'sdk2', version: '1' },
+    { capabilities: { elicitation: { form: {} } }, versionNegotiation: { mode: { pin: '2026-07-28' } } },
+  );
+  made.setRequestHandler('elicitation/create', agreeing(asked));
+  return made;
+};
 
 const first = transport();
 try {
@@ -27,5 +32,6 @@ say({
   version: connected.getNegotiatedProtocolVersion(),
   tools: tools.map((tool) => tool.name),
   result: answer.structuredContent,
+  asked,
 });
 process.exit(0);
