@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from importlib.util import find_spec
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -107,6 +108,14 @@ def _checked_settings() -> Settings:
     return checked
 
 
+async def _count(identity: str) -> None:
+    """Count a call against RATE_LIMIT. Raises what `Rate.take` and `SharedRate.take` raise."""
+    if mcp.shared_rate is None:
+        _ssh().rate.take(identity)
+    else:
+        await mcp.shared_rate.take(identity)
+
+
 @asynccontextmanager
 async def _lifespan(_: FastMCP[None]) -> AsyncIterator[None]:
     """Keep the services while the server runs; signals end it as the end of stdin does."""
@@ -121,6 +130,8 @@ async def _lifespan(_: FastMCP[None]) -> AsyncIterator[None]:
             yield
     finally:
         _services = None
+        if mcp.shared_rate is not None:
+            await mcp.shared_rate.close()
         await anyio.to_thread.run_sync(services.close)
         await anyio.to_thread.run_sync(telemetry.stop)
 
@@ -178,7 +189,7 @@ mcp: Server = Server(
         Measured(),
         Recorded(lambda: _ssh().trail),
         Announced(lambda target, since: _ssh().news(target, since)),
-        RateLimited(lambda identity: _ssh().rate.take(identity)),
+        RateLimited(_count),
         ReadingLimited(lambda identity: _ssh().reading_rate.take(identity)),
         PlainErrors(),
     ],
@@ -529,6 +540,18 @@ def _log_to_stderr(level: str) -> None:
     logging.getLogger().addHandler(handler)  # else the first library that logs there sets up one of its own
 
 
+def _add_tasks(url: str) -> None:
+    """Let commands run as tasks. Raises SettingsError where the extra is missing; only here is it imported."""
+    if not all(map(find_spec, ("fastmcp_tasks", "docket", "redis"))):
+        raise SettingsError(
+            "TASKS_URL is set, and this installation lacks the extra `cluster`; install ssh-mcp-server[cluster]"
+        )
+    os.environ.setdefault("FASTMCP_ENV_FILE", os.devnull)  # else it reads the working directory's .env
+    from mcp_tasks import Tasks
+
+    mcp.add_extension(Tasks(url, mcp, _ssh))
+
+
 try:
     _current = _checked_settings()
     telemetry.start()
@@ -536,6 +559,8 @@ try:
     for sentence in warnings(_current):
         _log.warning("%s", sentence)
     fastmcp.settings.host, fastmcp.settings.port = _current.http_host, _current.http_port
+    if _current.tasks_url:
+        _add_tasks(_current.tasks_url)
 except SettingsError as error:
     settings.exit_for(error)
 

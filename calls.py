@@ -12,8 +12,8 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import wraps
 from itertools import islice
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -193,14 +193,14 @@ class Rate:
 class RateLimited(Middleware):
     """Refuse calls of an identity that makes too many, before their arguments are looked at; `take` raises then."""
 
-    def __init__(self, take: Callable[[str], None]) -> None:
+    def __init__(self, take: Callable[[str], Awaitable[None]]) -> None:
         self._take = take
 
     async def on_call_tool(self, context: MiddlewareContext[Any], call_next: CallNext[Any, Any]) -> Any:
         if confirm.answered():
             return await call_next(context)
         try:
-            self._take(identity())
+            await self._take(identity())
         except SSHError as error:
             raise _tool_error(str(error)) from None
         return await call_next(context)
@@ -314,22 +314,29 @@ def answers(tool: Callable[P, A]) -> Callable[P, A]:
     @wraps(tool)
     def call(*args: P.args, **kwargs: P.kwargs) -> Any:
         try:
-            with audit.current() as record:
+            with failures_told(tool.__name__), audit.current() as record:
                 identity()
                 answer = tool(*args, **kwargs)
                 record.answered(answer)
         except UnconfirmedError as unconfirmed:
             return confirm.asking(unconfirmed)
-        except SSHError as error:
-            raise _tool_error(str(error)) from None
-        except Exception:
-            _log.exception("%s failed", tool.__name__)
-            raise _tool_error(
-                f"{tool.__name__} failed inside the server; its log on stderr says where"
-            ) from None
         return ToolResult(content=answer.text(), structured_content=answer)
 
     return call
+
+
+@contextmanager
+def failures_told(tool: str) -> Iterator[None]:
+    """Turn what goes wrong in a tool into a tool error, whose text is for people."""
+    try:
+        yield
+    except UnconfirmedError:
+        raise
+    except SSHError as error:
+        raise _tool_error(str(error)) from None
+    except Exception:
+        _log.exception("%s failed", tool)
+        raise _tool_error(f"{tool} failed inside the server; its log on stderr says where") from None
 
 
 class Telling:

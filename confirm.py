@@ -20,7 +20,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -169,6 +169,11 @@ class AskingReach:
 def _in_general(where: str) -> str:
     consent = _current.get()
     return "" if consent is None else questions.calling(consent.tool, consent.arguments, where)
+
+
+def asked_before() -> AbstractContextManager[None]:
+    """Ask nobody in this context: a person was asked where the call came in."""
+    return _for(None)
 
 
 def asking(unconfirmed: UnconfirmedError) -> InputRequiredToolResult:

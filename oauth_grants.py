@@ -12,7 +12,7 @@ import base64
 import hashlib
 import hmac
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any
 
@@ -42,19 +42,31 @@ _REDEEM_SECONDS = 180  # three times a code's life: the clocks of replicas diffe
 _VERIFIER_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-._~")
 
 
-class Grants:
-    """Gives and takes back. Used from one event loop."""
+class Standing:
+    """Tells whether a login that was verified, here or by another server, still counts. Used from one event loop."""
 
-    def __init__(self, login: Login, state: State, tokens: Tokens, clients: Clients) -> None:
-        self._login = login
+    def __init__(self, allowed_emails: Collection[str], state: State) -> None:
+        self._allowed_emails = allowed_emails
         self._state = state
-        self._tokens = tokens
-        self._clients = clients
-        self.resources = [f"{login.base_url}{path}" for path in RESOURCES]
 
     def may_enter(self, email: str) -> bool:
         """Tell whether an address is on the whitelist; letters of other alphabets fold to ASCII, so none is taken."""
-        return email.isascii() and email.lower() in self._login.allowed_emails
+        return email.isascii() and email.lower() in self._allowed_emails
+
+    async def stands(self, email: str, jti: str) -> bool:
+        """Tell whether an access token was not taken back, and its owner may still enter. Raises StateDown."""
+        return self.may_enter(email) and await self._state.alive(family_of(jti), jti)
+
+
+class Grants(Standing):
+    """Gives and takes back. Used from one event loop."""
+
+    def __init__(self, login: Login, state: State, tokens: Tokens, clients: Clients) -> None:
+        super().__init__(login.allowed_emails, state)
+        self._login = login
+        self._tokens = tokens
+        self._clients = clients
+        self.resources = [f"{login.base_url}{path}" for path in RESOURCES]
 
     def named(self, resources: list[str]) -> list[str]:
         """Return the resources that are meant; the bare origin is all of them (RFC 8707, 2). Raises OAuthError."""
@@ -88,10 +100,6 @@ class Grants:
         except Unreadable:
             return None
         return access if await self.stands(access.email, access.jti) else None
-
-    async def stands(self, email: str, jti: str) -> bool:
-        """Tell whether an access token, verified before, was not taken back, and its owner may still enter."""
-        return self.may_enter(email) and await self._state.alive(family_of(jti), jti)
 
     def signed(self, text: str) -> bool:
         """Tell whether a code or a token was made here, whatever became of it since."""

@@ -19,10 +19,12 @@ from mcp.server.request_state import AESGCMRequestStateCodec, RequestStateSecuri
 
 import settings
 from schemas import without_docstring
-from settings import SettingsError
+from settings import Members, SettingsError
 
 if TYPE_CHECKING:
     from fastmcp.server.http import StarletteWithLifespan
+
+    from shared_rate import SharedRate
 
 # Log messages still reach clients that ask for them; that their successor is OpenTelemetry helps no operator
 warnings.filterwarnings("ignore", "The logging capability", MCPDeprecationWarning)
@@ -72,7 +74,12 @@ class _Sealing:
 class Server(FastMCP[None]):
     """FastMCP, whose HTTP transports are one application behind the login."""
 
-    job_key: Callable[[], str | Sequence[bytes]] = staticmethod(_local_key)
+    members: Members | None = None
+    """Whose job ids and tasks these are; None: the local user's."""
+    shared_rate: "SharedRate | None" = None
+    """Counts calls with other replicas, if there may be any."""
+    runs_tasks: bool = True
+    """Whether tasks run here too, and not only in workers."""
     in_force: Callable[[AccessToken], Awaitable[bool]] = staticmethod(_always)
     _listens_on: str | None = None
 
@@ -81,6 +88,10 @@ class Server(FastMCP[None]):
         self._sealing = _Sealing()
         super().__init__(request_state_security=RequestStateSecurity(codec=self._sealing), **options)
         self._report = report
+
+    def job_key(self) -> str | Sequence[bytes]:
+        """Return what signs job ids. Raises SSHError when the local user's key cannot be used."""
+        return _local_key() if self.members is None else self.members.session_keys[::-1]  # the last signs
 
     def tool(self, **options: Any) -> Callable[[F], F]:  # type: ignore[override]
         """Return a decorator that registers a tool, whose whole docstring is its description."""
@@ -114,7 +125,7 @@ class Server(FastMCP[None]):
 
         current = settings.load()
         login = settings.login(current, self._listens_on)
-        self.job_key = lambda: login.session_keys[::-1]  # itsdangerous signs with the last
+        self.members = login.members
         self._sealing.use(login.session_keys)
         served = http_server.http_app(
             self,
@@ -125,6 +136,10 @@ class Server(FastMCP[None]):
             stateless=bool(kwargs.get("stateless_http")),
         )
         self.in_force = served.state.in_force
+        if current.rate_limit is not None and not login.state_url.startswith("sqlite:"):
+            from shared_rate import SharedRate
+
+            self.shared_rate = SharedRate(current.rate_limit, login.state_url)
         return served
 
 

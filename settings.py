@@ -130,14 +130,19 @@ def _origin(text: str) -> str:
     return url
 
 
+def _redis_url(text: str) -> str:
+    url = text.strip()
+    parts = urlsplit(url)
+    if parts.scheme not in ("redis", "rediss") or not parts.hostname or parts.port == 0:
+        raise ValueError("no Redis server")
+    return url
+
+
 def _state_url(text: str) -> str:
     url = text.strip()
     parts = urlsplit(url)
     names_file = parts.scheme == "sqlite" and not parts.netloc and len(parts.path) > 1
-    names_server = parts.scheme in ("redis", "rediss") and bool(parts.hostname)
-    if not names_file and not (names_server and parts.port != 0):
-        raise ValueError("neither a file nor a Redis server")
-    return url
+    return url if names_file else _redis_url(url)
 
 
 def _networks(text: str) -> str:
@@ -331,6 +336,10 @@ class Settings(BaseSettings):
     )
     """HTTP: what must outlive a restart; when it is not set, a SQLite file in your state directory. The file belongs
     to the account that runs the server. `redis://` is for several replicas."""
+    tasks_url: Annotated[str, AfterValidator(_redis_url)] | None = Field(
+        None, repr=False, description="redis://host:port/db, or rediss:// for TLS"
+    )
+    """Commands may run as MCP tasks, in any replica or worker (docs/replicas.md)."""
     forwarded_allow_ips: Annotated[str, AfterValidator(_networks)] = Field(
         "127.0.0.1", description="addresses or networks of proxies, with commas between them"
     )
@@ -359,6 +368,15 @@ class Settings(BaseSettings):
 
 
 @dataclass(frozen=True)
+class Members:
+    """Who may have commands run over HTTP, and what tells that a server said so. Its repr shows no secret."""
+
+    allowed_emails: frozenset[str]
+    session_keys: tuple[bytes, ...] = field(repr=False)
+    state_url: str = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Login:
     """A complete OAuth configuration. Of several keys the first signs and all verify. Its repr shows no secret."""
 
@@ -371,6 +389,11 @@ class Login:
     session_keys: tuple[bytes, ...] = field(repr=False)
     code_keys: tuple[bytes, ...] = field(repr=False)
     state_url: str = field(repr=False)
+
+    @property
+    def members(self) -> Members:
+        """What a process must know of the login that only runs tasks."""
+        return Members(self.allowed_emails, self.session_keys, self.state_url)
 
     @property
     def provider(self) -> str:
@@ -396,14 +419,33 @@ def login(current: Settings, base_url: str | None = None) -> Login:
         google_client_id=_needed(current, "google_client_id"),
         google_client_secret=SecretStr(_needed(current, "google_client_secret")),
         discovery_url=current.google_discovery_url,
-        allowed_emails=frozenset(
-            part.strip().casefold() for part in _needed(current, "allowed_email").split(",")
-        ),
+        allowed_emails=_allowed_emails(current),
         jwt_keys=keys["jwt_secret"],
         session_keys=keys["session_secret"],
         code_keys=keys["oauth_code_secret"],
         state_url=current.state_url or _default_state_url(),
     )
+
+
+def members(current: Settings) -> Members | None:
+    """Return whose tasks a worker runs: those of servers over HTTP if SESSION_SECRET is set, else the user's own.
+
+    Raises SettingsError for the first variable that is missing or cannot be used.
+    """
+    if current.session_secret is None:
+        return None
+    if current.state_url is None:
+        description = Settings.model_fields["state_url"].description
+        raise SettingsError(
+            "STATE_URL is not set, and a worker asks there whether a login still counts; give what the servers have, "
+            f"{description}"
+        )
+    keys = _signing_keys(current, "session_secret")
+    return Members(_allowed_emails(current), keys, current.state_url)
+
+
+def _allowed_emails(current: Settings) -> frozenset[str]:
+    return frozenset(part.strip().casefold() for part in _needed(current, "allowed_email").split(","))
 
 
 def http_url(host: str, port: int) -> str:
@@ -532,7 +574,7 @@ def _file_values(path: Path | None) -> tuple[dict[str, Any], list[str]]:
     wrong = [binding for binding in bindings if _is_wrong(binding)]
     problems = [_not_understood(binding, path) for binding in wrong]
     values = {binding.key.lower(): binding.value for binding in bindings if binding.key and binding.value}
-    holds_secret = _SECRETS & values.keys() or "@" in (values.get("state_url") or "")
+    holds_secret = _SECRETS & values.keys() or "@" in f"{values.get('state_url')}{values.get('tasks_url')}"
     if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO) and holds_secret:
         problems.append(f"{path} holds a secret and others may read it; run: chmod 600 {path}")
     return values, problems

@@ -7,6 +7,10 @@ gets them all: INT too, which POSIX lets a shell ignore for good in what it star
 their runner is a part of a pipeline whose shell is killed instead of waiting. A Korn shell runs its subshells within
 itself, so `/bin/sh` is its runner, and starts the command as `$SHELL -c COMMAND`.
 
+A name begins a job once: the first who makes `~/.cache/ssh-mcp/begun/NAME` does it, and `mkdir` is atomic. That folder
+stays for at least a day after the job's own has made room, so whoever comes again with the name learns that it was
+begun, and never begins it anew. A job whose stdin did not arrive whole is not begun at all.
+
 Nothing but POSIX `sh` and its usual companions is needed there. Pure: text in, text out; no thread, no connection.
 """
 
@@ -18,6 +22,9 @@ from ssh_output import Kept
 from ssh_words import quoted
 
 FOLDER = ".cache/ssh-mcp/jobs"
+
+NO_FOLDER, TOO_MANY_JOBS, BEGUN_BEFORE = 3, 4, 5
+"""How the program that starts a job ends when it does not."""
 
 _SIGNALS = {
     129: "HUP",
@@ -32,7 +39,7 @@ _SIGNALS = {
 _POLLS_A_SECOND = 5
 
 _ALIVE = """\
-j="$HOME/FOLDER"
+j="$HOME/FOLDER" b="$HOME/.cache/ssh-mcp/begun"
 started_at() {
   if ! [ -e /proc/self/stat ]; then
     ! kill -0 "$1" 2>/dev/null || echo "-$(ps -o lstart= -p "$1" 2>/dev/null | tr -d ' ')"
@@ -53,19 +60,28 @@ _PREPARE = (
     _ALIVE
     + """\
 umask 077
-mkdir -p "$j" && chmod 700 "$HOME/.cache/ssh-mcp" "$j" || exit 3
+mkdir -p "$j" "$b" && chmod 700 "$HOME/.cache/ssh-mcp" "$j" "$b" || exit 3
+find "$b" -mtime +1 | while IFS= read -r f; do [ "$f" = "$b" ] || rmdir "$f"; done
 find "$j" -name status -mtime +6 | while IFS= read -r f; do rm -rf -- "${f%/status}"; done
 find "$j" -name pid -mtime +6 | while IFS= read -r f; do
   [ -e "${f%/pid}/status" ] || alive "${f%/pid}" || rm -rf -- "${f%/pid}"
 done
-for old in "$j"/*; do
+room() {
+  for old in "$j"/*; do
+    set -- "$j"/*
+    [ $# -ge 100 ] || [ "$(du -sk "$j" | sed 's/[^0-9].*//')" -gt 1048576 ] || break
+    ! ended "$old" || rm -rf -- "$old"
+  done
   set -- "$j"/*
-  [ $# -ge 100 ] || [ "$(du -sk "$j" | sed 's/[^0-9].*//')" -gt 1048576 ] || break
-  ! ended "$old" || rm -rf -- "$old"
-done
-set -- "$j"/*
-[ $# -lt 100 ] || exit 4
+  [ $# -lt 100 ]
+}
+room || room || room || exit 4  # others that start now may take the room that was made
+if ! mkdir "$b/NAME"; then
+  [ -d "$b/NAME" ] || exit 3
+  exit 5
+fi
 mkdir "$j/NAME" && cat >"$j/NAME/stdin" || exit 3
+[ $(($(wc -c <"$j/NAME/stdin"))) -eq BYTES ] || exit 6
 """
 )
 
@@ -152,6 +168,20 @@ for f in stdout stderr; do
   cut_out "$d/$f" "$2" "$4"
   cut_out "$d/$f" $(($1 - $5)) "$5"
 done
+"""
+)
+
+_BEGUN = (
+    _ALIVE
+    + """\
+mkdir -p "$b" && chmod 700 "$HOME/.cache/ssh-mcp" "$b" || exit 3
+if mkdir "$b/NAME" 2>/dev/null; then echo never; exit; fi
+n=0
+while [ $n -lt POLLS ]; do
+  if [ -e "$j/NAME/pid" ] || [ -e "$j/NAME/status" ]; then echo yes; exit; fi
+  if sleep 0.2 2>/dev/null; then n=$((n + 1)); else sleep 1; n=$((n + 5)); fi
+done
+echo no
 """
 )
 
@@ -245,15 +275,15 @@ def path_of(name: str, stream: Literal["stdout", "stderr"]) -> str:
     return f"~/{FOLDER}/{name}/{stream}"
 
 
-def start(name: str, run: str) -> str:
+def start(name: str, run: str, stdin_bytes: int) -> str:
     """Return what a POSIX shell evaluates to start `run`, a piece of its own language, as the job `name`.
 
-    It reads the job's stdin to its end, and prints `started`; it ends with 3 where there can be no folder, with 4
-    where a hundred jobs run already.
+    It reads the job's stdin to its end, and prints `started`; it ends with NO_FOLDER where there can be none, with
+    TOO_MANY_JOBS where a hundred run already, and with BEGUN_BEFORE where that name has begun a job before.
     """
     runner = _RUNNER.replace("NOTE_PID", quoted(_NOTE_PID)).replace("FOLDER", FOLDER)
     text = _START.replace("PREPARE", quoted(_PREPARE)).replace("FOLDER", FOLDER).replace("NAME", name)
-    text = text.replace("KORN", quoted(_KORN))
+    text = text.replace("KORN", quoted(_KORN)).replace("BYTES", str(stdin_bytes))
     return text.replace("RUNNER", quoted(runner.replace("RUN", run)))
 
 
@@ -263,6 +293,14 @@ def look(name: str, seen: tuple[int, int], seconds: float, budget: int) -> str:
     Each second or so it prints the bytes so far and the last line of output on stderr.
     """
     return _filled(_LOOK, name, POLLS=int(seconds * _POLLS_A_SECOND), BUDGET=budget, OUT=seen[0], ERR=seen[1])
+
+
+def begun(name: str, seconds: float) -> str:
+    """Return the program that tells whether a job has begun: `yes`; `no` when it came to nothing in so many seconds.
+
+    A job that nobody had begun never will from now on: then it prints `never`.
+    """
+    return _filled(_BEGUN, name, POLLS=int(seconds * _POLLS_A_SECOND))
 
 
 def signalling(name: str, signal: Signal) -> str:

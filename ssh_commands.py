@@ -27,7 +27,7 @@ import ssh_background
 from settings import Settings, Target
 from ssh_accounts import AHEAD, Accounts
 from ssh_answers import CommandResult, Status
-from ssh_errors import ArgumentError, ConnectionLostError, SSHError
+from ssh_errors import ArgumentError, BegunError, ConnectionLostError, PoolClosedError, SSHError
 from ssh_exchange import Exchange, Outcome, Progress, Pulse, untold
 from ssh_kill import Signal, ending, signalling
 from ssh_output import Kept, share, visible
@@ -41,8 +41,6 @@ _KILL_SECONDS = 8.0
 _START_SECONDS = 10.0
 _SCRIPT_BYTES = 1_000_000
 _SIGNAL_SECONDS = 2.0
-_NO_FOLDER = 3
-_TOO_MANY_JOBS = 4
 _PLAIN_NOTE = (
     "sent as a plain exec request, since no shell of this account reads more (forced command, restricted shell, or "
     "an rc file that exits): what that runs is the account's choice"
@@ -158,17 +156,22 @@ class Commands:
         return outcome.out.whole()
 
     def start_background(self, target: Target, task: Task, *, timeout: float, cancelled: Cancelled) -> None:
-        """Start a task that is a background job. Raises SSHError when it was not started, or may not have been."""
+        """Start a task that is a background job. Raises SSHError when it was not started, or may not have been.
+
+        BegunError says that its name has begun a job before.
+        """
         outcome = self._run(target, task, time.monotonic() + timeout, cancelled, self.budget).outcome
         if outcome.lost or outcome.killed:
             raise ConnectionLostError(
                 f"{target}: the connection went away; whether the job was started is unknown. Look at "
                 f"~/{ssh_background.FOLDER}/{task.job} there before you try again"
             )
-        if outcome.exit_status == _TOO_MANY_JOBS:
+        if outcome.exit_status == ssh_background.BEGUN_BEFORE:
+            raise BegunError(f"{target}: the job {task.job} was begun before; nothing was run now")
+        if outcome.exit_status == ssh_background.TOO_MANY_JOBS:
             raise SSHError(f"{target}: a hundred background jobs run there already; end one of them first")
         said = visible(outcome.err.shown(300).text.strip())
-        if outcome.exit_status == _NO_FOLDER:
+        if outcome.exit_status == ssh_background.NO_FOLDER:
             raise SSHError(
                 f"{target}: ~/{ssh_background.FOLDER} cannot be written, so nothing was run: {said}"
             )
@@ -291,7 +294,7 @@ class Commands:
         def check() -> None:
             cancelled()
             if self._stopping.is_set():
-                raise SSHError(f"{target}: the server is stopping; the command was ended")
+                raise PoolClosedError(f"{target}: the server is stopping; the command was ended")
 
         prepare = AHEAD.get(dialect) if warm else None
         with ExitStack() as lent:

@@ -54,11 +54,19 @@ class BusyError(SSHError):
 
 
 class PoolClosedError(SSHError):
-    """The pool was closed while, or before, the caller waited."""
+    """The server is stopping: the pool was closed while, or before, the caller waited."""
 
 
 class ConnectionLostError(SSHError):
     """The connection went away during a call."""
+
+
+class BegunError(SSHError):
+    """A job of that name was begun before, here or elsewhere. Nothing was run now."""
+
+
+class QueueError(SSHError):
+    """The Redis server of TASKS_URL does not answer; the message says whether a command may run all the same."""
 
 
 class FileError(SSHError):

@@ -36,7 +36,7 @@ from settings import Target
 from ssh_answers import CommandResult, JobState
 from ssh_background import Look
 from ssh_commands import Commands, Running
-from ssh_errors import ArgumentError, SSHError
+from ssh_errors import ArgumentError, BegunError, SSHError
 from ssh_exchange import Progress, Pulse, untold
 from ssh_kill import Signal
 from ssh_output import Kept, share
@@ -56,6 +56,7 @@ _AFTER_KILL_SECONDS = 3.0
 _LOOK_SECONDS = 20.0
 _ANSWER_SECONDS = 15.0
 _NEARLY_SECONDS = 0.2
+_BEGIN_SECONDS = 20.0
 _BACKGROUND = "b"
 """Begins the names of background jobs; those of detached ones are hexadecimal after a `d`."""
 
@@ -212,9 +213,36 @@ class Jobs:
         self._commands.start_background(target, replace(task, job=name), timeout=timeout, cancelled=cancelled)
         with self._books:
             self._begun.append(_begun(name, owner, target, task))
-        nothing = Kept(0)
-        look = Look("running", None, None, 0, (0, 0), nothing, nothing)
-        return self._looked(owner, name, target, look, (0, 0))
+        return self._unseen(owner, name, target, "running")
+
+    def promise(self, owner: str, target: Target) -> CommandResult:
+        """Return what there is to say of a background job that is yet to begin: its `job_id`, above all."""
+        return self._unseen(owner, new_background_name(), target, "running")
+
+    def begin(self, owner: str, job_id: str, task: Task, *, cancelled: Cancelled) -> bool:
+        """Start a promised job, unless it was begun before, here or by another server. Return whether it came to run.
+
+        Raises what `start_background` raises; after any of it one may call again, for nothing is begun twice.
+        """
+        name, target = self._opened(owner, job_id)
+        task = replace(task, job=name)
+        try:
+            self._commands.start_background(target, task, timeout=_LOOK_SECONDS, cancelled=cancelled)
+        except BegunError:
+            return self._came_to_run(name, target, cancelled)
+        return True
+
+    def end(self, owner: str, job_id: str, *, cancelled: Cancelled) -> None:
+        """End a promised job as `go_on` does with `on_timeout="kill"`; one that has not begun never will.
+
+        Raises ArgumentError for a job that `owner` does not have, and SSHError when the target cannot be asked.
+        """
+        if self._came_to_run(*self._opened(owner, job_id), cancelled):
+            self.go_on(owner, job_id, on_timeout="kill", timeout=0, cancelled=cancelled)
+
+    def lost(self, owner: str, job_id: str) -> CommandResult:
+        """Return what there is to say of a job whose outcome is unknown."""
+        return self._unseen(owner, *self._opened(owner, job_id), "lost")
 
     def target_of(self, owner: str, job_id: str) -> Target:
         """Return where a job runs. Raises ArgumentError when `owner` has no such job."""
@@ -318,6 +346,10 @@ class Jobs:
             raise ArgumentError("unknown job: this job_id was not given out to you by this server") from None
         return name, Target(user, host, port)
 
+    def _came_to_run(self, name: str, target: Target, cancelled: Cancelled) -> bool:
+        program = ssh_background.begun(name, _BEGIN_SECONDS)
+        return self._sh(target, program, cancelled, _BEGIN_SECONDS + _ANSWER_SECONDS).split() == [b"yes"]
+
     def look(
         self,
         name: str,
@@ -405,6 +437,14 @@ class Jobs:
             note=look.note,
         )
 
+    def _unseen(
+        self, owner: str, name: str, target: Target, status: Literal["running", "lost"]
+    ) -> CommandResult:
+        nothing = Kept(0)
+        return self._looked(
+            owner, name, target, Look(status, None, None, 0, (0, 0), nothing, nothing), (0, 0)
+        )
+
     def _signed(self, owner: str, name: str, target: Target) -> str:
         return str(self.handles(owner).dumps([name, *astuple(target)]))
 
@@ -414,8 +454,9 @@ class Jobs:
             job = self._jobs.get(name)
         if job is None:
             raise ArgumentError(
-                "this job is no longer known: it ended more than an hour ago, or the server was restarted and "
-                "its outcome is unknown; look on the machine before you run it again"
+                "this job is no longer known: it ended more than an hour ago, or the server was restarted, or it "
+                "runs on another replica's connection, since only background jobs are known to all; look on the "
+                "machine before you run it again"
             )
         return job
 

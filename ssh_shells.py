@@ -199,7 +199,7 @@ class Task:
             if not (foreign or self.by_sh):
                 run = f"set -- {quoted(self.command)}\n{_RUN_ARGUMENT}"
             # its variables are the command's alone: HOME and PATH are needed to start it
-            run = ssh_background.start(self.job, "\n".join([*self._exports(), run]))
+            run = ssh_background.start(self.job, "\n".join([*self._exports(), run]), len(self.stdin))
         steps.append(run)
         return steps
 

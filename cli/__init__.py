@@ -45,13 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 tuple(options.hosts), options.env_file, options.http, options.host, options.port
             )
             raise SystemExit(check.check(asked, as_json=options.json))
+        if options.command == "worker":
+            from cli.worker import worker
+
+            raise SystemExit(worker(options.env_file, options.grace))
         if options.command == "audit":
             from cli import audit
 
             raise SystemExit(audit.run(options))
         from cli.serve import serve
 
-        serve(options.transport, options.env_file, options.host, options.port)
+        serve(
+            options.transport, options.env_file, options.host, options.port, runs_tasks=not options.no_worker
+        )
     except SettingsError as error:
         exit_for(error)
 
@@ -78,6 +84,9 @@ def _parser() -> _Parser:
     parser.add_argument("--host", help="address that HTTP listens on; default: HTTP_HOST, else 127.0.0.1")
     parser.add_argument("--port", type=_port, help="port of HTTP; default: HTTP_PORT, else 3003")
     parser.add_argument(
+        "--no-worker", action="store_true", help="leave tasks (TASKS_URL) to `ssh-mcp-server worker`"
+    )
+    parser.add_argument(
         "--env-file",
         type=Path,
         metavar="FILE",
@@ -103,7 +112,26 @@ def _parser() -> _Parser:
     _add_config(commands)
     _add_audit(commands)
     _add_completion(commands)
+    _add_worker(commands)
     return parser
+
+
+def _add_worker(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = commands.add_parser(
+        "worker",
+        help="run the tasks of servers that share TASKS_URL, and nothing else",
+        description="Run the tasks of servers that share TASKS_URL and SESSION_SECRET, and nothing else. On SIGTERM it "
+        "takes no more and lets go what runs, which another worker goes on waiting for.",
+        epilog="Exit status: 0 when it was told to stop, 1 when it cannot go on, 2 when a setting is wrong. --env-file "
+        "stands before the command.",
+    )
+    parser.add_argument(
+        "--grace",
+        type=_seconds,
+        default=10,
+        metavar="SECONDS",
+        help="how long it may take to stop; default: 10",
+    )
 
 
 def _add_check(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -219,6 +247,16 @@ def _time(text: str) -> str:
     except ValueError:
         raise argparse.ArgumentTypeError("give a time such as 2026-11-25 or 2026-11-25T14:00Z") from None
     return (time if time.tzinfo else time.replace(tzinfo=UTC)).astimezone(UTC).isoformat()[:19]
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0
+    if not 0.1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError("give seconds, from 0.1 to 3600")
+    return seconds
 
 
 def _port(text: str) -> int:

@@ -26,6 +26,9 @@ from ssh_commands import Commands
 from ssh_pool import Pool
 
 pytest_plugins = ["checking", "oauth", "ssh_client"]
+pytest.register_assert_rewrite(
+    "cluster"
+)  # a plugin of those tests alone that use it: it takes seconds to import
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 

@@ -130,7 +130,7 @@ def test_version_and_help_are_told() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["", "demo", "secrets", "check", "config", "audit", "audit verify", "audit show", "completion"],
+    ["", "demo", "secrets", "check", "config", "audit", "audit verify", "audit show", "completion", "worker"],
 )
 def test_help_of_each_command_says_what_it_does_in_80_columns(command: str) -> None:
     help_text = run([*command.split(), "--help"]).stdout

@@ -422,7 +422,7 @@ def test_public_url_is_an_https_origin_or_loopback(monkeypatch: pytest.MonkeyPat
     assert value in str(raised.value)
 
 
-@pytest.mark.parametrize("variable", ["PUBLIC_BASE_URL", "GOOGLE_DISCOVERY_URL", "STATE_URL"])
+@pytest.mark.parametrize("variable", ["PUBLIC_BASE_URL", "GOOGLE_DISCOVERY_URL", "STATE_URL", "TASKS_URL"])
 def test_password_in_a_url_is_not_shown(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     monkeypatch.setenv(variable, "ftp://me:pass-word@example.com")
     with pytest.raises(SettingsError, match=f"^{variable} is a value that cannot be used") as raised:
@@ -470,6 +470,15 @@ def test_store_is_sqlite_or_redis(monkeypatch: pytest.MonkeyPatch, value: str) -
         load()
 
 
+@pytest.mark.parametrize(
+    "value", ["sqlite:///x", "redis:///0", "http://127.0.0.1", "memory://", "redis://h:0"]
+)
+def test_tasks_are_kept_in_redis(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("TASKS_URL", value)
+    with pytest.raises(SettingsError, match=r"^TASKS_URL is .*give redis://host:port/db, or rediss://"):
+        load()
+
+
 def test_default_store_is_in_the_users_state_directory(
     complete: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -493,3 +502,5 @@ def test_password_of_the_store_makes_the_file_a_secret(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="chmod 600"):
         load(write(tmp_path / "env", "STATE_URL=redis://:pass-word@127.0.0.1/0", 0o644))
     load(write(tmp_path / "env2", "STATE_URL=redis://127.0.0.1/0", 0o644))
+    with pytest.raises(SettingsError, match="chmod 600"):
+        load(write(tmp_path / "env3", "TASKS_URL=rediss://:pass-word@127.0.0.1/0", 0o644))

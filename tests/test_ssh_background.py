@@ -5,13 +5,14 @@ import signal
 import stat
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from conftest import Server, marker, nobody_cancels, running, wait_for
 from ssh_answers import CommandResult
-from ssh_background import FOLDER, ending, look, parsed
+from ssh_background import BEGUN_BEFORE, FOLDER, ending, look, parsed, start
 from ssh_commands import Commands
 from ssh_errors import ArgumentError, SSHError
 from ssh_files import Files
@@ -229,6 +230,48 @@ def test_old_jobs_go_first_and_running_ones_stay(own_sshd: Callable[..., Server]
     assert "a119" in names
     assert one.ask(kept.job_id, signal="KILL").signal == "KILL"
     one.close()
+
+
+def test_jobs_that_start_together_all_find_room(own_sshd: Callable[..., Server]) -> None:
+    server = own_sshd()
+    one = Front(server)
+    jobs = server.home / ".cache" / "ssh-mcp" / "jobs"
+    for number in range(100):
+        folder = jobs / f"a{number:03}"
+        folder.mkdir(parents=True)
+        (folder / "pid").write_text("1 999999999 1 1\n")
+        (folder / "status").write_text("0 1\n")
+    with ThreadPoolExecutor(8) as pool:
+        begun = list(pool.map(one.start, ["true"] * 16))
+    assert {one.ask(job.job_id).status for job in begun} == {"exited"}
+    one.close()
+
+
+@pytest.mark.parametrize(("arrives", "exit_status"), [(b"whole", 0), (b"wh", 6)])
+def test_job_begins_once_its_stdin_is_whole(tmp_path: Path, arrives: bytes, exit_status: int) -> None:
+    program = start("b1-1", f"touch {tmp_path}/ran", len(b"whole"))
+    ended = subprocess.run(
+        ["sh", "-c", program], env=os.environ | {"HOME": str(tmp_path)}, input=arrives, check=False
+    )
+    assert ended.returncode == exit_status
+    if exit_status == 0:
+        wait_for((tmp_path / "ran").exists)
+    assert (tmp_path / FOLDER / "b1-1" / "pid").exists() is (exit_status == 0)
+
+
+def test_name_begins_one_job(tmp_path: Path) -> None:
+    program = start("b1-1", f"echo x >> {tmp_path}/ran", 0)
+
+    def begin() -> int:
+        return subprocess.run(
+            ["sh", "-c", program], env=os.environ | {"HOME": str(tmp_path)}, input=b"", check=False
+        ).returncode
+
+    with ThreadPoolExecutor(8) as pool:
+        statuses = list(pool.map(lambda _: begin(), range(8)))
+    assert sorted(statuses) == [0] + [BEGUN_BEFORE] * 7
+    wait_for((tmp_path / FOLDER / "b1-1" / "status").exists)
+    assert (tmp_path / "ran").read_text() == "x\n"
 
 
 def test_job_whose_folder_was_removed_is_told(front: Callable[..., Front], sshd: Server) -> None:

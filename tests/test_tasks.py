@@ -1,0 +1,265 @@
+"""Commands as MCP tasks: who may ask, what comes back, what Redis gets to see, what is refused where it runs."""
+
+import asyncio
+import json
+import pickle
+import secrets
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import pytest
+import redis
+from cryptography.fernet import Fernet
+from docket import Docket
+from docket.execution import ExecutionState
+from fastmcp import Client
+from fastmcp.client.transports import StreamableHttpTransport
+from fastmcp.exceptions import ToolError
+from fastmcp_tasks.client import ToolTask, call_tool_task
+from mcp.shared.exceptions import MCPError
+
+from cluster import Cluster
+from conftest import marker, running, wait_for
+from oauth import ME, YOU, App
+from task_queue import KEPT_SECONDS
+
+pytest_plugins = ["cluster"]
+
+
+@pytest.fixture(scope="module")
+def served(whole_cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster with one worker."""
+    whole_cluster.worker()
+    yield whole_cluster
+    whole_cluster.stop_workers()
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_task_answers_what_a_direct_call_would(served: Cluster, token: str) -> None:
+    async def use(client: Client[Any]) -> tuple[ToolTask, Any]:
+        arguments = {
+            "command": 'cat; echo "$GREETING" >&2; exit 3',
+            "input": "in\n",
+            "env": {"GREETING": "hi"},
+        }
+        task = await call_tool_task(client, "ssh_execute", arguments)
+        return task, await task.result()
+
+    task, result = served.ask(token, use)
+    fields = result.structured_content
+    assert (fields["status"], fields["exit_code"]) == ("exited", 3)
+    assert (fields["stdout"], fields["stderr"]) == ("in\n", "hi\n")
+    assert fields["job_id"] == task.task_id
+    assert result.content[0].text.startswith("in\n[stderr]\nhi\n[exit code 3")
+
+
+def test_trail_tells_who_asked_and_what_the_worker_did(served: Cluster, token: str) -> None:
+    word = secrets.token_hex(4)
+    job_id = served.result(token, f"echo {word}")["job_id"]
+    asked, done = (
+        [record for record in records(path) if record.get("tool") == "ssh_execute"][-2:]
+        for path in (served.front.folder / "audit", served.workers[0].folder / "audit")
+    )
+    for intent, outcome in (asked, done):
+        assert (intent["event"], outcome["event"]) == ("intent", "outcome")
+        assert intent["arguments"] == {"command": f"echo {word}"}
+        assert intent["identity"] == outcome["identity"] == ME
+        assert intent["client"] == asked[0]["client"] is not None
+        assert intent["target"] == str(served.sshd.target)
+        assert outcome["job_id"] == job_id
+    assert (asked[1]["status"], done[1]["status"]) == ("running", "exited")
+
+
+def test_task_over_its_timeout_runs_on_as_a_job(served: Cluster, token: str) -> None:
+    go = served.sshd.home / secrets.token_hex(4)
+    waits = f"while [ ! -e {go} ]; do sleep 0.1; done; echo went"
+    running_on = served.result(token, waits, timeout=0.5)
+    assert running_on["status"] == "running"
+    go.touch()
+    arguments = {"job_id": running_on["job_id"], "timeout": 30}
+
+    async def wait_on(client: Client[Any]) -> Any:
+        return (await client.call_tool("ssh_execute", arguments)).structured_content
+
+    assert served.ask(token, wait_on)["stdout"] == "went\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"command": "true", "host": "elsewhere.example"}, "SSH_ALLOWED_HOSTS"),
+        ({"command": "true", "env": {"no name": "x"}}, "no variable name"),
+        ({"command": "true", "timeout": -1}, "timeout"),
+    ],
+)
+def test_what_a_direct_call_refuses_is_refused_before_there_is_a_task(
+    served: Cluster, token: str, arguments: dict[str, Any], named: str
+) -> None:
+    async def use(client: Client[Any]) -> None:
+        with pytest.raises((ToolError, MCPError), match=named):
+            await client.call_tool("ssh_execute", arguments)
+
+    served.ask(token, use)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"command": "echo direct", "background": True}, {"job_id": "x"}, {"command": "true", "sudo": True}],
+)
+def test_what_is_no_command_to_wait_for_is_answered_directly(
+    served: Cluster, token: str, arguments: dict[str, Any]
+) -> None:
+    async def use(client: Client[Any]) -> None:
+        with pytest.raises(ToolError, match=r"did not run as a task|unknown job|SSH_SUDO"):
+            await call_tool_task(client, "ssh_execute", arguments)
+
+    served.ask(token, use)
+
+
+def test_client_of_the_handshake_era_gets_a_direct_answer(served: Cluster, token: str) -> None:
+    async def run() -> Any:
+        transport = StreamableHttpTransport(f"{served.front.url}/mcp", auth=token)
+        async with Client(transport, mode="legacy") as client:
+            return (await client.call_tool("ssh_execute", {"command": "echo direct"})).structured_content
+
+    answer = asyncio.run(run())
+    assert (answer["stdout"], answer["job_id"]) == ("direct\n", None)
+
+
+def test_task_of_one_login_is_unknown_to_another(
+    served: Cluster, token: str, app_of: Callable[..., App]
+) -> None:
+    other = app_of(served.front).log_in(YOU).access
+    mark = marker()
+
+    async def ask(client: Client[Any]) -> ToolTask:
+        return await call_tool_task(client, "ssh_execute", {"command": f"sleep 30.{mark}"})
+
+    mine = served.ask(token, ask)
+    wait_for(lambda: running(mark))
+
+    async def pry(client: Client[Any]) -> None:
+        for use in (mine.status, mine.cancel):
+            mine._client = client
+            with pytest.raises(MCPError, match="unknown task"):
+                await use()
+
+    served.ask(other, pry)
+    assert running(mark)
+
+    async def cancel(client: Client[Any]) -> None:
+        mine._client = client
+        await mine.cancel()
+
+    served.ask(token, cancel)
+    wait_for(lambda: not running(mark))
+
+
+def test_cancelled_task_ends_its_job_and_says_so(served: Cluster, token: str) -> None:
+    mark = marker()
+
+    async def use(client: Client[Any]) -> str:
+        task = await call_tool_task(client, "ssh_execute", {"command": f"sleep 40.{mark}"})
+        await asyncio.to_thread(wait_for, lambda: running(mark))
+        await task.cancel()
+        await asyncio.to_thread(wait_for, lambda: not running(mark))
+        return (await task.wait(timeout=30)).status
+
+    assert served.ask(token, use) == "cancelled"
+    status = [r["status"] for r in records(served.workers[0].folder / "audit") if r["event"] == "outcome"][-1]
+    assert status in ("cancelled", "killed")  # whichever reached the worker first
+
+
+def test_redis_shows_neither_arguments_nor_output(served: Cluster, token: str) -> None:
+    words = [secrets.token_hex(12) for _ in range(3)]
+    result = served.result(
+        token, f"cat; echo {words[0]} $V | rev", input=words[1], env={"V": words[2]}, cwd="/tmp"
+    )
+    said = [*words, words[0][::-1]]
+    assert all(word in result["stdout"] or word[::-1] in result["stdout"] for word in words)
+    held = served.redis.values()
+    assert b"ssh_execute" in held
+    names = [ME, "127.0.0.1", token, served.front.environment["SESSION_SECRET"], result["job_id"]]
+    assert [text for text in [*said, *names] if text.encode() in held] == []
+
+
+def put_in(cluster: Cluster, *arguments: str) -> str:
+    """Put a task into the queue as whoever can write to Redis could; return how it ended."""
+
+    async def put() -> str:
+        kept = timedelta(seconds=KEPT_SECONDS)
+        async with Docket("ssh-mcp-server", cluster.redis.url, execution_ttl=kept) as docket:
+            docket.register(put_in, names=["ssh_execute"])  # type: ignore[arg-type]
+            execution = await docket.add("ssh_execute", key=secrets.token_hex(8))(*arguments)
+            async with asyncio.timeout(30):
+                while execution.state not in (ExecutionState.COMPLETED, ExecutionState.FAILED):
+                    await asyncio.sleep(0.05)
+                    await execution.sync()
+            return str(execution.state.value)
+
+    return asyncio.run(put())
+
+
+def test_order_put_in_again_does_not_run_again(served: Cluster, token: str) -> None:
+    count = served.sshd.home / secrets.token_hex(4)
+    served.result(token, f"echo x >> {count}")
+    with redis.Redis(port=served.redis.port) as thief:
+        newest = max(thief.keys("*:runs:*"), key=lambda key: thief.hget(key, "started_at") or b"")
+        (order,) = json.loads(thief.hget(newest, "args") or b"")
+    assert put_in(served, order) == "completed"
+    assert count.read_text() == "x\n"
+
+
+def test_forged_order_is_refused_and_put_on_record(served: Cluster, token: str, tmp_path: Path) -> None:
+    touched = tmp_path / "touched"
+    forged = json.dumps({"job_id": "x", "owner": ME, "command": {"command": f"touch {touched}"}})
+    for arguments in ([forged], [Fernet(Fernet.generate_key()).encrypt(forged.encode()).decode()], []):
+        assert put_in(served, *arguments) == "failed"
+    assert served.result(token, "echo on")["stdout"] == "on\n"
+    assert not touched.exists()
+    refused = [r for r in records(served.workers[0].folder / "audit") if r.get("status") == "refused"]
+    assert "SESSION_SECRET" in refused[-1]["error"]
+
+
+class Trap:
+    """Runs code of its own wherever it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_in_redis_is_unpickled(
+    served: Cluster, token: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touched = tmp_path / "touched"
+    trap = pickle.dumps((Trap(touched),))
+    monkeypatch.setattr(cloudpickle, "dumps", lambda value: trap)
+    monkeypatch.setattr(cloudpickle, "loads", json.loads)
+    assert put_in(served) == "failed"
+    assert served.result(token, "echo on")["stdout"] == "on\n"
+    assert not touched.exists()
+    pickle.loads(trap)
+    assert touched.exists()
+
+
+def test_outcome_moved_to_another_task_is_not_told(served: Cluster, token: str) -> None:
+    async def use(client: Client[Any]) -> list[str]:
+        tasks = [await call_tool_task(client, "ssh_execute", {"command": f"echo {n}"}) for n in (1, 2)]
+        for task in tasks:
+            assert (await task.wait(timeout=30)).status == "completed"
+        keys = [f"ssh-mcp-server:results::{sha256(task.task_id.encode()).hexdigest()}:1" for task in tasks]
+        with redis.Redis(port=served.redis.port) as mover:
+            assert mover.copy(*keys, replace=True)
+        return [(await task.status()).status for task in tasks]
+
+    assert served.ask(token, use) == ["completed", "failed"]
