@@ -30,6 +30,7 @@ VARIES = [
     (r"(?:~|/[\w.-]+)(?:/[\w.*-]+)+", "PATH"),
     (r"\[[\w.]+\]:\d+|\b127\.0\.0\.1\b(:\d+)?|\bweb1\.example\.com\b(:\d+)?", "HOST"),
     (r"\bport \d+", "port PORT"),
+    (r"\bof \w+ there\b", "of ACCOUNT there"),
     (r"-p \d+", "-p PORT"),
     (r"(?:ssh-ed25519) \S+", "KEY"),
     (r"\b\d+ s\b", "SECONDS"),
@@ -214,9 +215,12 @@ def example_secret(place: Place) -> str:
     return place.starting("--transport", "http", JWT_SECRET="change-me" * 4)
 
 
-def no_public_url(place: Place) -> str:
-    keys = {name: name * 4 for name in ("JWT_SECRET", "SESSION_SECRET", "OAUTH_CODE_SECRET")}
-    return place.starting("--transport", "http", "--host", "0.0.0.0", **keys)
+def client_that_cannot_ask(place: Place) -> str:
+    return place.calling(CONFIRM="destructive")
+
+
+def worker_without_tasks(place: Place) -> str:
+    return place.starting("worker")
 
 
 TROUBLES: dict[str, Callable[[Place], str]] = {
@@ -240,6 +244,7 @@ TROUBLES: dict[str, Callable[[Place], str]] = {
     "Files are read-only": read_only,
     "Commands are read-only": read_only_commands,
     "sudo is not allowed": sudo_off,
+    "The client cannot ask a person": client_that_cannot_ask,
     "Too many calls were made": too_many_calls,
     "The job is not known": foreign_job,
     "The audit trail cannot be written": no_audit,
@@ -248,6 +253,7 @@ TROUBLES: dict[str, Callable[[Place], str]] = {
     "The settings file may be read by others": open_settings,
     "HTTP has no login": no_login,
     "A secret is an example's": example_secret,
+    "A worker has no tasks": worker_without_tasks,
 }
 
 
