@@ -50,6 +50,11 @@ def test_every_page_is_linked_from_the_readme() -> None:
     assert pages <= set(README.links)
 
 
+def test_map_of_the_house_names_every_module_once() -> None:
+    named = re.findall(r"^(\w+\.py) ", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
+    assert sorted(named) == sorted(name for name in tracked() if re.fullmatch(r"\w+\.py", name))
+
+
 @documents
 def test_variables_that_are_named_exist(document: Document) -> None:
     named = set(re.findall(r"`((?:[A-Z]+_)+[A-Z]+)[=`]", document.prose))
