@@ -52,7 +52,8 @@ from oauth_provider import Provider
 from oauth_requests import state_down
 from oauth_state import State, StateDown, open_state
 from pages import page
-from settings import Login, __version__
+from settings import __version__
+from settings_login import Login
 
 MESSAGE_BYTES = 48 * 1024 * 1024
 """Of one message: a file of 32 MiB as base64, in JSON."""

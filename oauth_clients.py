@@ -30,7 +30,7 @@ from fastmcp.server.auth.cimd import (
 
 from oauth_state import State
 from oauth_tokens import Tokens, Unreadable
-from settings import host_token, is_loopback
+from settings_values import host_token, is_loopback
 
 SCOPE = "ssh"
 """The one there is: whoever may enter may use the server."""

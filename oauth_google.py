@@ -18,7 +18,8 @@ from authlib.common.errors import AuthlibBaseError
 from authlib.integrations.httpx_client import AsyncOAuth2Client
 
 from oauth_tokens import Identity
-from settings import Login, is_loopback
+from settings_login import Login
+from settings_values import is_loopback
 
 _ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
 _KEEP_SECONDS = 3600

@@ -34,7 +34,7 @@ from oauth_tokens import (
     family_of,
     new_id,
 )
-from settings import Login
+from settings_login import Login
 
 RESOURCES = ("/sse", "/mcp")
 

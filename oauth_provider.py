@@ -62,7 +62,7 @@ from oauth_tokens import (
     new_id,
 )
 from pages import page
-from settings import Login
+from settings_login import Login
 
 _CHALLENGE_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-_")
 _MOST_STATE_CHARACTERS = 4096

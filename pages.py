@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from starlette.responses import HTMLResponse
 
-from settings import is_loopback
+from settings_values import is_loopback
 
 PageName = Literal["landing", "consent", "leaving", "refused", "faulty", "error"]
 

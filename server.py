@@ -18,8 +18,10 @@ from mcp import MCPDeprecationWarning
 from mcp.server.request_state import AESGCMRequestStateCodec, RequestStateSecurity
 
 import settings
+import settings_login
 from schemas import without_docstring
-from settings import Members, SettingsError
+from settings import SettingsError
+from settings_login import Members
 
 if TYPE_CHECKING:
     from fastmcp.server.http import StarletteWithLifespan
@@ -107,7 +109,7 @@ class Server(FastMCP[None]):
     async def run_http_async(self, *args: Any, **kwargs: Any) -> None:
         """Serve over HTTP until told to stop; a setting that cannot be used ends the process before it listens."""
         host = kwargs.get("host") or fastmcp.settings.host
-        self._listens_on = settings.http_url(host, kwargs.get("port") or fastmcp.settings.port)
+        self._listens_on = settings_login.http_url(host, kwargs.get("port") or fastmcp.settings.port)
         from http_deadline import PunctualProtocol
 
         _allow_many_connections()
@@ -124,7 +126,7 @@ class Server(FastMCP[None]):
         import http_server  # what only HTTP needs takes a second to import
 
         current = settings.load()
-        login = settings.login(current, self._listens_on)
+        login = settings_login.login(current, self._listens_on)
         self.members = login.members
         self._sealing.use(login.session_keys)
         served = http_server.http_app(

@@ -6,53 +6,29 @@ Never from the working directory: desktop clients start servers inside whatever 
 """
 
 import getpass
-import ipaddress
 import os
 import stat
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
-from urllib.parse import urlsplit
 
 from dotenv.parser import Binding, parse_stream
-from platformdirs import user_config_path, user_state_path
+from platformdirs import user_config_path
 from pydantic import (
     AfterValidator,
-    AnyHttpUrl,
     BeforeValidator,
-    ConfigDict,
     Field,
     SecretStr,
-    TypeAdapter,
     ValidationError,
 )
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+import settings_values
 from version import __version__ as __version__
 
-_HOST_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789._-")
-_USER_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-@+")
-
-_GOOGLE = "https://accounts.google.com/.well-known/openid-configuration"
-_SECRET_BYTES = 32
-_PASSWORD_BYTES = 255
-_MAKE_SECRET = "make a good one with: openssl rand -hex 32"  # noqa: S105 - a command, not a secret
-_PLACEHOLDERS = (
-    "change-me",
-    "change_me",
-    "changeme",
-    "replace-me",
-    "replace_me",
-    "example",
-    "your-",
-    "your_",
-)
-
-_url = TypeAdapter(AnyHttpUrl, config=ConfigDict(url_preserve_empty_path=True))
+GOOGLE = "https://accounts.google.com/.well-known/openid-configuration"
 
 
 class SettingsError(Exception):
@@ -79,122 +55,6 @@ class Target:
         return f"{self.user}@{host}:{self.port}"
 
 
-def host_token(text: str) -> str:
-    """Return `text` in lower case if it is a host name, an alias or an IP address, else raise ValueError."""
-    host = text.strip().removeprefix("[").removesuffix("]").lower()
-    address, _, zone = host.partition("%")
-    if _HOST_CHARACTERS.issuperset(zone) and not zone.startswith("-"):
-        try:
-            return str(ipaddress.ip_address(address + (f"%{zone}" if zone else "")))
-        except ValueError:
-            pass
-    if not host or len(host) > 253 or host.startswith(("-", ".")) or not _HOST_CHARACTERS.issuperset(host):
-        raise ValueError("a host name or an IP address")
-    return host
-
-
-def user_token(text: str) -> str:
-    """Return `text` if it is an account's name, else raise ValueError."""
-    user = text.strip()
-    if not user or len(user) > 64 or user.startswith("-") or not _USER_CHARACTERS.issuperset(user):
-        raise ValueError("an account name: letters, digits and . _ - @ +")
-    return user
-
-
-def is_loopback(host: str | None) -> bool:
-    """Tell whether a host is the machine that asks, by name or by address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host or "").is_loopback
-    except ValueError:
-        return False
-
-
-def _trusted_url(text: str) -> str:
-    """Return an https URL, or an http one of this machine, in its canonical form; else raise ValueError."""
-    url = str(_url.validate_python(text.strip()))
-    parts = urlsplit(url)
-    if parts.scheme != "https" and not is_loopback(parts.hostname):
-        raise ValueError("plain http leaves this machine")
-    if parts.username is not None or parts.password is not None or "#" in url:
-        raise ValueError("a URL without user name, password and fragment")
-    return url
-
-
-def _origin(text: str) -> str:
-    """Return the canonical origin, without a slash at its end; raise ValueError when there is more to the URL."""
-    url = _trusted_url(text).removesuffix("/")
-    if urlsplit(url).path or "?" in url:
-        raise ValueError("an origin without path and query")
-    return url
-
-
-def _redis_url(text: str) -> str:
-    url = text.strip()
-    parts = urlsplit(url)
-    if parts.scheme not in ("redis", "rediss") or not parts.hostname or parts.port == 0:
-        raise ValueError("no Redis server")
-    return url
-
-
-def _state_url(text: str) -> str:
-    url = text.strip()
-    parts = urlsplit(url)
-    names_file = parts.scheme == "sqlite" and not parts.netloc and len(parts.path) > 1
-    return url if names_file else _redis_url(url)
-
-
-def _networks(text: str) -> str:
-    """Return comma-separated addresses and networks as they stand if all can be read, else raise ValueError."""
-    for part in text.split(","):
-        ipaddress.ip_network(part.strip(), strict=False)
-    return text
-
-
-def _emails(text: str) -> str:
-    """Return comma-separated addresses as they stand if all can be used, else raise ValueError.
-
-    Only ASCII: letters of other alphabets that fold to the same one would let a stranger pass for somebody.
-    """
-    for part in text.split(","):
-        name, _, domain = part.strip().rpartition("@")
-        if not part.isascii() or not name or not domain or len(part.split()) != 1 or "*" in part:
-            raise ValueError("e-mail addresses")
-    return text
-
-
-def _audit_log(text: str) -> str:
-    kind, colon, rest = text.partition(":")
-    if colon and kind == "fd" and rest.isascii() and rest.isdecimal() and int(rest[:9]) >= 2:
-        return text  # 0 and 1 belong to MCP
-    if colon and kind == "syslog" and (not rest or rest.startswith("/")):
-        return text
-    path = _expanded(Path(text))
-    if not path.is_absolute():
-        raise ValueError("an absolute path")
-    return str(path)
-
-
-def _directories(text: str) -> str:
-    """Return colon-separated directories as they stand if all can be meant, else raise ValueError."""
-    entries = [entry for part in text.split(":") if (entry := part.strip())]
-    if not entries:
-        raise ValueError("directories")
-    for entry in entries:
-        if not entry.isprintable() or "*" in entry or (entry.startswith("~") and entry[1:2] not in ("", "/")):
-            raise ValueError("directories without wildcards, in the login directory of the account alone")
-    return text
-
-
-def _one_line(secret: SecretStr) -> SecretStr:
-    """Return a password that sudo reads whole, else raise ValueError: what it left would be the command's stdin."""
-    text = secret.get_secret_value()
-    if len(text.encode()) > _PASSWORD_BYTES or not {*"\r\n\0"}.isdisjoint(text):
-        raise ValueError("a password of one line")
-    return secret
-
-
 def os_user() -> str:
     """Return the name of the account that this process runs as, an empty one if it has none."""
     try:
@@ -203,14 +63,7 @@ def os_user() -> str:
         return ""  # no account name: the operator is asked for one
 
 
-def _expanded(path: Path) -> Path:
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        raise ValueError("there is no such home directory") from None
-
-
-ExpandedPath = Annotated[Path, AfterValidator(_expanded)]
+ExpandedPath = Annotated[Path, AfterValidator(settings_values.expanded)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -219,13 +72,13 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_ignore_empty=True, extra="ignore", frozen=True)
 
-    ssh_default_host: Annotated[str, AfterValidator(host_token)] | None = Field(
+    ssh_default_host: Annotated[str, AfterValidator(settings_values.host_token)] | None = Field(
         None, description="a host name or an IP address"
     )
     """The host of a call that names none; it may be an alias of the SSH config."""
     ssh_default_port: Port = Field(22, description="a port from 1 to 65535")
     """Its port; when it is not set, that of the SSH config wins."""
-    ssh_default_user: Annotated[str, AfterValidator(user_token)] = Field(
+    ssh_default_user: Annotated[str, AfterValidator(settings_values.user_token)] = Field(
         default_factory=os_user, description="an account name: letters, digits and . _ - @ +"
     )
     """The account there; when it is not set, that of the SSH config wins."""
@@ -253,7 +106,7 @@ class Settings(BaseSettings):
     """What calls may name; when it is not set, the default host. Without user or port: those that the settings or the
     SSH config give that host. `*` and `?` are wildcards, `*@*:*` is anything, and `10.0.*` also a name like
     `10.0.example.com`. Calls name hosts in the usual spelling (`10.0.0.5`, not `10.0.5`; no dot at the end)."""
-    allowed_paths: Annotated[str, AfterValidator(_directories)] | None = Field(
+    allowed_paths: Annotated[str, AfterValidator(settings_values.directories)] | None = Field(
         None,
         description="colon-separated directories without wildcards, such as /srv/app:~/notes",
     )
@@ -267,7 +120,7 @@ class Settings(BaseSettings):
     """`true` hides and refuses what writes files, and `ssh_execute` unless `ALLOWED_COMMANDS` is set."""
     ssh_sudo: bool = Field(False, description="true or false")
     """`true` gives `ssh_execute` the parameter `sudo`."""
-    ssh_sudo_password: Annotated[SecretStr, AfterValidator(_one_line)] | None = Field(
+    ssh_sudo_password: Annotated[SecretStr, AfterValidator(settings_values.one_line)] | None = Field(
         None, description="the password that sudo asks for: one line of 255 bytes at most"
     )
     """It goes to sudo alone, if it asks, on every host that calls may name. Without one sudo must ask for none
@@ -297,13 +150,13 @@ class Settings(BaseSettings):
     confirm: Literal["never", "destructive"] = Field("never", description="never or destructive")
     """`destructive`: commands, writes, edits and signals ask the person first, through the client; one that cannot ask
     is refused."""
-    http_host: Annotated[str, AfterValidator(host_token)] = Field(
+    http_host: Annotated[str, AfterValidator(settings_values.host_token)] = Field(
         "127.0.0.1", description="an address or a name of this machine to listen on"
     )
     """HTTP: where it listens; `--host` wins."""
     http_port: Port = Field(3003, description="a port from 1 to 65535")
     """HTTP: on which port; `--port` wins."""
-    public_base_url: Annotated[str, AfterValidator(_origin)] | None = Field(
+    public_base_url: Annotated[str, AfterValidator(settings_values.origin)] | None = Field(
         None,
         description="an https URL without a path, such as https://mcp.example.com; plain http only on loopback",
     )
@@ -314,11 +167,11 @@ class Settings(BaseSettings):
         None, description="the OAuth client secret from Google's console"
     )
     """HTTP: it is shown there, too; must be given."""
-    google_discovery_url: Annotated[str, AfterValidator(_trusted_url)] = Field(
-        _GOOGLE, description="the https URL of an OpenID provider's discovery document"
+    google_discovery_url: Annotated[str, AfterValidator(settings_values.trusted_url)] = Field(
+        GOOGLE, description="the https URL of an OpenID provider's discovery document"
     )
     """HTTP: another OpenID provider instead of Google."""
-    allowed_email: Annotated[str, AfterValidator(_emails)] | None = Field(
+    allowed_email: Annotated[str, AfterValidator(settings_values.emails)] | None = Field(
         None, description="who may log in: e-mail addresses in ASCII, with commas between them"
     )
     """HTTP: compared without case, and asked at every use of a token; must be given."""
@@ -331,20 +184,20 @@ class Settings(BaseSettings):
     """HTTP: likewise, and another one; it also signs the browser's consent."""
     oauth_code_secret: SecretStr | None = Field(None, description="the key that signs authorization codes")
     """HTTP: likewise, and a third one."""
-    state_url: Annotated[str, AfterValidator(_state_url)] | None = Field(
+    state_url: Annotated[str, AfterValidator(settings_values.state_url)] | None = Field(
         None, repr=False, description="sqlite:///path or redis://host:port/db"
     )
     """HTTP: what must outlive a restart; when it is not set, a SQLite file in your state directory. The file belongs
     to the account that runs the server. `redis://` is for several replicas."""
-    tasks_url: Annotated[str, AfterValidator(_redis_url)] | None = Field(
+    tasks_url: Annotated[str, AfterValidator(settings_values.redis_url)] | None = Field(
         None, repr=False, description="redis://host:port/db, or rediss:// for TLS"
     )
     """Commands may run as MCP tasks, in any replica or worker (docs/replicas.md)."""
-    forwarded_allow_ips: Annotated[str, AfterValidator(_networks)] = Field(
+    forwarded_allow_ips: Annotated[str, AfterValidator(settings_values.networks)] = Field(
         "127.0.0.1", description="addresses or networks of proxies, with commas between them"
     )
     """HTTP: proxies whose `X-Forwarded-For` is believed."""
-    audit_log: Annotated[str, AfterValidator(_audit_log)] | None = Field(
+    audit_log: Annotated[str, AfterValidator(settings_values.audit_log)] | None = Field(
         None, description="the absolute path of a file, syslog:, or fd: and the number of an open descriptor"
     )
     """The audit trail. Without it there is none."""
@@ -365,146 +218,6 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Let the environment win over the file, whose values come in as arguments."""
         return env_settings, init_settings
-
-
-@dataclass(frozen=True)
-class Members:
-    """Who may have commands run over HTTP, and what tells that a server said so. Its repr shows no secret."""
-
-    allowed_emails: frozenset[str]
-    session_keys: tuple[bytes, ...] = field(repr=False)
-    state_url: str = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Login:
-    """A complete OAuth configuration. Of several keys the first signs and all verify. Its repr shows no secret."""
-
-    base_url: str
-    google_client_id: str
-    google_client_secret: SecretStr
-    discovery_url: str
-    allowed_emails: frozenset[str]
-    jwt_keys: tuple[bytes, ...] = field(repr=False)
-    session_keys: tuple[bytes, ...] = field(repr=False)
-    code_keys: tuple[bytes, ...] = field(repr=False)
-    state_url: str = field(repr=False)
-
-    @property
-    def members(self) -> Members:
-        """What a process must know of the login that only runs tasks."""
-        return Members(self.allowed_emails, self.session_keys, self.state_url)
-
-    @property
-    def provider(self) -> str:
-        """Where people log in, by the name that they know it by."""
-        return "Google" if self.discovery_url == _GOOGLE else str(urlsplit(self.discovery_url).hostname)
-
-
-def login(current: Settings, base_url: str | None = None) -> Login:
-    """Return the OAuth configuration, without which HTTP is not served.
-
-    `base_url` is what the server really listens on, if not what the settings say; without PUBLIC_BASE_URL it is the
-    URL that clients see, as long as only this machine can reach it. Raises SettingsError for the variables that are
-    missing or cannot be used.
-    """
-    if problems := _missing(current, base_url):
-        raise SettingsError(*problems)
-    keys = {name: _signing_keys(current, name) for name in SIGNING_KEYS}
-    every = [key for name in SIGNING_KEYS for key in set(keys[name])]
-    if len(set(every)) != len(every):
-        raise SettingsError(f"JWT_SECRET, SESSION_SECRET and OAUTH_CODE_SECRET share a value; {_MAKE_SECRET}")
-    return Login(
-        base_url=_public_url(current, base_url),
-        google_client_id=_needed(current, "google_client_id"),
-        google_client_secret=SecretStr(_needed(current, "google_client_secret")),
-        discovery_url=current.google_discovery_url,
-        allowed_emails=_allowed_emails(current),
-        jwt_keys=keys["jwt_secret"],
-        session_keys=keys["session_secret"],
-        code_keys=keys["oauth_code_secret"],
-        state_url=current.state_url or _default_state_url(),
-    )
-
-
-def members(current: Settings) -> Members | None:
-    """Return whose tasks a worker runs: those of servers over HTTP if SESSION_SECRET is set, else the user's own.
-
-    Raises SettingsError for the first variable that is missing or cannot be used.
-    """
-    if current.session_secret is None:
-        return None
-    if current.state_url is None:
-        description = Settings.model_fields["state_url"].description
-        raise SettingsError(
-            "STATE_URL is not set, and a worker asks there whether a login still counts; give what the servers have, "
-            f"{description}"
-        )
-    keys = _signing_keys(current, "session_secret")
-    return Members(_allowed_emails(current), keys, current.state_url)
-
-
-def _allowed_emails(current: Settings) -> frozenset[str]:
-    return frozenset(part.strip().casefold() for part in _needed(current, "allowed_email").split(","))
-
-
-def http_url(host: str, port: int) -> str:
-    """Return the plain http URL of an address and a port."""
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _missing(current: Settings, base_url: str | None) -> list[str]:
-    """Return a sentence on each variable that a login needs and cannot use as it is."""
-    others = ("google_client_id", "google_client_secret", "allowed_email")
-    demands: list[Callable[[], object]] = [
-        *(partial(_signing_keys, current, name) for name in SIGNING_KEYS),
-        partial(_public_url, current, base_url),
-        *(partial(_needed, current, name) for name in others),
-    ]
-    problems = []
-    for demand in demands:
-        try:
-            demand()
-        except SettingsError as error:
-            problems.append(str(error))
-    return problems
-
-
-def _needed(current: Settings, name: str) -> str:
-    value = getattr(current, name)
-    text = value.get_secret_value() if isinstance(value, SecretStr) else value
-    if text and text.strip():
-        return str(text).strip()
-    description = Settings.model_fields[name].description
-    remedy = f"{description}; {_MAKE_SECRET}" if name in SIGNING_KEYS else f"give {description}"
-    raise SettingsError(f"{name.upper()} is not set, and HTTP is not served without a login; {remedy}")
-
-
-def _signing_keys(current: Settings, name: str) -> tuple[bytes, ...]:
-    text = _needed(current, name)
-    keys = tuple(part.strip().encode() for part in text.split(","))
-    if any(len(key) < _SECRET_BYTES for key in keys):
-        raise SettingsError(f"{name.upper()} has fewer than {_SECRET_BYTES} bytes; {_MAKE_SECRET}")
-    if any(mark in text.casefold() for mark in _PLACEHOLDERS):
-        raise SettingsError(f"{name.upper()} is the value of an example, which anybody knows; {_MAKE_SECRET}")
-    return keys
-
-
-def _public_url(current: Settings, listens_on: str | None) -> str:
-    if current.public_base_url is not None:
-        return current.public_base_url
-    url = listens_on or http_url(current.http_host, current.http_port)
-    if is_loopback(urlsplit(url).hostname):
-        return _origin(url)
-    description = Settings.model_fields["public_base_url"].description
-    raise SettingsError(
-        f"PUBLIC_BASE_URL is not set, and other machines can reach this server; give {description}"
-    )
-
-
-def _default_state_url() -> str:
-    path = user_state_path("ssh-mcp-server", appauthor=False) / "oauth" / "state.db"
-    return f"sqlite:///{path.as_posix().removeprefix('/')}"
 
 
 def env_file(named: Path | None = None) -> Path | None:
@@ -538,7 +251,7 @@ def _named_env_file(named: Path | None) -> Path | None:
     if named is None and (text := os.environ.get("SSH_MCP_ENV_FILE")):
         named = Path(text)
     try:
-        return named and _expanded(named)
+        return named and settings_values.expanded(named)
     except ValueError:
         return named
 

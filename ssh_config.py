@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from settings import user_token
+from settings_values import user_token
 from ssh_config_match import Asked, Local, Matched
 from ssh_config_syntax import Line
 from ssh_config_values import (

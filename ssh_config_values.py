@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from settings import host_token, user_token
+from settings_values import host_token, user_token
 from ssh_config_syntax import Line, matches
 
 _TIME = re.compile(r"(?:\d+[smhdw]?)+", re.ASCII | re.IGNORECASE)

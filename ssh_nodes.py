@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from settings import host_token, user_token
+from settings_values import host_token, user_token
 from ssh_errors import ArgumentError
 
 MOST_NODES = 1000

@@ -23,7 +23,8 @@ from fnmatch import fnmatchcase
 from ipaddress import IPv6Address
 
 import ssh_words
-from settings import Settings, SettingsError, Target, host_token, user_token
+from settings import Settings, SettingsError, Target
+from settings_values import host_token, user_token
 from ssh_errors import ArgumentError, RefusedError, SSHError
 from ssh_hosts import Hosts
 from ssh_words import UnreadableError

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from oauth_grants import Standing
 from oauth_state import open_state
 from services import Services
-from settings import Members
+from settings_login import Members
 from ssh_jobs import local_key
 from task_orders import Seal
 from task_queue import Queue

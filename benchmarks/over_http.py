@@ -109,10 +109,11 @@ def server(which: str, folder: Path) -> Iterator[Served]:
 async def log_in(served: Served) -> None:
     """Give the server's calls a token, from a login that its store knows beside a hundred others."""
     import settings
+    import settings_login
     from oauth_state import open_state
     from oauth_tokens import Refresh, Tokens, new_id
 
-    login = settings.login(settings.load())
+    login = settings_login.login(settings.load())
     family, state = new_id(), open_state(login.state_url)
     for living in (family, *(f"other-{number}" for number in range(100))):
         await state.open_family(living, 60)
@@ -279,10 +280,11 @@ async def _call_on(served: Served, wire: Wire, path: str) -> float:
 async def token_check(token: str) -> float:
     """Return how long one check of a token takes, in seconds: signature, whitelist, its family in SQLite."""
     import settings
+    import settings_login
     from oauth_provider import Provider
     from oauth_state import open_state
 
-    login = settings.login(settings.load())
+    login = settings_login.login(settings.load())
     state = open_state(login.state_url)
     provider = Provider(login, state)
     taken = []

@@ -19,12 +19,15 @@ from types import TracebackType
 from urllib.parse import urlsplit
 
 import settings
+import settings_login
 from cli.check_listener import Arrival, Listener
 from cli.findings import Problem, Step, Verdict, error, ok, skipped, warning
 from http_limits import Proxies
 from oauth_google import Google, ProviderDown
 from oauth_state import StateDown, file_of, open_state
-from settings import Login, Settings
+from settings import Settings
+from settings_login import Login
+from settings_values import is_loopback
 
 _ANSWER_SECONDS = 10.0
 _HERE_SECONDS = 3.0
@@ -59,7 +62,7 @@ class HttpCheck:
 
     def __init__(self, current: Settings) -> None:
         self._settings = current
-        self._place = settings.http_url(current.http_host, current.http_port)
+        self._place = settings_login.http_url(current.http_host, current.http_port)
         self._listener: Listener | None = None
 
     def __enter__(self) -> "HttpCheck":
@@ -73,7 +76,7 @@ class HttpCheck:
 
     def login_settings(self) -> Iterator[Verdict]:
         """Ask for a complete login."""
-        login = settings.login(self._settings)
+        login = settings_login.login(self._settings)
         self._login: Login = login
         yield ok(f"by {login.provider}, for {', '.join(sorted(login.allowed_emails))}")
 
@@ -89,7 +92,7 @@ class HttpCheck:
                 ) from None
         if self._listener is not None:
             yield ok(f"{self._place} is free")
-        elif version := _version_at(settings.http_url(_reachable(host), port)):
+        elif version := _version_at(settings_login.http_url(_reachable(host), port)):
             yield ok(f"this server, {version}, listens at {self._place}")
         else:
             yield error(f"another program listens at {self._place}", "end it, or set another HTTP_PORT")
@@ -211,7 +214,7 @@ class HttpCheck:
         resource = f"{self._login.base_url}/mcp"
         if self._listener is None:
             told = _document(
-                settings.http_url(_reachable(self._settings.http_host), self._settings.http_port)
+                settings_login.http_url(_reachable(self._settings.http_host), self._settings.http_port)
             )
             if told != resource:
                 yield error(
@@ -222,7 +225,7 @@ class HttpCheck:
 
     def _headers_lost(self, arrival: Arrival) -> Iterator[Verdict]:
         host = urlsplit(f"//{arrival.headers.get('host', '')}").hostname
-        if host != urlsplit(self._login.base_url).hostname and not settings.is_loopback(host):
+        if host != urlsplit(self._login.base_url).hostname and not is_loopback(host):
             yield error(
                 f"the proxy passes on the host {host}, which the server does not go by",
                 "let it pass Host on (nginx: proxy_set_header Host $http_host;)",

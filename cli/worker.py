@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import settings
-from settings import Members, SettingsError
+import settings_login
+from settings import SettingsError
+from settings_login import Members
 
 if TYPE_CHECKING:
     from services import Services
@@ -31,7 +33,7 @@ def worker(env_file: Path | None, grace_seconds: float) -> int:
     from app import mcp
     from services import Services
 
-    mcp.members = settings.members(current)
+    mcp.members = settings_login.members(current)
     services = Services(current, mcp.job_key)
     try:
         return asyncio.run(_run(current.tasks_url, mcp.members, services, grace_seconds))

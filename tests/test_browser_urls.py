@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from clients import running
 from oauth_clients import Client, is_redirect_uri, shown_host
-from settings import is_loopback
+from settings_values import is_loopback
 
 JUDGE = """
 const lines = require('readline').createInterface({ input: process.stdin });

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import settings
+import settings_login
 from cli import main
 
 HTTP = {"google_client_id": "id", "google_client_secret": "of google", "allowed_email": "me@example.com"}
@@ -27,7 +28,7 @@ def test_file_is_its_owners_alone_and_its_keys_serve(
         os.umask(before)
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.parent.stat().st_mode & 0o777 == 0o700
-    login = settings.login(settings.load(path).model_copy(update=HTTP))
+    login = settings_login.login(settings.load(path).model_copy(update=HTTP))
     keys = {login.jwt_keys, login.session_keys, login.code_keys}
     assert len(keys) == 3
     said = capsys.readouterr()

@@ -20,7 +20,7 @@ from conftest import free_port
 from oauth import FAR_AHEAD, LONG_AGO, ME, Forgery, Google, challenge_of, http_from, query_of
 from oauth_google import LoginError, ProviderDown
 from oauth_tokens import Identity
-from settings import Login
+from settings_login import Login
 
 OUR_ID, OUR_SECRET = "our-id-at-google", "our-secret-at-google-0123456789abcdef"
 NONCE, VERIFIER = "n" * 43, "v" * 64

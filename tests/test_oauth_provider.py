@@ -26,7 +26,7 @@ from oauth import KISS, ME, STRANGER, Google, Page, challenge_of, http_from, que
 from oauth_clients import ASSERTION_TYPE
 from oauth_provider import Provider
 from oauth_state import SqliteState, StateDown
-from settings import Login
+from settings_login import Login
 from tls import certificates, https_server
 
 BASE = "https://mcp.example.com"

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from settings import Login, Settings, SettingsError, env_file, exit_for, load, login
+from settings import Settings, SettingsError, env_file, exit_for, load
+from settings_login import Login, login
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from conftest import marker, program, running, wait_for
-from settings import Settings, host_token, user_token
+from settings import Settings
+from settings_values import host_token, user_token
 from ssh_client import Home
 from ssh_config import SshConfig
 from ssh_config_keywords import ALIASES, PASSED_OVER, REFUSED

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from settings import host_token
+from settings_values import host_token
 from ssh_errors import ArgumentError
 from ssh_nodes import MOST_NODES, Node, folded, nodes
 
