@@ -9,13 +9,9 @@ import base64
 import binascii
 import logging
 import os
-import signal
-import sys
-import threading
-from collections.abc import AsyncIterator, Collection, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
 from importlib.util import find_spec
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import anyio.from_thread
@@ -46,6 +42,7 @@ from calls import (
 from confirm import Confirmed
 from guide import INSTRUCTIONS, Guide
 from late_services import AfterTheList, LateServices
+from process import ended_by_signals, log_to_stderr, quiet_fastmcp
 from schemas import Inlined
 from server import Server
 from settings import Settings, SettingsError
@@ -126,7 +123,7 @@ async def _lifespan(_: FastMCP[None]) -> AsyncIterator[None]:
     try:
         if _current.audit_log:
             await anyio.to_thread.run_sync(services.get)  # the trail tells of the start
-        with _ended_by_signals(services):
+        with ended_by_signals(services.close):
             yield
     finally:
         _services = None
@@ -136,43 +133,7 @@ async def _lifespan(_: FastMCP[None]) -> AsyncIterator[None]:
         await anyio.to_thread.run_sync(telemetry.stop)
 
 
-@contextmanager
-def _ended_by_signals(services: LateServices) -> Iterator[None]:
-    """On SIGTERM and SIGINT close everything and exit.
-
-    The process cannot end the ordinary way: a thread of the MCP SDK is waiting for a line on stdin.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        threading.Thread(target=finish, args=(0 if number == signal.SIGTERM else 128 + number,)).start()
-
-    def finish(exit_status: int) -> None:
-        services.close()
-        telemetry.stop()
-        logging.shutdown()
-        os._exit(exit_status)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _forget_env_file() -> None:
-    """Set FastMCP's settings anew without the `.env` of the working directory, which anybody may have put there."""
-    for name, value in type(fastmcp.settings)(_env_file=None):
-        setattr(fastmcp.settings, name, value)
-
-
-if "FASTMCP_ENV_FILE" not in os.environ:
-    _forget_env_file()
-fastmcp.settings.check_for_updates = "off"
-fastmcp.settings.show_server_banner = False
+quiet_fastmcp()
 
 mcp: Server = Server(
     lambda: _ssh().default_target_report(_cancelled),
@@ -518,28 +479,6 @@ def _content_bytes(content: str, encoding: Literal["utf-8", "base64"]) -> bytes:
         raise ArgumentError(f"content is not valid {encoding}; nothing was written") from None
 
 
-class _OneLine(logging.Formatter):
-    """Writes each message on one line of its own: libraries repeat what callers sent."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name that logging calls
-        line = super().formatMessage(record)
-        return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
-
-
-def _log_to_stderr(level: str) -> None:
-    """Log to stderr: over stdio, stdout belongs to MCP."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
-    _log.handlers = [handler]
-    _log.setLevel(level)
-    _log.propagate = False
-    # below that they tell what calls hold, and what strangers call themselves
-    for library in ("fastmcp.server", "mcp"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    logging.getLogger("fastmcp").handlers = [handler]
-    logging.getLogger().addHandler(handler)  # else the first library that logs there sets up one of its own
-
-
 def _add_tasks(url: str) -> None:
     """Let commands run as tasks. Raises SettingsError where the extra is missing; only here is it imported."""
     if not all(map(find_spec, ("fastmcp_tasks", "docket", "redis"))):
@@ -555,7 +494,7 @@ def _add_tasks(url: str) -> None:
 try:
     _current = _checked_settings()
     telemetry.start()
-    _log_to_stderr(_current.log_level)
+    log_to_stderr(_current.log_level)
     for sentence in warnings(_current):
         _log.warning("%s", sentence)
     fastmcp.settings.host, fastmcp.settings.port = _current.http_host, _current.http_port
