@@ -1,6 +1,7 @@
 """The trail: who did what where, and how it ended. One call of a tool is an `intent` and an `outcome` with one id.
 
-A call on a fleet is one of each for every target, all of them with that id.
+A call on a fleet is one of each for every target, all of them with that id. Long texts among its arguments stand in
+the first intent alone, and in the others as their length and SHA-256: a thousand targets must not fill the disk.
 
 The intent is on the disk before anything is reached: a target is only given out (`RecordedReach`) once it is. What
 could not be put on record is not done; what was done and could not be put on record is told as an error.
@@ -192,8 +193,14 @@ class Call:
         self.meant.update(target for target in targets if target is not None)
         new = [target for target in targets if target not in self._targets]
         if self._trail.kept and new:
-            arguments = {"arguments": described(self._arguments)}
-            self._append(*(self._record("intent", target, arguments) for target in new))
+            whole = described(self._arguments)
+            brief = _brief(whole)
+            self._append(
+                *(
+                    self._record("intent", target, {"arguments": brief if at or self._targets else whole})
+                    for at, target in enumerate(new)
+                )
+            )
             self._targets |= dict.fromkeys(new)
 
     def answered(self, answer: object) -> None:
@@ -310,6 +317,18 @@ def _described(name: str, value: object, arguments: Mapping[str, Any]) -> object
     if name == "content" and arguments.get("encoding") == "base64":
         with suppress(binascii.Error):
             data = base64.b64decode(data, validate=True)
+    return _digested(data)
+
+
+def _brief(described_ones: Mapping[str, Any]) -> dict[str, Any]:
+    """Return described arguments without long texts, which another record of the same call holds."""
+    return {
+        name: _digested(_data(value)) if len(_data(value)) > _LIST_CHARACTERS else value
+        for name, value in described_ones.items()
+    }
+
+
+def _digested(data: bytes) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -603,6 +604,22 @@ def test_trail_has_an_intent_and_an_outcome_for_every_target(
     assert shown.count("-> ") == 4
     assert "NO OUTCOME" not in shown
     assert f"hosts=127.0.1.[1-2],{down}" in shown
+
+
+def test_long_command_stands_in_the_trail_once(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one message of 48 MB makes 48 GB of trail for a thousand targets, and as much memory."""
+    log = tmp_path / "audit.jsonl"
+    monkeypatch.setenv("AUDIT_LOG", str(log))
+    command = f"true {'x' * 5000}"
+    call(command=command, hosts=["127.0.1.[1-3]"], timeout=40)
+    records = [record for line in log.read_bytes().splitlines() if (record := parsed(line)) is not None]
+    first, *others = [record["arguments"] for record in records if record["event"] == "intent"]
+    assert first["command"] == command
+    digest = sha256(command.encode()).hexdigest()
+    assert others == [first | {"command": {"bytes": len(command), "sha256": digest}}] * 2
+    assert log.stat().st_size < 3 * len(command)
 
 
 def test_refused_call_on_a_fleet_leaves_no_target(
