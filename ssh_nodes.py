@@ -54,9 +54,18 @@ def nodes(texts: Sequence[str]) -> list[Node]:
         raise ArgumentError(
             f"hosts stands for {count} names, and one call reaches {MOST_NODES} at most; nothing was run"
         )
+    return _expanded(parts)
+
+
+def _expanded(parts: Iterable[tuple[str | None, str, int | None]]) -> list[Node]:
     return list(
         dict.fromkeys(Node(host, user, port) for user, hosts, port in parts for host in _names(hosts))
     )
+
+
+def unfolded(text: str) -> list[Node]:
+    """Return what `folded` made a text of, whatever its length: hosts that were counted before."""
+    return _expanded(_part(piece) for piece in _pieces(text))
 
 
 def folded(some: Iterable[Node]) -> str:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from settings import host_token
 from ssh_errors import ArgumentError
-from ssh_nodes import MOST_NODES, Node, folded, nodes
+from ssh_nodes import MOST_NODES, Node, folded, nodes, unfolded
 
 
 def hosts(*texts: str) -> list[str]:
@@ -147,6 +147,15 @@ def test_hosts_that_fold_badly_are_folded_at_once() -> None:
     text = folded(some)
     assert time.monotonic() - began < 2
     assert set(nodes([text])) == some
+
+
+def test_what_folds_into_more_than_a_call_may_name_is_unfolded_again() -> None:
+    """The names of a fleet in the background come back in its job_id, once its jobs have been started."""
+    some = nodes([f"{'x' * 27}[1-2]" * 9])
+    text = folded(some)
+    with pytest.raises(ArgumentError, match="is longer than"):
+        nodes([text])
+    assert set(unfolded(text)) == set(some)
 
 
 def test_racks_still_fold_into_two_brackets() -> None:
