@@ -1,7 +1,7 @@
 """The trail: who did what where, and how it ended. One call of a tool is an `intent` and an `outcome` with one id.
 
-A call on a fleet is one of each for every target, all of them with that id. Long texts among its arguments stand in
-the first intent alone, and in the others as their length and SHA-256: a thousand targets must not fill the disk.
+A call on a fleet is one of each for every target, all of them with that id. Long texts (a command, a job_id) stand in
+the first of them alone, and in the others as their length and SHA-256: a thousand targets must not fill the disk.
 
 The intent is on the disk before anything is reached: a target is only given out (`RecordedReach`) once it is. What
 could not be put on record is not done; what was done and could not be put on record is told as an error.
@@ -234,7 +234,11 @@ class Call:
         }
         of_each: dict[Target | None, dict[str, Any]] = dict(getattr(self._answer, "outcomes", ()))
         targets = list(self._targets) or [None]
-        records = [self._record("outcome", target, common | of_each.get(target, {})) for target in targets]
+        brief = _brief(common)
+        records = [
+            self._record("outcome", target, (brief if at else common) | of_each.get(target, {}))
+            for at, target in enumerate(targets)
+        ]
         if not self._targets:
             records.insert(0, self._record("intent", None, {"arguments": described(self._arguments)}))
         self._append(*records)
@@ -320,11 +324,11 @@ def _described(name: str, value: object, arguments: Mapping[str, Any]) -> object
     return _digested(data)
 
 
-def _brief(described_ones: Mapping[str, Any]) -> dict[str, Any]:
-    """Return described arguments without long texts, which another record of the same call holds."""
+def _brief(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a record tells without long texts, which another record of the same call holds."""
+    sized = ((name, value, _data(value)) for name, value in told.items())
     return {
-        name: _digested(_data(value)) if len(_data(value)) > _LIST_CHARACTERS else value
-        for name, value in described_ones.items()
+        name: value if len(data) <= _LIST_CHARACTERS else _digested(data) for name, value, data in sized
     }
 
 
