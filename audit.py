@@ -327,9 +327,7 @@ def _described(name: str, value: object, arguments: Mapping[str, Any]) -> object
 def _brief(told: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a record tells without long texts, which another record of the same call holds."""
     sized = ((name, value, _data(value)) for name, value in told.items())
-    return {
-        name: value if len(data) <= _LIST_CHARACTERS else _digested(data) for name, value, data in sized
-    }
+    return {name: value if len(data) <= _LIST_CHARACTERS else _digested(data) for name, value, data in sized}
 
 
 def _digested(data: bytes) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What a model and its client get beside the tools: instructions, resources, prompts, completions.
 
 Resources tell what this process knows; reading one reaches no machine and changes nothing (what the SSH config has
-`Match exec` run is the operator's), so clients may read them at will, and the audit trail does not hold them. Nothing here names a key, a secret or a password. Only known callers get
-anything; jobs are told to who began them.
+`Match exec` run is the operator's), so clients may read them at will, and the audit trail does not hold them. Nothing
+here names a key, a secret or a password. Only known callers get anything; jobs are told to who began them.
 """
 
 import logging

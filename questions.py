@@ -93,7 +93,9 @@ def _excerpt(data: bytes) -> str:
     shown = "\n".join(lines[:_EXCERPT_LINES])[:_EXCERPT_CHARACTERS]
     rest = len(text) - len(shown)
     return f"{whole}:\n\n{_quoted(shown)}" + (
-        f"\n\n({rest} more characters are not shown here.)" if text[len(shown) :].strip("\n") or rest > 1 else ""
+        f"\n\n({rest} more characters are not shown here.)"
+        if text[len(shown) :].strip("\n") or rest > 1
+        else ""
     )
 
 
