@@ -1,6 +1,7 @@
 """The trail: who did what where, and how it ended. One call of a tool is an `intent` and an `outcome` with one id.
 
-A call on a fleet is one of each for every target, all of them with that id.
+A call on a fleet is one of each for every target, all of them with that id. Long texts (a command, a job_id) stand in
+the first of them alone, and in the others as their length and SHA-256: a thousand targets must not fill the disk.
 
 The intent is on the disk before anything is reached: a target is only given out (`RecordedReach`) once it is. What
 could not be put on record is not done; what was done and could not be put on record is told as an error.
@@ -192,8 +193,14 @@ class Call:
         self.meant.update(target for target in targets if target is not None)
         new = [target for target in targets if target not in self._targets]
         if self._trail.kept and new:
-            arguments = {"arguments": described(self._arguments)}
-            self._append(*(self._record("intent", target, arguments) for target in new))
+            whole = described(self._arguments)
+            brief = _brief(whole)
+            self._append(
+                *(
+                    self._record("intent", target, {"arguments": brief if at or self._targets else whole})
+                    for at, target in enumerate(new)
+                )
+            )
             self._targets |= dict.fromkeys(new)
 
     def answered(self, answer: object) -> None:
@@ -227,7 +234,11 @@ class Call:
         }
         of_each: dict[Target | None, dict[str, Any]] = dict(getattr(self._answer, "outcomes", ()))
         targets = list(self._targets) or [None]
-        records = [self._record("outcome", target, common | of_each.get(target, {})) for target in targets]
+        brief = _brief(common)
+        records = [
+            self._record("outcome", target, (brief if at else common) | of_each.get(target, {}))
+            for at, target in enumerate(targets)
+        ]
         if not self._targets:
             records.insert(0, self._record("intent", None, {"arguments": described(self._arguments)}))
         self._append(*records)
@@ -310,6 +321,16 @@ def _described(name: str, value: object, arguments: Mapping[str, Any]) -> object
     if name == "content" and arguments.get("encoding") == "base64":
         with suppress(binascii.Error):
             data = base64.b64decode(data, validate=True)
+    return _digested(data)
+
+
+def _brief(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a record tells without long texts, which another record of the same call holds."""
+    sized = ((name, value, _data(value)) for name, value in told.items())
+    return {name: value if len(data) <= _LIST_CHARACTERS else _digested(data) for name, value, data in sized}
+
+
+def _digested(data: bytes) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 

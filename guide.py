@@ -1,8 +1,8 @@
 """What a model and its client get beside the tools: instructions, resources, prompts, completions.
 
-Resources tell what this process knows; reading one reaches no machine and changes nothing, so clients may read them at
-will, and the audit trail does not hold them. Nothing here names a key, a secret or a password. Only known callers get
-anything; jobs are told to who began them.
+Resources tell what this process knows; reading one reaches no machine and changes nothing (what the SSH config has
+`Match exec` run is the operator's), so clients may read them at will, and the audit trail does not hold them. Nothing
+here names a key, a secret or a password. Only known callers get anything; jobs are told to who began them.
 """
 
 import logging
@@ -255,8 +255,7 @@ quote the lines that decide. Say what you do not know."""
             return []
         try:
             identity()
-            found = self._ssh().allowed_hosts.named(argument.value)
-            return [name for name, _ in islice(found, _MOST_NAMES)]
+            return list(islice(self._ssh().allowed_hosts.names(argument.value), _MOST_NAMES))
         except SSHError:
             return []
 

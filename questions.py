@@ -2,10 +2,12 @@
 
 The text shows what is done exactly as it is done, with control characters made visible, and fits into a dialog. What
 is run stands there whole, or is refused; of what is written, and of what a command reads, a beginning, how much there
-is, and its SHA-256. What callers give is indented, so that it cannot pass for a sentence of ours.
+is, and its SHA-256. What callers give is indented, so that it cannot pass for a sentence of ours. Many blanks or empty
+lines in a row are counted instead, since they would push what follows them out of a dialog.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from hashlib import sha256
 from textwrap import indent
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 _MOST_CHARACTERS = 4000
 _EXCERPT_CHARACTERS = 1500
 _EXCERPT_LINES = 25
+_GAP = re.compile(r"\s{60,}|\n(?:[^\S\n]*\n){7,}")
 
 
 def running(place: str, task: Task, *, background: bool) -> str:
@@ -35,10 +38,10 @@ def running(place: str, task: Task, *, background: bool) -> str:
     ]
     where = ", ".join([f"on {place}", *filter(None, conditions)])
     variables = "\n".join(f"{name}={one_line(value)}" for name, value in sorted(task.env.items()))
-    exact = f"Run this {where}?\n\n{_quoted(task.command)}"
+    exact = f"Run this {where}?\n\n{_quoted(task.command[:_MOST_CHARACTERS])}"
     if variables:
-        exact += f"\n\nwith these variables:\n\n{_quoted(variables)}"
-    if len(exact) > _MOST_CHARACTERS:
+        exact += f"\n\nwith these variables:\n\n{_quoted(variables[:_MOST_CHARACTERS])}"
+    if max(len(exact), len(task.command), len(variables)) > _MOST_CHARACTERS:
         raise RefusedError(
             f"CONFIRM wants the command shown to a person, and with its variables it has over {_MOST_CHARACTERS} "
             "characters; nothing was run. Write it to a file with ssh_write_file and run that"
@@ -90,9 +93,17 @@ def _excerpt(data: bytes) -> str:
     shown = "\n".join(lines[:_EXCERPT_LINES])[:_EXCERPT_CHARACTERS]
     rest = len(text) - len(shown)
     return f"{whole}:\n\n{_quoted(shown)}" + (
-        f"\n\n({rest} more characters are not shown here.)" if rest > 1 else ""
+        f"\n\n({rest} more characters are not shown here.)"
+        if text[len(shown) :].strip("\n") or rest > 1
+        else ""
     )
 
 
 def _quoted(text: str) -> str:
-    return indent(visible(text.rstrip("\n")), "    ", lambda _: True)
+    return indent(visible(_GAP.sub(_counted, text.rstrip("\n"))), "    ", lambda _: True)
+
+
+def _counted(gap: re.Match[str]) -> str:
+    """Return what stands for a gap; where lines end in it, one still does."""
+    lines = gap[0].count("\n")
+    return f"\n[... {lines} line ends ...]\n" if lines else f"[... {len(gap[0])} blanks ...]"

@@ -21,7 +21,7 @@ from ssh_commands import Commands
 from ssh_fold import Member, Offsets, Part, State, answer, cursor_of, offsets, told
 from ssh_jobs import Jobs, new_background_name
 from ssh_kill import Signal
-from ssh_nodes import PARALLEL, Node, folded, nodes
+from ssh_nodes import PARALLEL, Node, folded, unfolded
 from ssh_output import Kept
 from ssh_pool import Cancelled
 from ssh_rounds import KILL_SECONDS, Crew, Pace, Place, Progress, Round, kept_of, untold
@@ -96,7 +96,7 @@ class BackgroundFleets:
                 Target(user, node.host, port),
             )
             for user, port, user_named, port_named, hosts in where
-            for node in nodes([hosts])
+            for node in unfolded(hosts)
         ]
 
     def look(

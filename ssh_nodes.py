@@ -24,6 +24,9 @@ _MOST_TEXT = 64 * 1024
 _RANGE = r"[0-9]{1,9}(?:-[0-9]{1,9}(?:/[1-9][0-9]{0,8})?)?"
 _NODE_SET = re.compile(rf"[a-z0-9._-]*(?:\[{_RANGE}(?:,{_RANGE})*\][a-z0-9._-]*)+")
 _BRACKETS = re.compile(r"\[([0-9,/-]+)\]")
+_NUMBER = re.compile(r"([0-9]+)")
+_MOST_ROWS = 64
+"""So many node sets of one bracket each are merged further: ClusterShell's time grows with more than their square."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,18 @@ def nodes(texts: Sequence[str]) -> list[Node]:
         raise ArgumentError(
             f"hosts stands for {count} names, and one call reaches {MOST_NODES} at most; nothing was run"
         )
+    return _expanded(parts)
+
+
+def _expanded(parts: Iterable[tuple[str | None, str, int | None]]) -> list[Node]:
     return list(
         dict.fromkeys(Node(host, user, port) for user, hosts, port in parts for host in _names(hosts))
     )
+
+
+def unfolded(text: str) -> list[Node]:
+    """Return what `folded` made a text of, whatever its length: hosts that were counted before."""
+    return _expanded(_part(piece) for piece in _pieces(text))
 
 
 def folded(some: Iterable[Node]) -> str:
@@ -142,8 +154,23 @@ def _node_set(hosts: list[str]) -> str:
     if len(names) > 1:
         from ClusterShell.NodeSet import RESOLVER_NOGROUP, NodeSet
 
-        names = [str(NodeSet.fromlist(names, resolver=RESOLVER_NOGROUP))]
+        rows = _rows(names)
+        rows = [names] if len(rows) <= _MOST_ROWS else rows
+        names = [str(NodeSet.fromlist(row, resolver=RESOLVER_NOGROUP)) for row in rows]
     return ",".join(names + addresses)
+
+
+def _rows(names: list[str]) -> list[list[str]]:
+    """Part names into as few rows as differ in one number only, the same for all."""
+    parts = [_NUMBER.split(name) for name in names]
+    best: list[list[str]] = []
+    for at in range(1, max(map(len, parts)), 2):
+        rows: dict[tuple[str, ...], list[str]] = {}
+        for name, part in zip(names, parts, strict=True):
+            rows.setdefault((*part[:at], "", *part[at + 1 :]) if at < len(part) else (name,), []).append(name)
+        if not best or len(rows) < len(best):
+            best = list(rows.values())
+    return best or [[name] for name in names]
 
 
 def _spelled(host: str, user: str | None, port: int | None) -> str:

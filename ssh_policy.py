@@ -143,13 +143,38 @@ class Reach:
         """Yield what is known by name and may be reached, as `target_of` takes it, each with its target.
 
         Those are the default host, the patterns without a wildcard, and the aliases of the SSH config. Raises
-        ConfigError.
+        ConfigError. Nothing is reached, but commands of `Match exec` may run.
         """
+        for name in self._known(beginning):
+            if (target := self._allowed(name)) is not None:
+                yield name, target
+
+    def names(self, beginning: str = "") -> Iterator[str]:
+        """Yield the names that `named` yields. Only for those that a pattern with a user or a port may allow the SSH
+        config is asked, whose commands of `Match exec` would run at every key that somebody presses.
+        """
+        for name in self._known(beginning):
+            if self._is_allowed_as_it_is(name) or self._allowed(name) is not None:
+                yield name
+
+    def _known(self, beginning: str) -> Iterator[str]:
         in_patterns = [text for text in self.patterns if _literal(text) == text]
         default = self._settings.ssh_default_host
         for name in dict.fromkeys([*([default] if default else []), *in_patterns, *self._hosts.aliases()]):
-            if name.lower().startswith(beginning.lower()) and (target := self._allowed(name)) is not None:
-                yield name, target
+            if name.lower().startswith(beginning.lower()):
+                yield name
+
+    def _is_allowed_as_it_is(self, name: str) -> bool:
+        """Whether a host is allowed with whatever user and port it is given by itself."""
+        try:
+            host = host_token(name)
+        except ValueError:
+            return False
+        usual = host == _usual_spelling(host) or host in self._spelled
+        return usual and any(
+            _glob(pattern.host, host) and {pattern.user, pattern.port} <= {None, "*"}
+            for pattern in self._patterns
+        )
 
     def _allowed(self, name: str) -> Target | None:
         """Return the target that a name means, None if it may not be reached, or cannot be."""

@@ -240,9 +240,9 @@ class Round:
         with self.changed:
             if not self._waiting or self._in_flight >= self._parallel:
                 return None
+            self._in_flight += 1  # first: `over` is asked without the lock, too
             place = self._waiting.popleft()
             place.begun = True
-            self._in_flight += 1
             return place
 
     def _work(self, first: Place) -> None:

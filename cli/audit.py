@@ -116,7 +116,8 @@ def _call(intent: Record, outcome: Record) -> Iterator[str]:
     )
     given = intent.get("arguments")
     arguments = given if isinstance(given, dict) else {}
-    yield from _command(str(arguments.get("command") or ""))
+    command = arguments.get("command") or ""  # of a long one the fleet's first intent alone has the text
+    yield from _command(command if isinstance(command, str) else _value(command))
     said = ("command", *(() if target == "-" else _IN_TARGET))
     told = "  ".join(f"{name}={_value(value)}" for name, value in arguments.items() if name not in said)
     if told:

@@ -1,6 +1,7 @@
 """What `check` says of the settings: the file they stand in, their names, their values, and what they add up to."""
 
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
@@ -16,6 +17,9 @@ _NAMES = frozenset(name.upper() for name in Settings.model_fields)
 _OF_OTHERS = ("OTEL_", "FASTMCP_")
 _SURE = 0.88
 """How alike two names are when one is the other misspelt, where strangers' names stand as well (the environment)."""
+
+_NAME = re.compile(r"[A-Z][A-Z0-9_]*|[a-z][a-z0-9_]*")
+"""What looks like a variable's name. Another may be a secret that went to a line of its own, whose padding is a `=`."""
 
 _DIFFERENT_CHARACTERS = 10
 _MEND = "correct it in the settings file or the environment"
@@ -79,7 +83,8 @@ def _unknown(names: Sequence[str], place: str) -> Iterator[Verdict]:
         if meant := get_close_matches(name.upper(), _NAMES, 1):
             yield error(f"{name} in {place} is no setting, so it does nothing", f"did you mean {meant[0]}?")
         else:
-            yield warning(f"{name} in {place} is no setting, so it does nothing", "remove the line")
+            shown = name if _NAME.fullmatch(name) else f"a name that begins with {name[:3]!r}"
+            yield warning(f"{shown} in {place} is no setting, so it does nothing", "remove the line")
 
 
 def _misspelt(names: Iterable[str]) -> Iterator[Verdict]:

@@ -21,6 +21,10 @@ def stranger_in_the_file(world: World) -> None:
     world.lines.append(f"FAVOURITE_COLOUR={CANARY}")
 
 
+def secret_on_a_line_of_its_own(world: World) -> None:
+    world.lines += ["JWT_SECRET=", f"{CANARY}=="]
+
+
 def misspelt_in_the_environment(world: World) -> None:
     world.set(SSH_KEY_PASSPHRASES=CANARY)
 
@@ -211,6 +215,7 @@ def directory_that_is_not_there(world: World) -> None:
 CASES = [
     Case(misspelt_in_the_file, "names", "ALLOWED_EMAILS", "did you mean ALLOWED_EMAIL?"),
     Case(stranger_in_the_file, "names", "FAVOURITE_COLOUR", "remove the line", "warning", 0),
+    Case(secret_on_a_line_of_its_own, "names", "begins with 'can'", "remove the line", "warning", 0),
     Case(misspelt_in_the_environment, "names", "SSH_KEY_PASSPHRASES", "did you mean SSH_KEY_PASSPHRASE?"),
     Case(secret_that_others_may_read, "values", "others may read it", "chmod 600 ", exit_status=2),
     Case(file_that_others_may_write, "permissions", "others may write", "chmod go-w "),

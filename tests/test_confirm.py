@@ -300,6 +300,29 @@ def test_person_sees_conditions_control_characters_and_what_is_not_shown(era: st
     assert "(3500 more characters are not shown here.)" in asked
 
 
+@pytest.mark.parametrize(
+    ("gap", "shown"),
+    [
+        (" " * 3000, "[... 3000 blanks ...]"),
+        ("\u2003" * 500, "[... 500 blanks ...]"),
+        ("\n" * 3000, "\n    [... 3000 line ends ...]\n    "),
+        ("\t \n" * 20, "\n    [... 20 line ends ...]\n    "),
+        (f"\n{' ' * 100}", "\n    [... 1 line ends ...]\n    "),
+    ],
+)
+def test_blanks_do_not_push_what_is_run_out_of_the_dialog(era: str, gap: str, shown: str) -> None:
+    person = Person(NO)
+    call(person, era, "ssh_execute", command=f"echo one;{gap}echo two")
+    (asked,) = person.asked
+    assert f"    echo one;{shown}echo two" in asked
+
+
+def test_question_says_that_a_single_character_is_not_shown(era: str) -> None:
+    person = Person(NO)
+    call(person, era, "ssh_execute", command="sh", input=f"{'#' * 1499}\n&")
+    assert "(1 more characters are not shown here.)" in person.asked[0]
+
+
 def test_command_that_is_too_long_to_be_shown_whole_is_refused(era: str) -> None:
     person = Person()
     result = call(person, era, "ssh_execute", command=f"echo {'x' * 5000}")

@@ -217,6 +217,21 @@ def test_hosts_are_completed_that_may_be_reached(
     assert ask(work) == [completed] * (1 + len(PROMPTS))
 
 
+def test_completing_runs_no_command_of_the_ssh_config(
+    ask: Callable[[Work], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key that is pressed is no call: nothing counts it, and nothing records it."""
+    (tmp_path / "config").write_text(f'Match exec "touch {tmp_path}/ran"\n  User x\nHost web1 other\n')
+    monkeypatch.setenv("SSH_CONFIG", str(tmp_path / "config"))
+    monkeypatch.setenv("SSH_ALLOWED_HOSTS", "web*,fast*:*,deploy@any*")
+
+    async def work(client: Client[Any]) -> list[str]:
+        return (await client.complete(FACTS, {"name": "host", "value": ""})).values
+
+    assert ask(work) == ["web1"]
+    assert not (tmp_path / "ran").exists()
+
+
 def test_nothing_but_hosts_is_completed(ask: Callable[[Work], Any]) -> None:
     async def work(client: Client[Any]) -> list[str]:
         argument = {"name": "path", "value": ""}

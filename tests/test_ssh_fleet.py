@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from fastmcp import Client
 from mcp_types import ElicitResult
 
 import app
+import audit
 import ssh_fleet
 from audit_chain import parsed
+from audit_log import open_log
 from conftest import marker, nobody_cancels, open_folder, running, wait_for
 from fleet_server import address
 from settings import Settings, Target
@@ -603,6 +606,36 @@ def test_trail_has_an_intent_and_an_outcome_for_every_target(
     assert shown.count("-> ") == 4
     assert "NO OUTCOME" not in shown
     assert f"hosts=127.0.1.[1-2],{down}" in shown
+
+
+def test_long_command_stands_in_the_trail_once(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one message of 48 MB makes 48 GB of trail for a thousand targets, and as much memory."""
+    log = tmp_path / "audit.jsonl"
+    monkeypatch.setenv("AUDIT_LOG", str(log))
+    command = f"true {'x' * 5000}"
+    call(command=command, hosts=["127.0.1.[1-3]"], timeout=40)
+    records = [record for line in log.read_bytes().splitlines() if (record := parsed(line)) is not None]
+    first, *others = [record["arguments"] for record in records if record["event"] == "intent"]
+    assert first["command"] == command
+    digest = sha256(command.encode()).hexdigest()
+    assert others == [first | {"command": {"bytes": len(command), "sha256": digest}}] * 2
+    assert log.stat().st_size < 3 * len(command)
+
+
+def test_long_job_id_stands_in_the_trail_once(tmp_path: Path) -> None:
+    """That of a fleet in the background holds its hosts, which may fold badly."""
+    trail = audit.Trail(open_log(str(tmp_path / "audit.jsonl")), lambda _: None)
+    targets = [Target("tester", f"web{number}", 22) for number in range(3)]
+    job = "x" * 20_000
+    with audit.Call(trail, "me", None, "ssh_execute", {"job_id": job}) as call:
+        call.intend(*targets)
+        call.answered(FleetResult(status="running", groups=[], errors=[], job_id=job, duration_seconds=1))
+    trail.close()
+    written = (tmp_path / "audit.jsonl").read_text()
+    assert written.count(job) == 2
+    assert written.count(sha256(job.encode()).hexdigest()) == 4
 
 
 def test_refused_call_on_a_fleet_leaves_no_target(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from settings_values import host_token
 from ssh_errors import ArgumentError
-from ssh_nodes import MOST_NODES, Node, folded, nodes
+from ssh_nodes import MOST_NODES, Node, folded, nodes, unfolded
 
 
 def hosts(*texts: str) -> list[str]:
@@ -138,6 +138,29 @@ def test_files_and_programs_of_this_machine_are_not_asked(tmp_path: Path) -> Non
 def test_names_fold_as_clush_folds_them() -> None:
     assert folded(nodes(["web[01-17,19-20]"])) == "web[01-17,19-20]"
     assert folded(nodes(["u@web[1-2]:22", "web[1-2]", "[::1]:22"])) == "u@web[1-2]:22,web[1-2],[::1]:22"
+
+
+def test_hosts_that_fold_badly_are_folded_at_once() -> None:
+    """ClusterShell compares each with each, and that again and again: 15 s for these, with nobody to cancel it."""
+    some = {Node(f"10.{n * 7919 % 251}.{n * 104729 % 241}.{n * 1299709 % 239}") for n in range(1000)}
+    began = time.monotonic()
+    text = folded(some)
+    assert time.monotonic() - began < 2
+    assert set(nodes([text])) == some
+
+
+def test_what_folds_into_more_than_a_call_may_name_is_unfolded_again() -> None:
+    """The names of a fleet in the background come back in its job_id, once its jobs have been started."""
+    some = nodes([f"{'x' * 27}[1-2]" * 9])
+    text = folded(some)
+    with pytest.raises(ArgumentError, match="is longer than"):
+        nodes([text])
+    assert set(unfolded(text)) == set(some)
+
+
+def test_racks_still_fold_into_two_brackets() -> None:
+    racks = nodes(["rack[1-20]n[01-16]", "db1"])
+    assert folded(racks) == "db1,rack[1-20]n[01-16]"
 
 
 NAMES = st.from_regex(r"[a-z0-9]{1,4}([-._]?[a-z0-9]{1,4}){0,3}", fullmatch=True).map(host_token)

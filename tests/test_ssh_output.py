@@ -130,6 +130,8 @@ def test_visible_text_holds_no_control_character(text: str) -> None:
         ("\x1b", "\\x1b"),
         ("\x9b", "\\x9b"),
         ("\u202e", "\\u202e"),
+        ("\u200f", "\\u200f"),
+        ("\u061c", "\\u061c"),
         ("\u2028", "\\u2028"),
         ("\U000e0041", "\\U000e0041"),
     ],
