@@ -135,9 +135,10 @@ class Announced(Middleware):
         result = await call_next(context)
         if (client := context.fastmcp_context) is not None:
             for target in islice(audit.current().meant, _MOST_ANNOUNCED):
-                if (told := self._news(target, began_at)) is not None:
-                    level, message = told
-                    await _sent(client.log(message, level, "ssh"))
+                with suppress(SSHError):  # the server stops; what the call did stands
+                    if (told := self._news(target, began_at)) is not None:
+                        level, message = told
+                        await _sent(client.log(message, level, "ssh"))
         return result
 
 

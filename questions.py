@@ -14,7 +14,7 @@ from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 from settings import Target
-from ssh_answers import EditedFile
+from ssh_answers import EditedFile, iso_time
 from ssh_errors import RefusedError
 from ssh_kill import Signal
 from ssh_output import one_line, visible
@@ -64,7 +64,8 @@ def writing(
     elif append:
         deed = "Add to the end of this file"
     else:
-        deed = f"Replace this file, which has {place.existing.size or 0} bytes,"
+        changed = iso_time(place.existing.mtime or 0)
+        deed = f"Replace this file, which has {place.existing.size or 0} bytes and was last changed at {changed},"
     more = f", with mode {mode}" if mode else ""
     more += ", in folders that are made where they are missing" if create_parents else ""
     return f"{deed} on {target}{more}?\n\n{_quoted(place.shown)}\n\nWritten are {_excerpt(content)}"

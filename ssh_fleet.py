@@ -9,8 +9,8 @@ Invariants:
 
 - A command is sent to a target at most once. What did not begin is told as an error, never left out.
 - A call that is cancelled ends what it began, on every target. One that asks for a job, and goes away, ends nothing.
-- Memory is bounded: a fleet keeps what `kept_of` allows of each stream, and those that have ended keep `_ENDED_BYTES`
-  together, for an hour.
+- Memory is bounded: a fleet keeps what `kept_of` allows of each stream, `_MOST_RUNNING` are followed after their
+  calls, and those that have ended keep `_ENDED_BYTES` together, for an hour.
 """
 
 import secrets
@@ -25,7 +25,7 @@ from itsdangerous import BadSignature
 
 from ssh_answers import FleetResult
 from ssh_commands import Commands, Report
-from ssh_errors import ArgumentError, SSHError
+from ssh_errors import ArgumentError, BusyError, SSHError
 from ssh_fleet_background import BackgroundFleets, Where
 from ssh_fold import Member, Offsets, Part, State, answer, cursor_of, offsets, told
 from ssh_jobs import Job, Jobs
@@ -41,6 +41,7 @@ _END_SECONDS = 0.25
 """Before its call's end a command is handed over, so that it can be told of, or killed."""
 _ANSWERS_SECONDS = 3600.0
 _ENDED_BYTES = 64 * 1024 * 1024
+_MOST_RUNNING = 32
 
 
 @dataclass(eq=False)
@@ -104,6 +105,7 @@ class Fleets:
         ended everywhere, and SSHError when the server is stopping.
         """
         self._jobs.handles(owner)  # before anything is sent: a command must not run on without a handle
+        self._refuse_more_than_can_be_followed()
         began_at = time.monotonic()
         deadline = began_at + timeout
         kept = kept_of(self._commands.budget, len(members))
@@ -347,6 +349,15 @@ class Fleets:
         with self._books:
             self._forget_old()
             self._fleets[fleet.name] = fleet
+
+    def _refuse_more_than_can_be_followed(self) -> None:
+        with self._books:
+            running = sum(fleet.ended_at is None for fleet in self._fleets.values())
+        if running >= _MOST_RUNNING:
+            raise BusyError(
+                f"{running} fleets run on after their calls already, and more cannot be followed; end one of them with "
+                "signal, or use background; nothing was run"
+            )
 
     def _found(self, name: str) -> _Fleet:
         with self._books:

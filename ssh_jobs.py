@@ -512,7 +512,10 @@ class Jobs:
 
 
 def _begun(name: str, owner: str, target: Target, task: Task) -> Begun:
-    return Begun(name, owner, target, task.command[:_COMMAND_CHARACTERS], time.time())
+    command, more = task.command[:_COMMAND_CHARACTERS], len(task.command) - _COMMAND_CHARACTERS
+    if more > 0:
+        command += f" [... {more} more characters]"
+    return Begun(name, owner, target, command, time.time())
 
 
 def _told_from_afar(progress: Progress) -> Progress:

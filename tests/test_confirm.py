@@ -345,7 +345,7 @@ def test_question_about_an_edit_shows_its_diff_and_about_a_file_what_is_there(er
     call(person, era, "ssh_write_file", path=path, content="three\n", mode="0600")
     edit, write = person.asked
     assert "     one\n    -two\n" in edit + "\n"
-    assert "Replace this file, which has 8 bytes, on" in write
+    assert "Replace this file, which has 8 bytes and was last changed at " in write
     assert "with mode 0600" in write
     assert "    three" in write
 

@@ -30,7 +30,7 @@ from fleet_server import address
 from settings import Settings, Target
 from ssh_answers import FleetResult, Group
 from ssh_commands import Commands
-from ssh_errors import ArgumentError, SSHError
+from ssh_errors import ArgumentError, BusyError, SSHError
 from ssh_fleet import Fleets
 from ssh_fold import Member
 from ssh_jobs import Jobs
@@ -295,6 +295,16 @@ def test_fleet_over_its_time_goes_on_as_one_job(side: Side) -> None:
     assert told == {"end\n": side.hosts.names(0, 1, 2, 3), f"{word}\nend\n": side.hosts.names(4, 5)}
     assert only(side.go_on(begun)).stdout == f"{word}\nend\n"
     assert side.go_on(begun, cursor=then.cursor).groups == []
+
+
+def test_no_more_fleets_run_on_than_can_be_followed(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssh_fleet, "_MOST_RUNNING", 1)
+    begun = side.execute("sleep 30", 0, timeout=1)
+    word = marker()
+    with pytest.raises(BusyError, match="nothing was run"):
+        side.execute(f"echo {word} > {word}", 0)
+    side.go_on(begun, signal="KILL")
+    assert only(side.execute("echo again", 0)).stdout == "again\n"
 
 
 def test_job_of_a_fleet_belongs_to_who_began_it(side: Side) -> None:
