@@ -228,11 +228,14 @@ _SIGNAL = (
     _REACH
     + """\
 sent=
-for i in 1 2 3; do
+for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do
   for p in $(members); do
     if kill -s SIGNAL "$p" 2>/dev/null; then sent=SIGNAL; fi
   done
-  [ SIGNAL = KILL ] || break
+  case SIGNAL$i in KILL[12]) continue ;; esac  # again, for what was born meanwhile
+  [ -z "$sent" ] || break
+  alive "$d" || { echo ended; exit; }
+  sleep 0.2 2>/dev/null || sleep 1  # it has just begun, and its command not yet
 done
 echo $sent
 """

@@ -45,6 +45,7 @@ ln -s /proc/self/fd dev/fd
 mount -t tmpfs -o mode=755 tmpfs run
 mount -t tmpfs tmpfs tmp
 ip link set lo up
+mkdir -p "$root$clone"
 mount --bind "$clone" "$root$clone"
 mount -o remount,bind,ro "$root$clone"
 # services of the machine that the tests run on stay there

@@ -103,9 +103,12 @@ class Stream:
         return answer
 
     def answer(self) -> dict[str, Any]:
-        _, data = self._events.get(timeout=30)
-        answer: dict[str, Any] = json.loads(data)
-        return answer
+        """Return the next answer; what is told on the way, such as that a connection was made, is none."""
+        while True:
+            _, data = self._events.get(timeout=30)
+            answer: dict[str, Any] = json.loads(data)
+            if "id" in answer:
+                return answer
 
     def silent(self) -> bool:
         return self._events.empty()

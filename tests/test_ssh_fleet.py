@@ -378,9 +378,16 @@ def test_server_that_stops_ends_what_waiting_calls_run(side: Side) -> None:
     assert not running(word)
 
 
+def sleeping(word: str) -> list[str]:
+    """Return the processes that a command `sleep 9WORD` has become."""
+    found = subprocess.run(["pgrep", "-fx", f"sleep 9{word}"], capture_output=True, text=True, check=False)
+    return found.stdout.split()
+
+
 def test_signal_reaches_every_target_and_keeps_others_from_beginning(side: Side) -> None:
     word = marker()
     begun = side.execute(f"sleep 9{word}", *range(6), timeout=1, max_parallel=4)
+    wait_for(lambda: len(sleeping(word)) == 4)  # a shell that is about to start one may take INT for itself
     result = side.go_on(begun, signal="INT")
     group = result.groups[0]
     assert (group.hosts, group.status, group.signal) == (side.hosts.names(0, 1, 2, 3), "killed", "INT")
