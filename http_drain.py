@@ -15,6 +15,7 @@ import ctypes
 import socket
 import struct
 import sys
+from asyncio.trsock import TransportSocket
 from contextlib import suppress
 
 import uvicorn
@@ -57,7 +58,7 @@ class DrainingServer(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _drop_who_asks(listening: asyncio.trsock.TransportSocket) -> None:
+def _drop_who_asks(listening: TransportSocket) -> None:
     """Let the system drop requests for a connection, and nothing else (socket(7), SO_ATTACH_FILTER)."""
     if sys.platform != "linux":
         return

@@ -20,7 +20,8 @@ def running_replicas(
     folder: Path, google: Google, sshd: Server, count: int, arguments: Sequence[str] = (), **changes: str
 ) -> Iterator[list[Remote]]:
     """Run that many servers; the changes, STATE_URL among them, are environment variables of each."""
-    first = make_remote(folder / "1", google, sshd, **changes)
+    first = make_remote(folder / "1", google, sshd)
+    first.environment |= changes
     remotes = [first]
     for number in range(2, count + 1):
         another = make_remote(folder / str(number), google, sshd)
