@@ -1,9 +1,9 @@
 """MCP over HTTP: one Starlette application with both transports, the login's endpoints, a landing page and health.
 
 `/mcp` speaks streamable HTTP (both protocol eras), `/sse` with `/messages/` the older SSE transport. Each demands a
-token whose audience fits its own path. A stream ends when the newest token seen on it has expired, and some seconds
-after it was revoked. Host and Origin are checked wherever no other origin has business; who failed too often is held
-back (http_limits). The access log knows paths, never queries, since those of a login hold codes.
+token whose audience fits its own path. A stream ends when the newest token seen on it has expired, some seconds after
+it was revoked, and when the server stops. Host and Origin are checked wherever no other origin has business; who failed
+too often is held back (http_limits). The access log knows paths, never queries, since those of a login hold codes.
 
 Borrowed from inside FastMCP 4.1.2: `_mcp_server` (the MCP server that the transports drive, an object of the SDK) and
 `_lifespan_manager` (which starts the application's services once, whoever asks first); from the SDK `_admit_session`.
@@ -95,7 +95,9 @@ def http_app(
         except StateDown:
             return True  # until it is known better: new messages are refused meanwhile
 
-    of_mcp, of_sse = Streams(session_in_header, in_force), Streams(session_in_query, in_force)
+    stopping = asyncio.Event()
+    of_mcp = Streams(session_in_header, in_force, stopping)
+    of_sse = Streams(session_in_query, in_force, stopping)
 
     async def open_sse(scope: Scope, receive: Receive, send: Send) -> None:
         async with sse.connect_sse(scope, receive, send) as (reading, writing):
@@ -122,7 +124,7 @@ def http_app(
         exception_handlers={StateDown: _say_state_down, Exception: _say_failure},
         lifespan=_lifespan(server, sessions, state),
     )
-    app.state.in_force = in_force
+    app.state.in_force, app.state.stopping = in_force, stopping
     app.router.redirect_slashes = False
     app.state.fastmcp_server, app.state.path = server, "/mcp"
     _keep_secrets_out_of_logs()
@@ -273,15 +275,19 @@ class _Life:
 
 
 class Streams:
-    """Ends each stream of one transport when the newest token seen on it has expired or is revoked.
+    """Ends each stream of one transport when the newest token seen on it has expired or is revoked, and at a stop.
 
     Seen on it is the token that opened it, and those of its owner's messages to its session. `session_of` tells the
-    session of a request, at the one place where this transport looks for it; `in_force` whether a token still counts.
+    session of a request, at the one place where this transport looks for it; `in_force` whether a token still counts;
+    `stopping` is set when the server ends.
     """
 
-    def __init__(self, session_of: Callable[[Request], str | None], in_force: InForce) -> None:
+    def __init__(
+        self, session_of: Callable[[Request], str | None], in_force: InForce, stopping: asyncio.Event
+    ) -> None:
         self._session_of = session_of
         self._in_force = in_force
+        self._stopping = stopping
         self._lives: dict[str, _Life] = {}
 
     def watching(self, app: ASGIApp) -> ASGIApp:
@@ -326,27 +332,39 @@ class Streams:
                     self._lives[session] = life
             await send(message)
 
+        stop = asyncio.create_task(self._stopping.wait())
         try:
-            await app(scope, self._while_good(life, receive), watch)
+            await app(scope, self._while_good(life, receive, stop), watch)
         finally:
+            stop.cancel()
             if session is not None and self._lives.get(session) is life:
                 del self._lives[session]
         if is_open:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    def _while_good(self, life: _Life, receive: Receive) -> Receive:
+    def _while_good(self, life: _Life, receive: Receive, stop: asyncio.Task[bool]) -> Receive:
         """Return a `receive` that reports a client as gone once the stream's time is over.
 
         The wall clock is looked at every few seconds: the clock that timers follow stands still while a machine sleeps.
         """
 
         async def next_message() -> Message:
-            while (left := life.ends - time.time()) > 0 and await self._in_force(life.token):
-                try:
-                    async with asyncio.timeout(min(left, _CLOCK_SECONDS)):
-                        return await receive()
-                except TimeoutError:
-                    continue
+            message = asyncio.ensure_future(receive())
+            try:
+                while (
+                    not stop.done()
+                    and (left := life.ends - time.time()) > 0
+                    and await self._in_force(life.token)
+                ):
+                    await asyncio.wait(
+                        {message, stop},
+                        timeout=min(left, _CLOCK_SECONDS),
+                        return_when=asyncio.FIRST_COMPLETED,
+                    )
+                    if message.done():
+                        return message.result()
+            finally:
+                message.cancel()
             return {"type": "http.disconnect"}
 
         return next_message

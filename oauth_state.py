@@ -345,6 +345,7 @@ class RedisState:
             from redis.asyncio.retry import Retry
             from redis.backoff import NoBackoff
             from redis.exceptions import RedisError
+            from redis.maint_notifications import MaintNotificationsConfig
         except ImportError:
             raise SettingsError(
                 "STATE_URL names a Redis server, for which this installation lacks the extra `cluster`; "
@@ -358,6 +359,8 @@ class RedisState:
                 socket_timeout=_REDIS_SECONDS,
                 socket_connect_timeout=_REDIS_SECONDS,
                 retry=Retry(NoBackoff(), 0),
+                # else redis-py 8 sends on connections that a restarted server has closed, instead of looking first
+                maint_notifications_config=MaintNotificationsConfig(enabled=False),
             )
         except ValueError:
             raise SettingsError("STATE_URL has an option that Redis clients do not know") from None

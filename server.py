@@ -14,6 +14,7 @@ import anyio.to_thread
 import fastmcp
 from fastmcp import FastMCP
 from fastmcp.server.auth import AccessToken
+from fastmcp.utilities.logging import temporary_log_level
 from mcp import MCPDeprecationWarning
 from mcp.server.request_state import AESGCMRequestStateCodec, RequestStateSecurity
 
@@ -40,6 +41,7 @@ _UVICORN: dict[str, Any] = {
     "access_log": False,  # it would hold codes, and goes to stdout
     "log_config": None,
     "server_header": False,
+    "lifespan": "on",
     "ws": "none",
     "backlog": 512,  # asyncio tries that often, and logs as often, to accept what it has no descriptor for
 }
@@ -106,20 +108,30 @@ class Server(FastMCP[None]):
 
         return register
 
-    async def run_http_async(self, *args: Any, **kwargs: Any) -> None:
-        """Serve over HTTP until told to stop; a setting that cannot be used ends the process before it listens."""
+    async def run_http_async(self, *_: Any, **kwargs: Any) -> None:
+        """Serve over HTTP until told to stop; a setting that cannot be used ends the process before it listens.
+
+        FastMCP's own (4.1.2) serves no subclass of uvicorn's server, and nothing else ends without a lost call.
+        """
         host = kwargs.get("host") or fastmcp.settings.host
-        self._listens_on = settings_login.http_url(host, kwargs.get("port") or fastmcp.settings.port)
+        port = kwargs.get("port") or fastmcp.settings.port
+        self._listens_on = settings_login.http_url(host, port)
+        import uvicorn
+
         from http_deadline import PunctualProtocol
+        from http_drain import GRACE_SECONDS, DrainingServer
 
         _allow_many_connections()
-        kwargs["uvicorn_config"] = (
-            _UVICORN | {"http": PunctualProtocol} | (kwargs.get("uvicorn_config") or {})
-        )
-        try:
-            await super().run_http_async(*args, **kwargs)
-        except SettingsError as error:
-            settings.exit_for(error)
+        options = _UVICORN | {"http": PunctualProtocol, "timeout_graceful_shutdown": GRACE_SECONDS}
+        options |= kwargs.get("uvicorn_config") or {}
+        with temporary_log_level(kwargs.get("log_level")):
+            try:
+                app = self.http_app(**kwargs)
+                async with self._lifespan_manager():
+                    config = uvicorn.Config(app, host=host, port=port, **options)
+                    await DrainingServer(config, app.state.stopping).serve(kwargs.get("sockets"))
+            except SettingsError as error:
+                settings.exit_for(error)
 
     def http_app(self, *args: Any, **kwargs: Any) -> "StarletteWithLifespan":
         """Return the application that serves both HTTP transports. Raises SettingsError without a complete login."""
@@ -135,7 +147,8 @@ class Server(FastMCP[None]):
             current.forwarded_allow_ips,
             lambda: anyio.to_thread.run_sync(self._report),
             json_response=bool(kwargs.get("json_response")),
-            stateless=bool(kwargs.get("stateless_http")),
+            stateless=any(map(kwargs.get, ("stateless_http", "stateless")))
+            or fastmcp.settings.stateless_http,
         )
         self.in_force = served.state.in_force
         if current.rate_limit is not None and not login.state_url.startswith("sqlite:"):

@@ -28,6 +28,7 @@ from paramiko.common import (
     MSG_CHANNEL_FAILURE,
     MSG_CHANNEL_REQUEST,
     MSG_CHANNEL_WINDOW_ADJUST,
+    cMSG_CHANNEL_WINDOW_ADJUST,
     cMSG_GLOBAL_REQUEST,
 )
 from paramiko.packet import Packetizer
@@ -216,6 +217,9 @@ class Transport(paramiko.Transport):  # type: ignore[misc]
         """
         if threading.current_thread() is self and not self.clear_to_send.is_set():
             self._held_back.append(data)
+        elif data.asbytes()[:1] == cMSG_CHANNEL_WINDOW_ADJUST:
+            with suppress(*SOCKET_ERRORS):  # what a caller has just read must not go down with the connection
+                super()._send_user_message(data)
         else:
             super()._send_user_message(data)
 

@@ -29,7 +29,7 @@ from docket.execution import ExecutionState
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import ConnectionError, RedisError  # noqa: A004
 
 from settings import SettingsError
 from ssh_errors import QueueError
@@ -145,7 +145,7 @@ class Queue:
     async def put(self, task_id: str, order: str) -> None:
         """Put an order in. Raises QueueError, which says whether it may have got there."""
         async with _answering("nothing was run. Try again, or call without asking for a task"):
-            await self._redis.echo("")
+            await self._reach()
         async with _answering(
             "whether the command will run is unknown. Look on the machine before you repeat it"
         ):
@@ -154,6 +154,7 @@ class Queue:
     async def find(self, task_id: str) -> Found | None:
         """Return what there is of a task, None for nothing. Raises QueueError."""
         async with _answering("how the task is cannot be told now. Ask again"):
+            await self._reach()
             execution = await self._docket.get_execution(_key(task_id))
             if execution is None or not execution.args:
                 return None
@@ -166,7 +167,16 @@ class Queue:
     async def cancel(self, task_id: str) -> None:
         """Take an order out, or have whoever carries it out let it go. Raises QueueError."""
         async with _answering("the task was not cancelled. Try again"):
+            await self._reach()
             await self._docket.cancel(_key(task_id))
+
+    async def _reach(self) -> None:
+        """See that the connection which Docket will use next answers: a restarted server has closed those of before."""
+        async with self._docket.redis() as redis:
+            try:
+                await redis.echo("")
+            except ConnectionError:
+                await redis.echo("")
 
     async def _watch(self) -> None:
         """Say once that Redis is away, and once that it is back."""

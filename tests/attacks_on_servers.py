@@ -1,17 +1,14 @@
 """Attacks that need a server of their own: its clock moved, its settings changed, its store gone."""
 
 import signal
-import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 
 import httpx
 
 from attacks import Move, Stage, gives_code, unauthorized, works
 from attacks_on_tokens import INVALID_GRANT
-from conftest import free_port, program, wait_for
 from oauth import KISS, ME, App, Page, Remote, Tokens, query_of, tokens_of
+from redis_process import Redis
 
 MINUTE, HOUR, DAY = 60, 3600, 86_400
 
@@ -184,37 +181,6 @@ def cookie_behind_https(remote: Remote, stage: Stage) -> None:
 
 
 # The store
-
-
-@contextmanager
-def redis_server(folder: Path) -> Iterator["Redis"]:
-    redis = Redis(folder, free_port())
-    redis.start()
-    try:
-        yield redis
-    finally:
-        redis.stop()
-
-
-class Redis:
-    """A Redis of its own on loopback, which keeps what it holds when it is stopped in good order."""
-
-    def __init__(self, folder: Path, port: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.port = folder, port
-        (folder / "log").touch()
-        self.url = f"redis://127.0.0.1:{port}/0"
-
-    def start(self) -> None:
-        command = [program("redis-server", "redis-server"), "--port", str(self.port), "--bind", "127.0.0.1"]
-        command += ["--dir", str(self.folder), "--save", "3600 1", "--logfile", str(self.folder / "log")]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        wait_for(lambda: "Ready to accept" in (self.folder / "log").read_text(), 30)
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait()
-        (self.folder / "log").write_text("")
 
 
 def store_goes_and_comes_back(remote: Remote, redis: Redis, stage: Stage) -> None:

@@ -39,6 +39,7 @@ class Redis:
             "--appendfsync",
             "always",
         ]
+        self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "redis.log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
         wait_for(self._answers)
@@ -65,11 +66,11 @@ class Redis:
 
 
 @contextmanager
-def redis_server(folder: Path) -> Iterator[str]:
-    """Run a Redis server and give its URL."""
-    server = Redis(folder, free_port())
+def redis_server(folder: Path, *, durable: bool = False) -> Iterator[Redis]:
+    """Run a Redis server."""
+    server = Redis(folder, free_port(), durable)
     server.start()
     try:
-        yield server.url
+        yield server
     finally:
         server.stop()

@@ -1,55 +1,65 @@
-"""Servers with the same settings on one Redis, as processes on loopback."""
+"""Servers with the same settings on one Redis, as processes on loopback, by themselves or behind one nginx."""
 
-import subprocess
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import redis
-
-from conftest import Server, free_port, program, wait_for
+from conftest import Server, free_port
+from front import DEPLOY, Behind, nginx, replaced, site_places
 from oauth import Google, Remote, make_remote
+from tls import certificates
+
+SITE = DEPLOY / "nginx" / "ssh-mcp-server-replicas.conf"
 
 
 @contextmanager
 def running_replicas(
-    folder: Path, google: Google, sshd: Server, count: int, **changes: str
+    folder: Path, google: Google, sshd: Server, count: int, arguments: Sequence[str] = (), **changes: str
 ) -> Iterator[list[Remote]]:
-    """Run that many servers; the changes are environment variables of each."""
-    with ExitStack() as ending:
-        state_url = ending.enter_context(redis_server(folder))
-        remotes = [make_remote(folder / "1", google, sshd, STATE_URL=state_url)]
-        remotes[0].environment |= changes
-        for number in range(2, count + 1):
-            another = make_remote(folder / str(number), google, sshd)
-            own = {name: another.environment[name] for name in ("HOME", "SSH_MCP_ENV_FILE")}
-            another.environment = remotes[0].environment | own
-            remotes.append(another)
+    """Run that many servers; the changes, STATE_URL among them, are environment variables of each."""
+    first = make_remote(folder / "1", google, sshd)
+    first.environment |= changes
+    remotes = [first]
+    for number in range(2, count + 1):
+        another = make_remote(folder / str(number), google, sshd)
+        own = {name: another.environment[name] for name in ("HOME", "SSH_MCP_ENV_FILE")}
+        another.environment = first.environment | own
+        remotes.append(another)
+    with ExitStack() as ending, ThreadPoolExecutor() as starting:
         for remote in remotes:
+            remote.arguments += arguments
             ending.callback(remote.stop)
-            remote.start()
+        list(starting.map(Remote.start, remotes))
         yield remotes
 
 
+@dataclass
+class Replicated(Behind):
+    """Replicas that are only reached through one nginx."""
+
+    replicas: tuple[Remote, ...] = ()
+
+    def seen(self, line: str) -> Counter[int]:
+        """Return how often each replica logged a request like that."""
+        return Counter({replica.port: replica.log().count(f" {line} ") for replica in self.replicas})
+
+
 @contextmanager
-def redis_server(folder: Path) -> Iterator[str]:
-    """Run a Redis of our own that keeps nothing on disk, and give its URL."""
-    port = free_port()
-    command = [program("redis-server", "redis-server"), "--port", str(port), "--bind", "127.0.0.1"]
-    with (folder / "redis.log").open("wb") as log:
-        process = subprocess.Popen([*command, "--save", "", "--appendonly", "no"], stdout=log, stderr=log)
-
-    def answers() -> bool:
-        assert process.poll() is None, (folder / "redis.log").read_text()
-        with redis.Redis(port=port) as client:
-            try:
-                return bool(client.ping())
-            except redis.ConnectionError:
-                return False
-
-    try:
-        wait_for(answers)
-        yield f"redis://127.0.0.1:{port}/0"
-    finally:
-        process.terminate()
-        process.wait()
+def replicas_behind_nginx(
+    folder: Path, google: Google, sshd: Server, arguments: Sequence[str] = (), **changes: str
+) -> Iterator[Replicated]:
+    """Run three servers behind nginx, with the site that ships for replicas."""
+    http_port, https_port = free_port(), free_port()
+    certificates(folder)
+    changes["PUBLIC_BASE_URL"] = f"https://localhost:{https_port}"
+    with running_replicas(folder, google, sshd, 3, arguments, **changes) as replicas:
+        places = site_places(folder, http_port, https_port)
+        for number, replica in enumerate(replicas, 11):
+            places[f"10.0.0.{number}:3003"] = f"127.0.0.1:{replica.port}"
+            places[rf"10\.0\.0\.{number}:3003"] = rf"127\.0\.0\.1:{replica.port}"
+        with nginx(folder, replaced(SITE.read_text(), places), https_port):
+            environment = replicas[0].environment
+            yield Replicated(folder, https_port, environment, front=folder, replicas=tuple(replicas))

@@ -338,7 +338,7 @@ def test_stream_of_streamable_http_ends_with_its_token_too() -> None:
     async def keep(message: Any) -> None:
         sent.append(message)
 
-    app = Streams(session_in_header, counts).watching(endless)
+    app = Streams(session_in_header, counts, asyncio.Event()).watching(endless)
     opened = request("GET", "me", time.time() + 2)
     asyncio.run(asyncio.wait_for(app(opened, silent, keep), 30))
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
@@ -355,7 +355,7 @@ def test_stream_ends_soon_after_its_token_is_revoked(monkeypatch: pytest.MonkeyP
 
     async def play() -> tuple[bool, bool]:
         nonlocal revoked
-        app = Streams(session_in_header, in_force).watching(endless)
+        app = Streams(session_in_header, in_force, asyncio.Event()).watching(endless)
         stream = asyncio.ensure_future(app(request("GET", "me", time.time() + 600), silent, ignored))
         await asyncio.wait([stream], timeout=0.5)
         before, revoked = stream.done(), True
@@ -370,7 +370,7 @@ def test_only_its_owners_messages_lengthen_a_stream(person: str, lives_on: bool)
     """A request of the newest protocol is answered whatever session it names: the SDK does not look."""
 
     async def play() -> bool:
-        app = Streams(session_in_header, counts).watching(endless)
+        app = Streams(session_in_header, counts, asyncio.Event()).watching(endless)
         stream = asyncio.ensure_future(app(request("GET", "me", time.time() + 2), silent, ignored))
         await asyncio.sleep(0.1)
         await app(request("POST", person, time.time() + 600), silent, ignored)

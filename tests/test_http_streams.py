@@ -18,10 +18,10 @@ from fastmcp import Client
 from fastmcp.client.transports import SSETransport, StreamableHttpTransport
 
 from attacks import Stage, gives_code, unauthorized, works
-from attacks_on_servers import redis_server
 from attacks_on_tokens import INVALID_GRANT
 from conftest import marker, running, wait_for
 from oauth import INITIALIZE, ME, YOU, Browser, Google, Remote, http_from, query_of, tokens_of
+from redis_process import redis_server
 
 WAYS = {"/sse": "legacy", "/mcp": "legacy", "/mcp of 2026-07-28": "2026-07-28"}
 
@@ -403,7 +403,7 @@ def test_restart_in_the_middle_of_everything(
 def test_stream_gets_nothing_while_the_store_is_down(
     own_remote: Callable[..., Remote], google: Google, stream_of: Callable[..., Stream], tmp_path: Path
 ) -> None:
-    with redis_server(tmp_path / "redis") as redis:
+    with redis_server(tmp_path / "redis", durable=True) as redis:
         remote = own_remote(STATE_URL=redis.url)
         stage = Stage(remote, google)
         app = stage.app()

@@ -1,9 +1,7 @@
 """Three servers behind nginx, with the site that ships for replicas: only its ports, names and paths are the tests'."""
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,45 +10,22 @@ from fastmcp import Client
 from fastmcp.client.transports import SSETransport, StreamableHttpTransport
 
 import oauth
-from conftest import Server, free_port
-from front import DEPLOY, Behind, nginx, replaced, site_places, trust
-from oauth import App, Google, Remote, tokens_of
-from replicas import running_replicas
-from tls import certificates
-
-SITE = DEPLOY / "nginx" / "ssh-mcp-server-replicas.conf"
-
-
-@dataclass
-class Replicated(Behind):
-    """Replicas that are only reached through one nginx."""
-
-    replicas: tuple[Remote, ...] = ()
-
-    def seen(self, line: str) -> Counter[int]:
-        """Return how often each replica logged a request like that."""
-        return Counter({replica.port: replica.log().count(f" {line} ") for replica in self.replicas})
+from conftest import Server
+from front import trust
+from oauth import App, Google, tokens_of
+from redis_process import redis_server
+from replicas import SITE, Replicated, replicas_behind_nginx
 
 
 @pytest.fixture(scope="module")
 def running(google: Google, sshd: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicated]:
     """Three replicas for all tests that leave them as they are."""
-    folder, http_port, https_port = tmp_path_factory.mktemp("nginx"), free_port(), free_port()
-    certificates(folder)
-    base_url = f"https://localhost:{https_port}"
-    with running_replicas(folder, google, sshd, 3, PUBLIC_BASE_URL=base_url) as replicas:
-        servers = {
-            f"server 10.0.0.{number}:3003;": f"server 127.0.0.1:{replica.port};"
-            for number, replica in enumerate(replicas, 11)
-        }
-        answers = {
-            rf"~10\.0\.0\.{number}:3003$": rf"~127\.0\.0\.1:{replica.port}$"
-            for number, replica in enumerate(replicas, 11)
-        }
-        site = replaced(SITE.read_text(), site_places(folder, http_port, https_port) | servers | answers)
-        with nginx(folder, site, https_port):
-            environment = replicas[0].environment
-            yield Replicated(folder, https_port, environment, front=folder, replicas=tuple(replicas))
+    folder = tmp_path_factory.mktemp("nginx")
+    with (
+        redis_server(folder) as redis,
+        replicas_behind_nginx(folder, google, sshd, STATE_URL=redis.url) as replicated,
+    ):
+        yield replicated
 
 
 @pytest.fixture

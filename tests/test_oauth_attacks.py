@@ -61,6 +61,7 @@ from attacks_on_login import BAD_REQUEST, FORBIDDEN, INVALID, NO_GRANT, REFUSED_
 from attacks_on_servers import DAY, HOUR, MINUTE
 from attacks_on_tokens import INVALID_GRANT
 from oauth import CALLBACK, ME, STRANGER, YOU, Google, Remote, make_remote, query_of
+from redis_process import redis_server
 
 ROOT = Path(__file__).parents[1]
 
@@ -836,7 +837,7 @@ def test_cookie_belongs_to_the_host_behind_https(own_remote: Callable[..., Remot
 def test_store_that_is_down_lets_nobody_in(
     own_remote: Callable[..., Remote], stage: Stage, tmp_path: Path
 ) -> None:
-    with servers.redis_server(tmp_path / "redis") as redis:
+    with redis_server(tmp_path / "redis", durable=True) as redis:
         servers.store_goes_and_comes_back(own_remote(STATE_URL=redis.url), redis, stage)
 
 

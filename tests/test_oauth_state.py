@@ -665,6 +665,24 @@ def test_redis_that_comes_back_empty_revives_nothing(tmp_path: Path) -> None:
         server.stop()
 
 
+def test_redis_that_was_restarted_is_asked_on_a_new_connection(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path)
+    server.start()
+
+    async def go() -> None:
+        state = RedisState(server.url)
+        assert await state.claim("before", 60)
+        await asyncio.to_thread(server.stop)
+        await asyncio.to_thread(server.start)
+        assert await state.claim("after", 60)
+        await state.close()
+
+    try:
+        asyncio.run(go())
+    finally:
+        server.stop()
+
+
 def test_redis_that_does_not_answer_is_down_in_time(
     redis_of_module: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

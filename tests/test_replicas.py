@@ -14,6 +14,7 @@ from fastmcp.client.transports import StreamableHttpTransport
 from conftest import Server, free_port
 from front import nginx
 from oauth import App, Browser, Google, Remote, tokens_of
+from redis_process import redis_server
 from replicas import running_replicas
 
 IN_TURN = """
@@ -44,8 +45,11 @@ def replicas(
 ) -> Iterator[tuple[Remote, Remote]]:
     """Two servers with the same settings, reached each by itself."""
     folder, base_url = tmp_path_factory.mktemp("replicas"), f"http://127.0.0.1:{free_port()}"
-    with running_replicas(folder, google, sshd, 2, PUBLIC_BASE_URL=base_url) as (first, second):
-        yield first, second
+    with (
+        redis_server(folder) as redis,
+        running_replicas(folder, google, sshd, 2, STATE_URL=redis.url, PUBLIC_BASE_URL=base_url) as replicas,
+    ):
+        yield replicas[0], replicas[1]
 
 
 @pytest.fixture

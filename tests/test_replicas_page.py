@@ -37,13 +37,13 @@ def as_on_the_page(
     google: Google, sshd: Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Replicas]:
     folder = tmp_path_factory.mktemp("page")
-    with redis_server(folder) as url:
+    with redis_server(folder) as redis:
         ports = {"3003": str(free_port()), "3004": str(free_port())}
         base_url = f"http://127.0.0.1:{ports['3003']}"
         first = make_remote(folder, google, sshd)
         first.port, second = int(ports["3003"]), Remote(folder, int(ports["3004"]), first.environment)
         told = SETTINGS.replace("https://mcp.example.com", base_url)
-        told = re.sub(r"rediss://:password@redis.example.com:6379/\d", url, told)
+        told = re.sub(r"rediss://:password@redis.example.com:6379/\d", redis.url, told)
         first.environment |= {"PUBLIC_BASE_URL": base_url}
         told += "".join(
             f"{name}={value}\n"

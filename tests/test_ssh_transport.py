@@ -20,7 +20,7 @@ from conftest import Server, nobody_cancels, wait_for
 from ssh_commands import Commands
 from ssh_pool import Pool
 from ssh_session import _Gate
-from ssh_transport import SocketWire, Transport
+from ssh_transport import SocketWire, Transport, _Packetizer
 
 
 def test_silent_reads_call_the_keepalive_check() -> None:
@@ -121,6 +121,24 @@ def test_rekeying_under_load_loses_nothing(sshd: Server, pool: Pool, monkeypatch
     result = commands.run(sshd.target, "wc -c", stdin="x" * 20_000_000, cancelled=nobody_cancels)
     assert result.stdout.strip() == "20000000"
     assert pool.open_targets() == {sshd.target: 1}
+
+
+def test_bytes_that_arrived_are_read_though_their_connection_is_gone(
+    pool: Pool, sshd: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To read them makes room, of which the server is told: that must not fail the reading."""
+
+    def fail(packetizer: Packetizer, out: bytes) -> None:
+        raise EOFError
+
+    with pool.session(sshd.target, time.monotonic() + 10, nobody_cancels) as session:
+        session.exec("head -c 4000000 /dev/zero")
+        wait_for(lambda: session.ended)
+        monkeypatch.setattr(_Packetizer, "write_all", fail)
+        got = 0
+        while session.pending:
+            got += len(session.read()[0])
+    assert got == 4_000_000
 
 
 def test_nothing_is_sent_after_a_channel_was_closed(pool: Pool, sshd: Server) -> None:
