@@ -132,8 +132,8 @@ def test_bytes_that_arrived_are_read_though_their_connection_is_gone(
         raise EOFError
 
     with pool.session(sshd.target, time.monotonic() + 10, nobody_cancels) as session:
-        session.exec("head -c 4000000 /dev/zero")
-        wait_for(lambda: session.ended)
+        session.exec("head -c 4000000 /dev/zero; sleep 60")
+        wait_for(lambda: len(session._channel.in_buffer) == 4_000_000)
         monkeypatch.setattr(_Packetizer, "write_all", fail)
         got = 0
         while session.pending:
