@@ -15,7 +15,6 @@ import ctypes
 import socket
 import struct
 import sys
-from asyncio.trsock import TransportSocket
 from contextlib import suppress
 
 import uvicorn
@@ -58,7 +57,7 @@ class DrainingServer(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _drop_who_asks(listening: TransportSocket) -> None:
+def _drop_who_asks(listening: socket.socket) -> None:
     """Let the system drop requests for a connection, and nothing else (socket(7), SO_ATTACH_FILTER)."""
     if sys.platform != "linux":
         return
