@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import cloudpickle
 from docket import Docket, Execution, Worker
@@ -29,7 +30,7 @@ from docket.execution import ExecutionState
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError, RedisError  # noqa: A004
+from redis.exceptions import RedisError
 
 from settings import SettingsError
 from ssh_errors import QueueError
@@ -92,6 +93,7 @@ class Queue:
 
     def __init__(self, url: str, name: str, run: Callable[[str, bool], Awaitable[str]]) -> None:
         """`run` carries out an order, told whether it was delivered before. Raises SettingsError for a bad `url`."""
+        url = _noticing_closed_connections(url)
         try:
             self._docket = Docket(name, url, execution_ttl=timedelta(seconds=KEPT_SECONDS))
             self._redis = Redis.from_url(
@@ -110,7 +112,9 @@ class Queue:
         logging.getLogger("docket").setLevel(logging.CRITICAL)  # a traceback a second while Redis is away
 
         async def carry_out(order: str, execution: Execution = CurrentExecution()) -> str:  # noqa: B008
-            return await self._run(order, execution.redelivered)
+            outcome = await self._run(order, execution.redelivered)
+            await self._wait_for_redis()
+            return outcome
 
         async with self._docket:
             self._docket.tasks.clear()  # Docket's own
@@ -145,7 +149,7 @@ class Queue:
     async def put(self, task_id: str, order: str) -> None:
         """Put an order in. Raises QueueError, which says whether it may have got there."""
         async with _answering("nothing was run. Try again, or call without asking for a task"):
-            await self._reach()
+            await self._redis.echo("")
         async with _answering(
             "whether the command will run is unknown. Look on the machine before you repeat it"
         ):
@@ -154,7 +158,6 @@ class Queue:
     async def find(self, task_id: str) -> Found | None:
         """Return what there is of a task, None for nothing. Raises QueueError."""
         async with _answering("how the task is cannot be told now. Ask again"):
-            await self._reach()
             execution = await self._docket.get_execution(_key(task_id))
             if execution is None or not execution.args:
                 return None
@@ -167,16 +170,17 @@ class Queue:
     async def cancel(self, task_id: str) -> None:
         """Take an order out, or have whoever carries it out let it go. Raises QueueError."""
         async with _answering("the task was not cancelled. Try again"):
-            await self._reach()
             await self._docket.cancel(_key(task_id))
 
-    async def _reach(self) -> None:
-        """See that the connection which Docket will use next answers: a restarted server has closed those of before."""
-        async with self._docket.redis() as redis:
+    async def _wait_for_redis(self) -> None:
+        """Return once Redis answers: Docket takes an outcome that it cannot keep for that of a failed order."""
+        while True:
             try:
-                await redis.echo("")
-            except ConnectionError:
-                await redis.echo("")
+                await self._redis.echo("")
+            except (RedisError, OSError):
+                await asyncio.sleep(_WATCH_SECONDS)
+            else:
+                return
 
     async def _watch(self) -> None:
         """Say once that Redis is away, and once that it is back."""
@@ -208,6 +212,11 @@ async def _answering(so: str) -> AsyncIterator[None]:
             yield
     except (RedisError, OSError, TimeoutError):
         raise QueueError(f"the Redis server for tasks (TASKS_URL) does not answer; {so}") from None
+
+
+def _noticing_closed_connections(url: str) -> str:
+    """Return the URL with RESP2: with RESP3 redis-py 8.1 sends on connections that a restarted server has closed."""
+    return f"{url}{'&' if urlsplit(url).query else '?'}protocol=2"
 
 
 def _key(task_id: str) -> str:
