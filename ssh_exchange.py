@@ -28,7 +28,7 @@ _TICK_SECONDS = 0.25
 _GRACE_SECONDS = 0.5
 _ASK_SECONDS = 0.1
 _STALL_SECONDS = 10.0
-_QUIET_ANSWERS = 2
+_QUIET_ANSWERS = 4
 _TRICKLE_BYTES = 4096
 """More than a chatty background process prints between two answers, less than one packet of a backlog."""
 _PULSE_SECONDS = 1.0
@@ -265,8 +265,10 @@ class _Grace:
     """How long output is still taken after the command's own process has ended.
 
     Half a second, and longer until it is certain that the command's own output is here: the server is asked for an
-    answer, which comes behind what it had sent. Two answers in a row with next to nothing before them show it. One is
-    not enough: a server that is busy with new keys (RFC 4253, 9) answers before it goes on to read the pipes.
+    answer, which comes behind what it had sent. But OpenSSH reads a pipe, sends what it read and answers in rounds, in
+    which it answers first; and while new keys are made (RFC 4253, 9) it does nothing of these, and sends the answers
+    that wait before all else. So one answer may come early, a second in the round that begins then, a third in the
+    round that sends what was in the pipe; after the fourth with next to nothing before it all is here.
     """
 
     def __init__(self, session: Session) -> None:
