@@ -145,7 +145,7 @@ def port_where_nothing_listens(world: World) -> None:
 def port_of_another_protocol(world: World) -> None:
     certificates(world.folder)
     url = world.opened.enter_context(https_server(world.folder, {}))
-    world.set(SSH_DEFAULT_PORT=url.rpartition(":")[2], SSH_CONNECT_TIMEOUT=2)
+    world.set(SSH_DEFAULT_PORT=url.rpartition(":")[2], SSH_CONNECT_TIMEOUT=8)
 
 
 def jump_host_that_refuses(world: World) -> None:
