@@ -12,7 +12,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from conftest import program, wait_for
@@ -134,8 +134,9 @@ def machine(first_process: list[str]) -> Iterator[Machine]:
         assert outer.poll() is None, (folder / "log").read_text()
         children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
         for pid in map(int, children):
-            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(first_process[0].encode() + b"\0"):
-                return pid
+            with suppress(FileNotFoundError, ProcessLookupError):  # it ended since
+                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(first_process[0].encode() + b"\0"):
+                    return pid
         return None
 
     try:
