@@ -146,7 +146,7 @@ mcp: Server = Server(
         Hiding(_hidden_tools),
         HidingParameter("ssh_execute", "sudo", _sudo_is_hidden),
         EndWithLogin(lambda token: mcp.in_force(token)),
-        Confirmed(lambda: _current.confirm == "destructive"),
+        Confirmed(lambda: _current.confirm == "destructive", lambda once: mcp.is_first(once)),
         Measured(),
         Recorded(lambda: _ssh().trail),
         Announced(lambda target, since: _ssh().news(target, since)),

@@ -19,7 +19,7 @@ Invariants:
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -45,6 +45,9 @@ import questions
 from settings import Target
 from ssh_errors import RefusedError, UnconfirmedError
 
+USED_SECONDS = 600
+"""How long it is known at least that an answer was used."""
+
 _ANSWER_SECONDS = 300.0
 _KEY = "confirm"
 _FORM = {
@@ -54,7 +57,7 @@ _FORM = {
 }
 """With a field to tick: some clients show a form without fields as nothing at all."""
 
-Answer = Literal["yes", "no", "none", "late", "unable"]
+Answer = Literal["yes", "no", "none", "late", "unable", "doubtful"]
 
 _REFUSALS: Mapping[Answer, str] = {
     "no": "the person who was asked, as CONFIRM wants it, declined; nothing was done. Ask them what they want instead",
@@ -64,7 +67,27 @@ _REFUSALS: Mapping[Answer, str] = {
         "CONFIRM wants a person to be asked before this, and this client cannot ask (MCP elicitation of a form); "
         "nothing was done. Use a client that can, or let the operator unset CONFIRM"
     ),
+    "doubtful": (
+        "whether the person's answer (CONFIRM) was used before cannot be told while the state store (STATE_URL) is "
+        "down; nothing was done. Call again later"
+    ),
 }
+
+
+class Answers:
+    """Tells which answers were used before in this process. What is forgotten is too late by then."""
+
+    def __init__(self) -> None:
+        self._used: dict[str, float] = {}
+
+    async def is_first(self, once: str) -> bool:
+        """Tell whether an answer was not used before, and use it."""
+        now = time.monotonic()
+        self._used = {used: at for used, at in self._used.items() if now - at < USED_SECONDS}
+        if once in self._used:
+            return False
+        self._used[once] = now
+        return True
 
 
 @dataclass(frozen=True)
@@ -204,9 +227,10 @@ def _digest(question: str) -> str:
 class Confirmed(Middleware):
     """Let calls that may destroy something ask the person first, while `wanted` says so."""
 
-    def __init__(self, wanted: Callable[[], bool]) -> None:
+    def __init__(self, wanted: Callable[[], bool], is_first: Callable[[str], Awaitable[bool | None]]) -> None:
+        """`is_first` tells whether an answer was not used before, None when nobody knows."""
         self._wanted = wanted
-        self._used: dict[str, float] = {}
+        self._is_first = is_first
 
     async def on_call_tool(
         self, context: MiddlewareContext[CallToolRequestParams], call_next: CallNext[Any, Any]
@@ -217,7 +241,7 @@ class Confirmed(Middleware):
                 return await call_next(context)
         message, speaks_modern = context.message, _is_modern(client)
         name, arguments, can_ask = message.name, message.arguments or {}, _can_ask(client)
-        reply = self._reply(message) if speaks_modern else None
+        reply = await self._reply(message) if speaks_modern else None
         with _for(Consent(name, arguments, can_ask, reply)):
             result = await call_next(context)
         if speaks_modern or not isinstance(result, InputRequiredToolResult):
@@ -225,25 +249,17 @@ class Confirmed(Middleware):
         with _for(Consent(name, arguments, can_ask, await _asked(client, _question(result)))):
             return await call_next(context)
 
-    def _reply(self, message: CallToolRequestParams) -> Reply | None:
+    async def _reply(self, message: CallToolRequestParams) -> Reply | None:
         """Return what a repeated call brings; its state was sealed by this server, or by one with the same key."""
         response = (message.input_responses or {}).get(_KEY)
         if message.request_state is None or not isinstance(response, ElicitResult):
             return None
         state = json.loads(message.request_state)
-        if not self._is_first(state["once"]):
-            return None
+        is_first = await self._is_first(state["once"])
+        if is_first is None:
+            return Reply("doubtful", state["question"])
         late = time.time() - state["asked_at"] > _ANSWER_SECONDS
-        return Reply("late" if late else _answer(response), state["question"])
-
-    def _is_first(self, once: str) -> bool:
-        """Tell whether an answer was not used before. What is forgotten is too late by then."""
-        now = time.monotonic()
-        self._used = {used: at for used, at in self._used.items() if now - at < 2 * _ANSWER_SECONDS}
-        if once in self._used:
-            return False
-        self._used[once] = now
-        return True
+        return Reply("late" if late else _answer(response), state["question"]) if is_first else None
 
 
 async def _may_destroy(client: Context, name: str) -> bool:

@@ -1,6 +1,7 @@
 """What one address may do to the OAuth endpoints: how often fail, how much ask at once, how much and how slowly send.
 
-Successes never count. Everything here is bounded in memory, belongs to one process, and is used by one event loop.
+Successes never count. Everything here is bounded in memory, and is used by one event loop. Replicas that share a Redis
+server share their count of failures (`shared_counts`); while it is away each goes by its own, and nobody can log in.
 """
 
 import base64
@@ -9,7 +10,9 @@ import hashlib
 import ipaddress
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import NamedTuple, Protocol
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from starlette.requests import ClientDisconnect, Request
@@ -17,6 +20,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from oauth_requests import OAuthError, answer, arriving
+from oauth_state import StateDown
 from pages import page
 
 LIMITED = frozenset({"/token", "/revoke", "/register", "/authorize", "/consent", "/google/callback"})
@@ -89,48 +93,61 @@ def network_of(address: str) -> str:
     return address
 
 
+class Limit(NamedTuple):
+    """How many failures of one kind in a minute are enough."""
+
+    key: Key
+    most: int
+
+
+def limits_of(path: str, address: str, client_id: str | None) -> tuple[Limit, Limit]:
+    """Return what a request has to keep: as one client at one address, and as one of all clients there."""
+    client = hashlib.blake2b((client_id or "").encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    network = network_of(address)
+    return (
+        Limit((path, network, client), _CLIENT_FAILURES),
+        Limit((path, network, None), _ADDRESS_FAILURES),
+    )
+
+
 class Failures:
-    """Counts failures of the last minute, by endpoint and address, and by client id as well."""
+    """Counts failures of the last minute in this process."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._times: OrderedDict[Key, deque[float]] = OrderedDict()
 
-    def wait_seconds(self, path: str, address: str, client_id: str | None) -> int:
-        """Return after how many seconds a request may be tried, 0 for at once."""
+    def waits(self, limits: Sequence[Limit]) -> list[int]:
+        """Return for each limit after how many seconds it lets go, 0 for one that is not reached."""
         now = self._clock()
-        waits = [self._wait(key, limit, now) for key, limit in _keys(path, address, client_id)]
-        return max(waits)
+        return [self._wait(limit, now) for limit in limits]
 
-    def address_wait_seconds(self, path: str, address: str) -> int:
-        """Return the same for who shares its client id with others, and has shown that it is none of them."""
-        key, limit = _keys(path, address, None)[1]
-        return self._wait(key, limit, self._clock())
-
-    def add(self, path: str, address: str, client_id: str | None) -> None:
+    def add(self, limits: Sequence[Limit]) -> None:
         """Count one failure. The keys that failed longest ago are forgotten when there are too many."""
         now = self._clock()
-        for key, limit in _keys(path, address, client_id):
-            times = self._times.setdefault(key, deque(maxlen=limit))
+        for limit in limits:
+            times = self._times.setdefault(limit.key, deque(maxlen=limit.most))
             times.append(now)
-            self._times.move_to_end(key)
+            self._times.move_to_end(limit.key)
         while self._times and (len(self._times) > _MOST_KEYS or self._oldest() <= now - _WINDOW_SECONDS):
             self._times.popitem(last=False)
 
     def _oldest(self) -> float:
         return next(iter(self._times.values()))[-1]
 
-    def _wait(self, key: Key, limit: int, now: float) -> int:
-        times = self._times.get(key)
-        if times is None or len(times) < limit or times[0] <= now - _WINDOW_SECONDS:
+    def _wait(self, limit: Limit, now: float) -> int:
+        times = self._times.get(limit.key)
+        if times is None or len(times) < limit.most or times[0] <= now - _WINDOW_SECONDS:
             return 0
         return int(times[0] + _WINDOW_SECONDS - now) + 1
 
 
-def _keys(path: str, address: str, client_id: str | None) -> tuple[tuple[Key, int], tuple[Key, int]]:
-    client = hashlib.blake2b((client_id or "").encode("utf-8", "surrogatepass"), digest_size=16).digest()
-    network = network_of(address)
-    return ((path, network, client), _CLIENT_FAILURES), ((path, network, None), _ADDRESS_FAILURES)
+class Shared(Protocol):
+    """The same count at all replicas together; both raise StateDown while it cannot be had."""
+
+    async def waits(self, limits: Sequence[Limit]) -> list[int]: ...
+
+    async def add(self, limits: Sequence[Limit]) -> None: ...
 
 
 class OAuthLimits:
@@ -140,12 +157,15 @@ class OAuthLimits:
     own connection.
     """
 
-    def __init__(self, app: ASGIApp, proxies: Proxies, signed: Callable[[str], bool]) -> None:
+    def __init__(
+        self, app: ASGIApp, proxies: Proxies, signed: Callable[[str], bool], shared: Shared | None = None
+    ) -> None:
         """`signed` tells whether a code or a token was made here: one's own is not held back by another's junk."""
         self._app = app
         self._proxies = proxies
         self._signed = signed
         self._failures = Failures()
+        self._shared = shared
         self._waiting: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -165,9 +185,11 @@ class OAuthLimits:
         path, address = scope["path"], self._proxies.client_of(scope)
         values = _values(scope, body)
         client_id = _client_id(scope, values)
-        wait = self._failures.wait_seconds(path, address, client_id)
+        limits = limits_of(path, address, client_id)
+        as_client, as_any = await self._waits(limits)
+        wait = max(as_client, as_any)
         if wait and any(self._signed(values[name][0]) for name in _SHOWN if name in values):
-            wait = self._failures.address_wait_seconds(path, address)
+            wait = as_any  # it shares its client id with others, and has shown that it is none of them
         if wait:
             refusal = _held_back(path, f"too many attempts failed; try again in {wait} seconds", wait)
             return await refusal(scope, receive, send)
@@ -177,7 +199,7 @@ class OAuthLimits:
 
         async def watch(message: Message) -> None:
             if message["type"] == "http.response.start" and _failed(message, client_id):
-                self._failures.add(path, address, client_id)
+                await self._add(limits)
             await send(message)
 
         self._waiting[network] += 1
@@ -187,6 +209,21 @@ class OAuthLimits:
             self._waiting[network] -= 1
             if not self._waiting[network]:
                 del self._waiting[network]
+
+    async def _waits(self, limits: Sequence[Limit]) -> list[int]:
+        here = self._failures.waits(limits)
+        if self._shared is None:
+            return here
+        try:
+            return list(map(max, here, await self._shared.waits(limits)))
+        except StateDown:
+            return here
+
+    async def _add(self, limits: Sequence[Limit]) -> None:
+        self._failures.add(limits)
+        if self._shared is not None:
+            with suppress(StateDown):
+                await self._shared.add(limits)
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from fastmcp import FastMCP
@@ -47,13 +47,17 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from confirm import USED_SECONDS
 from http_limits import PAGES, OAuthLimits, Proxies
 from oauth_provider import Provider
 from oauth_requests import state_down
-from oauth_state import State, StateDown, open_state
+from oauth_state import State, StateDown, file_of, open_state
 from pages import page
 from settings import __version__
 from settings_login import Login
+
+if TYPE_CHECKING:
+    from shared_counts import SharedFailures
 
 MESSAGE_BYTES = 48 * 1024 * 1024
 """Of one message: a file of 32 MiB as base64, in JSON."""
@@ -85,6 +89,7 @@ def http_app(
     SettingsError when the store that STATE_URL names can never work.
     """
     state = open_state(login.state_url)
+    failures = _shared_failures(login.state_url)
     provider = Provider(login, state)
     sse = SseServerTransport("/messages/", _UNGUARDED, MESSAGE_BYTES)
     sessions = _Sessions(server, json_response=json_response, stateless=stateless)
@@ -94,6 +99,12 @@ def http_app(
             return await provider.stands(token.claims or {})
         except StateDown:
             return True  # until it is known better: new messages are refused meanwhile
+
+    async def is_first(once: str) -> bool | None:
+        try:
+            return await state.claim(f"confirm:{once}", USED_SECONDS)
+        except StateDown:
+            return None
 
     stopping = asyncio.Event()
     of_mcp = Streams(session_in_header, in_force, stopping)
@@ -120,11 +131,15 @@ def http_app(
             Route("/health", _health(provider, login, report), methods=["GET"]),
             Route("/", _landing(login), methods=["GET"]),
         ],
-        middleware=[Middleware(_Entrance, login=login, proxies=Proxies(proxies), signed=provider.signed)],
+        middleware=[
+            Middleware(
+                _Entrance, login=login, proxies=Proxies(proxies), signed=provider.signed, failures=failures
+            )
+        ],
         exception_handlers={StateDown: _say_state_down, Exception: _say_failure},
-        lifespan=_lifespan(server, sessions, state),
+        lifespan=_lifespan(server, sessions, state, failures),
     )
-    app.state.in_force, app.state.stopping = in_force, stopping
+    app.state.in_force, app.state.is_first, app.state.stopping = in_force, is_first, stopping
     app.router.redirect_slashes = False
     app.state.fastmcp_server, app.state.path = server, "/mcp"
     _keep_secrets_out_of_logs()
@@ -174,7 +189,18 @@ class _Sessions:
         await self._manager.handle_request(scope, receive, send)
 
 
-def _lifespan(server: FastMCP[Any], sessions: _Sessions, state: State) -> Callable[[Starlette], Any]:
+def _shared_failures(state_url: str) -> "SharedFailures | None":
+    """Return the count of failures that replicas share, None where there can be none."""
+    if file_of(state_url) is not None:
+        return None
+    from shared_counts import SharedFailures
+
+    return SharedFailures(state_url)
+
+
+def _lifespan(
+    server: FastMCP[Any], sessions: _Sessions, state: State, failures: "SharedFailures | None"
+) -> Callable[[Starlette], Any]:
     @asynccontextmanager
     async def running(_: Starlette) -> AsyncIterator[None]:
         # names are resolved here, also those that strangers' client documents have: a few slow ones must not fill it
@@ -187,6 +213,8 @@ def _lifespan(server: FastMCP[Any], sessions: _Sessions, state: State) -> Callab
                 yield
         finally:
             await state.close()
+            if failures is not None:
+                await failures.close()
 
     return running
 
@@ -395,9 +423,16 @@ def _expiry(token: Token) -> float:
 class _Entrance:
     """ASGI: sorts requests by who has business with their path; adds headers; writes the access log."""
 
-    def __init__(self, app: ASGIApp, login: Login, proxies: Proxies, signed: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        login: Login,
+        proxies: Proxies,
+        signed: Callable[[str], bool],
+        failures: "SharedFailures | None",
+    ) -> None:
         self._app = app
-        self._limited = OAuthLimits(app, proxies, signed)
+        self._limited = OAuthLimits(app, proxies, signed, failures)
         self._proxies = proxies
         self._origin = login.base_url
         self._hosts = {urlsplit(login.base_url).hostname, "127.0.0.1", "localhost", "::1"}

@@ -20,6 +20,7 @@ from mcp.server.request_state import AESGCMRequestStateCodec, RequestStateSecuri
 
 import settings
 import settings_login
+from confirm import Answers
 from schemas import without_docstring
 from settings import SettingsError
 from settings_login import Members
@@ -27,7 +28,7 @@ from settings_login import Members
 if TYPE_CHECKING:
     from fastmcp.server.http import StarletteWithLifespan
 
-    from shared_rate import SharedRate
+    from shared_counts import SharedRate
 
 # Log messages still reach clients that ask for them; that their successor is OpenTelemetry helps no operator
 warnings.filterwarnings("ignore", "The logging capability", MCPDeprecationWarning)
@@ -85,6 +86,8 @@ class Server(FastMCP[None]):
     runs_tasks: bool = True
     """Whether tasks run here too, and not only in workers."""
     in_force: Callable[[AccessToken], Awaitable[bool]] = staticmethod(_always)
+    is_first: Callable[[str], Awaitable[bool | None]]
+    """Tells whether a person's answer was not used before, at any replica; None when nobody knows."""
     _listens_on: str | None = None
 
     def __init__(self, report: Callable[[], dict[str, Any]], **options: Any) -> None:
@@ -92,6 +95,7 @@ class Server(FastMCP[None]):
         self._sealing = _Sealing()
         super().__init__(request_state_security=RequestStateSecurity(codec=self._sealing), **options)
         self._report = report
+        self.is_first = Answers().is_first
 
     def job_key(self) -> str | Sequence[bytes]:
         """Return what signs job ids. Raises SSHError when the local user's key cannot be used."""
@@ -150,9 +154,9 @@ class Server(FastMCP[None]):
             stateless=any(map(kwargs.get, ("stateless_http", "stateless")))
             or fastmcp.settings.stateless_http,
         )
-        self.in_force = served.state.in_force
+        self.in_force, self.is_first = served.state.in_force, served.state.is_first
         if current.rate_limit is not None and not login.state_url.startswith("sqlite:"):
-            from shared_rate import SharedRate
+            from shared_counts import SharedRate
 
             self.shared_rate = SharedRate(current.rate_limit, login.state_url)
         return served

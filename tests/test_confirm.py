@@ -479,6 +479,25 @@ def test_one_yes_serves_one_call(folder: Path) -> None:
     assert (folder / "made").read_text() == "x\n"
 
 
+def test_yes_is_refused_while_nobody_knows_whether_it_was_used(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nobody_knows(_: str) -> None: ...
+
+    async def work(client: Client[Any]) -> None:
+        asked = await leg(client, arguments)
+        assert isinstance(asked, InputRequiredResult)
+        refused = await leg(client, arguments, asked)
+        assert isinstance(refused, CallToolResult)
+        assert refused.is_error
+        assert "STATE_URL" in text(refused)
+
+    arguments = {"command": f"touch {folder}/made"}
+    monkeypatch.setattr(app.mcp, "is_first", nobody_knows)
+    with_client(Person(), "2026-07-28", work)
+    assert not (folder / "made").exists()
+
+
 def test_yes_to_one_command_does_not_run_another(folder: Path) -> None:
     async def work(client: Client[Any]) -> None:
         asked = await leg(client, {"command": "true"})
@@ -526,7 +545,7 @@ def test_typescript_sdk_asks_its_person(
     assert said["asked"] == [f"Run this on {sshd.target}?\n\n    echo hello"]
 
 
-def test_answer_counts_at_another_replica_and_only_from_who_was_asked(
+def test_answer_counts_once_at_any_replica_and_only_from_who_was_asked(
     confirming: Remote, tmp_path: Path, app_of: Callable[..., App], folder: Path
 ) -> None:
     other = replace(confirming, folder=tmp_path, port=free_port(), process=None)
@@ -545,6 +564,10 @@ def test_answer_counts_at_another_replica_and_only_from_who_was_asked(
         with pytest.raises(MCPError, match="requestState"):
             await round_at(other, yours, asked)
         assert isinstance(await round_at(other, mine, asked), CallToolResult)
+        assert isinstance(await round_at(confirming, mine, asked), InputRequiredResult)
+        other.stop()
+        other.start()
+        assert isinstance(await round_at(other, mine, asked), InputRequiredResult)
 
     mine, yours = (app_of(confirming).log_in(who).access for who in (ME, YOU))
     other.start()

@@ -21,7 +21,7 @@ import http_deadline
 import http_limits
 import oauth_requests
 from conftest import free_port, wait_for
-from http_limits import Failures, OAuthLimits, Proxies, network_of
+from http_limits import Failures, OAuthLimits, Proxies, limits_of, network_of
 from oauth_requests import MOST_BODY_BYTES
 
 
@@ -72,24 +72,28 @@ class Clock:
         return self.now
 
 
+def wait_seconds(failures: Failures, path: str, address: str, client_id: str | None) -> int:
+    return max(failures.waits(limits_of(path, address, client_id)))
+
+
 def test_sixty_failures_in_a_minute_hold_back_one_client_at_one_endpoint() -> None:
     clock = Clock()
     failures = Failures(clock)
     for _ in range(59):
-        failures.add("/token", "192.0.2.1", "app")
+        failures.add(limits_of("/token", "192.0.2.1", "app"))
         clock.now += 0.5
-    assert failures.wait_seconds("/token", "192.0.2.1", "app") == 0
-    failures.add("/token", "192.0.2.1", "app")
-    assert failures.wait_seconds("/token", "192.0.2.1", "app") == 31
+    assert wait_seconds(failures, "/token", "192.0.2.1", "app") == 0
+    failures.add(limits_of("/token", "192.0.2.1", "app"))
+    assert wait_seconds(failures, "/token", "192.0.2.1", "app") == 31
     for path, address, client in [
         ("/token", "192.0.2.1", "other"),
         ("/token", "192.0.2.1", None),
         ("/token", "192.0.2.2", "app"),
         ("/register", "192.0.2.1", "app"),
     ]:
-        assert failures.wait_seconds(path, address, client) == 0
+        assert wait_seconds(failures, path, address, client) == 0
     clock.now += 31
-    assert failures.wait_seconds("/token", "192.0.2.1", "app") == 0
+    assert wait_seconds(failures, "/token", "192.0.2.1", "app") == 0
 
 
 def test_window_slides() -> None:
@@ -98,20 +102,20 @@ def test_window_slides() -> None:
     failures = Failures(clock)
     clock.now += 59
     for _ in range(59):
-        failures.add("/token", "192.0.2.1", "app")
+        failures.add(limits_of("/token", "192.0.2.1", "app"))
     clock.now += 2
-    failures.add("/token", "192.0.2.1", "app")
-    assert failures.wait_seconds("/token", "192.0.2.1", "app") > 0
+    failures.add(limits_of("/token", "192.0.2.1", "app"))
+    assert wait_seconds(failures, "/token", "192.0.2.1", "app") > 0
 
 
 def test_six_hundred_failures_hold_back_the_address_whatever_client_it_names() -> None:
     failures = Failures(Clock())
     for i in range(599):
-        failures.add("/token", "192.0.2.1", f"app{i}")
-    assert failures.wait_seconds("/token", "192.0.2.1", "fresh") == 0
-    failures.add("/token", "192.0.2.1", "last")
-    assert failures.wait_seconds("/token", "192.0.2.1", "fresh") > 0
-    assert failures.wait_seconds("/token", "192.0.2.2", "fresh") == 0
+        failures.add(limits_of("/token", "192.0.2.1", f"app{i}"))
+    assert wait_seconds(failures, "/token", "192.0.2.1", "fresh") == 0
+    failures.add(limits_of("/token", "192.0.2.1", "last"))
+    assert wait_seconds(failures, "/token", "192.0.2.1", "fresh") > 0
+    assert wait_seconds(failures, "/token", "192.0.2.2", "fresh") == 0
 
 
 def test_memory_is_bounded_and_forgets_what_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,10 +123,10 @@ def test_memory_is_bounded_and_forgets_what_is_over(monkeypatch: pytest.MonkeyPa
     clock = Clock()
     failures = Failures(clock)
     for i in range(1000):
-        failures.add("/token", f"10.0.{i // 256}.{i % 256}", "app")
+        failures.add(limits_of("/token", f"10.0.{i // 256}.{i % 256}", "app"))
     assert len(failures._times) == 100
     clock.now += 61
-    failures.add("/token", "192.0.2.1", "app")
+    failures.add(limits_of("/token", "192.0.2.1", "app"))
     assert len(failures._times) == 2
 
 

@@ -1,0 +1,177 @@
+"""How often one identity may call, and one address fail, in a minute at several replicas."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import redis
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from conftest import free_port
+from http_limits import OAuthLimits, Proxies, limits_of
+from oauth_state import StateDown
+from redis_process import Redis
+from shared_counts import SharedFailures, SharedRate
+from ssh_errors import RefusedError, SSHError
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Redis]:
+    server = Redis(tmp_path, free_port())
+    server.start()
+    yield server
+    server.stop()
+
+
+async def taken(rate: SharedRate, identity: str = "somebody") -> bool:
+    try:
+        await rate.take(identity)
+    except RefusedError:
+        return False
+    return True
+
+
+def play(store: Redis, use: Callable[..., Awaitable[None]], most: int = 2) -> None:
+    """Do something with three replicas that let so many calls in."""
+
+    async def run() -> None:
+        replicas = [SharedRate(most, store.url) for _ in range(3)]
+        await use(*replicas)
+        for replica in replicas:
+            await replica.close()
+
+    asyncio.run(run())
+
+
+def test_replicas_together_let_as_many_calls_in_as_one(store: Redis) -> None:
+    async def use(*replicas: SharedRate) -> None:
+        got = await asyncio.gather(*(taken(rate) for rate in replicas for _ in range(40)))
+        assert sum(got) == 50
+        assert await taken(replicas[0], "somebody else")
+
+    play(store, use, 50)
+
+
+def test_call_is_let_in_again_once_the_first_is_a_minute_old(store: Redis) -> None:
+    async def use(rate: SharedRate, *_: SharedRate) -> None:
+        assert [await taken(rate) for _ in range(4)] == [True, True, False, False]
+        with pytest.raises(RefusedError, match=r"RATE_LIMIT allows 2 calls a minute.*again in (59|60) s"):
+            await rate.take("somebody")
+        with redis.Redis(port=store.port) as clock:
+            (key,) = clock.keys()
+            first, _ = clock.zrange(key, 0, -1)
+            clock.zincrby(key, -60_001, first)
+        assert [await taken(rate) for _ in range(2)] == [True, False]
+
+    play(store, use)
+
+
+def test_who_calls_is_not_shown(store: Redis) -> None:
+    async def use(rate: SharedRate, *_: SharedRate) -> None:
+        assert await taken(rate, "me@example.com")
+        assert b"me@example.com" not in store.values()
+
+    play(store, use)
+
+
+def test_nobody_is_let_in_while_the_store_is_away_and_everybody_once_it_is_back(store: Redis) -> None:
+    async def use(rate: SharedRate, *_: SharedRate) -> None:
+        assert await taken(rate)
+        store.stop()
+        with pytest.raises(SSHError, match=r"STATE_URL.*RATE_LIMIT.*nothing was done"):
+            await rate.take("somebody")
+        store.start()
+        assert await taken(rate)
+
+    play(store, use)
+
+
+# Failures at the login's endpoints
+
+MOST = 60
+
+
+async def _refuse(_: Request) -> Response:
+    return Response(status_code=400)
+
+
+class Replica:
+    """The endpoints of one server, which refuse everything; its requests come from one address."""
+
+    def __init__(self, url: str) -> None:
+        self.failures = SharedFailures(url)
+        app = Starlette(routes=[Route("/token", _refuse, methods=["POST"])])
+        limits = OAuthLimits(app, Proxies("127.0.0.1"), "ours".__eq__, self.failures)
+        self._client = httpx.AsyncClient(
+            transport=httpx.ASGITransport(limits, client=("192.0.2.1", 1)), base_url="http://replica"
+        )
+
+    async def fail(self, client_id: str = "app", **more: str) -> int:
+        answer = await self._client.post("/token", data={"client_id": client_id} | more)
+        return answer.status_code
+
+    async def close(self) -> None:
+        await self._client.aclose()
+        await self.failures.close()
+
+
+def play_login(store: Redis, use: Callable[..., Awaitable[None]]) -> None:
+    async def run() -> None:
+        replicas = [Replica(store.url) for _ in range(3)]
+        await use(*replicas)
+        for replica in replicas:
+            await replica.close()
+
+    asyncio.run(run())
+
+
+def test_failures_at_all_replicas_hold_a_client_back_at_each(store: Redis) -> None:
+    async def use(*replicas: Replica) -> None:
+        assert {await replica.fail() for replica in replicas for _ in range(MOST // 3)} == {400}
+        assert [await replica.fail() for replica in replicas] == [429, 429, 429]
+        assert await replicas[0].fail("another") == 400
+        assert await replicas[1].fail(code="ours") == 400
+
+    play_login(store, use)
+
+
+def test_failures_are_forgotten_a_minute_later_one_by_one(store: Redis) -> None:
+    async def use(replica: Replica, *_: Replica) -> None:
+        limits = limits_of("/token", "192.0.2.1", "app")
+        await asyncio.gather(*(replica.failures.add(limits) for _ in range(MOST + 1)))
+        assert await replica.failures.waits(limits) in ([60, 0], [59, 0])
+        with redis.Redis(port=store.port) as clock:
+            (key,) = (key for key in clock.scan_iter() if clock.llen(key) == MOST)
+            assert 0 < clock.pttl(key) <= 60_000
+            clock.lset(key, MOST - 1, int(clock.lindex(key, MOST - 1)) - 60_001)
+        assert await replica.failures.waits(limits) == [0, 0]
+
+    play_login(store, use)
+
+
+def test_which_addresses_and_clients_fail_is_not_shown(store: Redis) -> None:
+    async def use(replica: Replica, *_: Replica) -> None:
+        assert await replica.fail("https://app.example/client.json") == 400
+        with redis.Redis(port=store.port) as clock:
+            everything = b" ".join(clock.keys()) + store.values()
+        assert b"192.0.2.1" not in everything
+        assert b"app.example" not in everything
+
+    play_login(store, use)
+
+
+def test_each_replica_goes_by_its_own_count_while_the_store_is_away(store: Redis) -> None:
+    async def use(first: Replica, second: Replica, *_: Replica) -> None:
+        assert {await first.fail() for _ in range(MOST - 1)} == {400}
+        store.stop()
+        with pytest.raises(StateDown):
+            await first.failures.waits(limits_of("/token", "192.0.2.1", "app"))
+        assert [await first.fail(), await first.fail()] == [400, 429]
+        assert await second.fail() == 400
+
+    play_login(store, use)
