@@ -178,18 +178,17 @@ class Guide:
 
     @_telling(ResourceError)
     def jobs(self) -> str:
-        """Your commands that outlived their call, with the job_id to go on with; those that this process began."""
-        found = self._ssh().jobs.begun_by(identity())
+        """Your commands that outlived their call or run as tasks, with the job_id to go on with; those begun here."""
         return Jobs(
             jobs=[
                 Job(
-                    job_id=job_id,
+                    job_id=begun.job_id,
                     state=state,
-                    target=str(begun.target),
+                    target=begun.where,
                     command=visible(begun.command),
                     began=iso_time(int(begun.began_at)),
                 )
-                for job_id, begun, state in found
+                for begun, state in self._ssh().jobs.ledger.of(identity())
             ]
         ).model_dump_json(indent=1)
 

@@ -138,6 +138,7 @@ class Tasks(TasksExtension):
             command=wanted,
         )
         anyio.from_thread.run(self._tasks.queue.put, order.job_id, self._tasks.seal.order(order))
+        ssh.jobs.promised(order.owner, order.job_id, line)
         return promise
 
     async def _handle_get(self, ctx: ServerRequestContext[Any, Any], params: GetTaskParams) -> GetTaskResult:

@@ -23,13 +23,14 @@ from functools import partial
 
 from itsdangerous import BadSignature
 
-from ssh_answers import FleetResult
+from ssh_answers import FleetResult, JobState
 from ssh_commands import Commands, Report
 from ssh_errors import ArgumentError, BusyError, SSHError
 from ssh_fleet_background import BackgroundFleets, Where
-from ssh_fold import Member, Offsets, Part, State, answer, cursor_of, offsets, told
+from ssh_fold import Member, Offsets, Part, State, answer, cursor_of, offsets, spelled, told
 from ssh_jobs import Job, Jobs
 from ssh_kill import Signal
+from ssh_ledger import in_background
 from ssh_nodes import PARALLEL, Node, folded
 from ssh_pool import Cancelled, Pool
 from ssh_rounds import KILL_SECONDS, Crew, OnTimeout, Pace, Place, Progress, Round, kept_of, untold
@@ -137,7 +138,11 @@ class Fleets:
             elif not ended:
                 self._remember(fleet)
         result = self._answer(fleet, [(0, 0)] * len(members))
-        return result if result.job_id else result.model_copy(update={"cursor": None})
+        if not result.job_id:
+            return result.model_copy(update={"cursor": None})
+        state = partial(self._state, fleet.name)
+        self._jobs.ledger.note(owner, fleet.name, result.job_id, spelled(members), task.command, state)
+        return result
 
     def start_background(
         self,
@@ -167,7 +172,9 @@ class Fleets:
                 max_failures=max_failures,
             )
         if where:
-            result.job_id = handles.dumps([name, where])
+            result.job_id = str(handles.dumps([name, where]))
+            on = spelled(self._background.members(where))
+            self._jobs.ledger.note(owner, name, result.job_id, on, task.command, in_background)
         return result
 
     def members_of(self, owner: str, job_id: str) -> list[Member] | None:
@@ -184,7 +191,9 @@ class Fleets:
     def described(self, owner: str, job_id: str) -> str:
         """Return what a fleet runs, as far as this process knows. Raises ArgumentError for an unknown job."""
         name, where = self._known(owner, job_id)
-        return f"{name}, a command in the background" if where else self._found(name).command
+        if not where:
+            return self._found(name).command
+        return self._jobs.ledger.command_of(owner, name) or f"{name}, which was begun before this server"
 
     def go_on(
         self,
@@ -369,6 +378,13 @@ class Fleets:
                 "outcome is unknown; look on the machines before you run it again"
             )
         return fleet
+
+    def _state(self, name: str) -> JobState | None:
+        """Return how a fleet goes, None when it is forgotten."""
+        with self._books:
+            self._forget_old()
+            fleet = self._fleets.get(name)
+        return None if fleet is None else "running" if fleet.ended_at is None else "ended"
 
     def _forget_old(self) -> None:
         ended = sorted(

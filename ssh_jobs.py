@@ -20,10 +20,10 @@ import os
 import secrets
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
@@ -39,6 +39,7 @@ from ssh_commands import Commands, Running
 from ssh_errors import ArgumentError, BegunError, SSHError
 from ssh_exchange import Progress, Pulse, untold
 from ssh_kill import Signal
+from ssh_ledger import Ledger, in_background
 from ssh_output import Kept, share
 from ssh_pool import Cancelled
 from ssh_shells import Task
@@ -50,8 +51,6 @@ _ANSWERS_SECONDS = 3600.0
 _SWEEP_SECONDS = 60.0
 _ENDED_BYTES = 64 * 1024 * 1024
 _ITSELF_BYTES = 2048
-_REMEMBERED = 1000
-_COMMAND_CHARACTERS = 500
 _AFTER_KILL_SECONDS = 3.0
 _LOOK_SECONDS = 20.0
 _ANSWER_SECONDS = 15.0
@@ -59,20 +58,6 @@ _NEARLY_SECONDS = 0.2
 _BEGIN_SECONDS = 20.0
 _BACKGROUND = "b"
 """Begins the names of background jobs; those of detached ones are hexadecimal after a `d`."""
-
-
-"""Of one in the background only its machine knows more."""
-
-
-@dataclass(frozen=True)
-class Begun:
-    """A job that this process began: whose it is, where it runs, the beginning of its command, and when (epoch)."""
-
-    name: str
-    owner: str
-    target: Target
-    command: str
-    began_at: float
 
 
 class Job:
@@ -147,14 +132,17 @@ class Job:
 
 
 class Jobs:
-    """All detached commands of the process. Thread-safe."""
+    """All detached commands of the process. Thread-safe.
+
+    `ledger` tells what was begun here, fleets and tasks among it.
+    """
 
     def __init__(self, commands: Commands, key: Callable[[], str | Sequence[bytes]]) -> None:
+        self.ledger = Ledger()
         self._commands = commands
         self._key = key
         self._books = threading.Lock()
         self._jobs: dict[str, Job] = {}
-        self._begun: deque[Begun] = deque(maxlen=_REMEMBERED)
         self._changed = threading.Condition()
         self._stirred = threading.Event()
         self._driving = False
@@ -183,8 +171,7 @@ class Jobs:
         if isinstance(ended, CommandResult):
             return ended
         job = self.follow(owner, ended)
-        with self._books:
-            self._begun.append(_begun(job.name, owner, target, task))
+        self._note(owner, job.name, target, task.command, partial(self._state, job.name))
         return self._answer(job, (0, 0))
 
     def follow(self, owner: str, running: Running, over: Callable[[Job], None] | None = None) -> Job:
@@ -211,13 +198,16 @@ class Jobs:
         name = new_background_name()
         self._key()
         self._commands.start_background(target, replace(task, job=name), timeout=timeout, cancelled=cancelled)
-        with self._books:
-            self._begun.append(_begun(name, owner, target, task))
+        self._note(owner, name, target, task.command)
         return self._unseen(owner, name, target, "running")
 
     def promise(self, owner: str, target: Target) -> CommandResult:
         """Return what there is to say of a background job that is yet to begin: its `job_id`, above all."""
         return self._unseen(owner, new_background_name(), target, "running")
+
+    def promised(self, owner: str, job_id: str, command: str) -> None:
+        """Note that somebody is to begin a promised job."""
+        self._note(owner, *self._opened(owner, job_id), command)
 
     def begin(self, owner: str, job_id: str, task: Task, *, cancelled: Cancelled) -> bool:
         """Start a promised job, unless it was begun before, here or by another server. Return whether it came to run.
@@ -251,31 +241,26 @@ class Jobs:
     def described(self, owner: str, job_id: str) -> str:
         """Return what a job runs, as far as this process knows. Raises ArgumentError when `owner` has no such job."""
         name, _ = self._opened(owner, job_id)
-        with self._books:
-            begun = next((begun for begun in self._begun if begun.name == name), None)
-        if begun is None and not name.startswith(_BACKGROUND):
+        command = self.ledger.command_of(owner, name)
+        if command is None and not name.startswith(_BACKGROUND):
             self._found(name)
-        return begun.command if begun else f"{name}, which was begun before this server"
+        return command or f"{name}, which was begun before this server"
 
-    def begun_by(self, owner: str) -> list[tuple[str, Begun, JobState]]:
-        """Return the `job_id`, what is known, and the state of jobs of `owner`, the last one first.
+    def _note(
+        self,
+        owner: str,
+        name: str,
+        target: Target,
+        command: str,
+        state: Callable[[], JobState | None] = in_background,
+    ) -> None:
+        self.ledger.note(owner, name, self._signed(owner, name, target), str(target), command, state)
 
-        Only those that this process began. Nothing is asked of a machine. Raises SSHError without a key.
-        """
+    def _state(self, name: str) -> JobState | None:
+        """Return how a detached job goes, None when it is forgotten."""
         with self._books:
             self._forget_old()
-            known = [(begun, self._state(begun)) for begun in reversed(self._begun) if begun.owner == owner]
-        return [
-            (self._signed(owner, begun.name, begun.target), begun, state)
-            for begun, state in known
-            if state is not None
-        ]
-
-    def _state(self, begun: Begun) -> JobState | None:
-        """Return how a job goes, None when it is forgotten; the caller holds the books."""
-        if begun.name.startswith(_BACKGROUND):
-            return "background"
-        job = self._jobs.get(begun.name)
+            job = self._jobs.get(name)
         return None if job is None else "running" if job.ended_at is None else "ended"
 
     def go_on(
@@ -509,13 +494,6 @@ class Jobs:
                 self._driving = False
                 return None
             return [job for job in self._jobs.values() if job.ended_at is None]
-
-
-def _begun(name: str, owner: str, target: Target, task: Task) -> Begun:
-    command, more = task.command[:_COMMAND_CHARACTERS], len(task.command) - _COMMAND_CHARACTERS
-    if more > 0:
-        command += f" [... {more} more characters]"
-    return Begun(name, owner, target, command, time.time())
 
 
 def _told_from_afar(progress: Progress) -> Progress:

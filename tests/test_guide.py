@@ -197,6 +197,25 @@ def test_jobs_that_outlived_their_call_are_listed_with_what_goes_on_with_them(
     assert [job["state"] for job in after] == ["background", "ended"]
 
 
+def test_fleets_are_listed_like_other_jobs(ask: Callable[[Work], Any], sshd: Server) -> None:
+    async def work(client: Client[Any]) -> tuple[Any, Any, Any]:
+        fleet = {"hosts": ["127.0.0.1"]}
+        await client.call_tool("ssh_execute", {"command": "true", **fleet})
+        await client.call_tool("ssh_execute", {"command": "cat; sleep 60", "timeout": 1, **fleet})
+        await client.call_tool("ssh_execute", {"command": "echo back", "background": True, **fleet})
+        listed = back, going = (await read(client, "ssh://jobs"))["jobs"]
+        answer = await client.call_tool("ssh_execute", {"job_id": back["job_id"]})
+        await client.call_tool("ssh_execute", {"job_id": going["job_id"], "signal": "KILL"})
+        return listed, answer.structured_content, (await read(client, "ssh://jobs"))["jobs"]
+
+    (back, going), answer, after = ask(work)
+    where = f"{sshd.target} (1 hosts)"
+    assert (back["state"], back["command"], back["target"]) == ("background", "echo back", where)
+    assert (going["state"], going["command"], going["target"]) == ("running", "cat; sleep 60", where)
+    assert answer["groups"][0]["stdout"] == "back\n"
+    assert [job["state"] for job in after] == ["background", "ended"]
+
+
 @pytest.mark.parametrize(
     ("beginning", "completed"),
     [

@@ -694,6 +694,26 @@ def test_person_is_asked_once_for_a_whole_fleet(
     assert f"sleep 9{word}" in second
 
 
+def test_question_about_a_fleet_in_the_background_shows_its_command(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = call(command="sleep 9", hosts=["127.0.1.[1-3]"], background=True).structured_content["job_id"]
+    monkeypatch.setenv("CONFIRM", "destructive")
+    person = Person()
+
+    async def run() -> None:
+        async with Client(app.mcp, elicitation_handler=person) as client:
+            await client.call_tool("ssh_execute", {"command": "true", "hosts": ["127.0.1.1"]})
+            begun = {"command": "sleep 9", "hosts": ["127.0.1.[1-3]"], "background": True}
+            here = (await client.call_tool("ssh_execute", begun)).structured_content["job_id"]
+            for one in (here, job):
+                await client.call_tool("ssh_execute", {"job_id": one, "signal": "KILL"})
+
+    asyncio.run(run())
+    assert person.asked[-2].endswith("\n\n    sleep 9")
+    assert person.asked[-1].endswith(", which was begun before this server")
+
+
 def test_hosts_of_an_answer_name_the_same_hosts_in_the_next_call(call: Call) -> None:
     first = call(command="true", hosts=["127.0.1.[1-3,5]"]).structured_content["groups"][0]["hosts"]
     second = call(command="true", hosts=[first]).structured_content["groups"][0]["hosts"]

@@ -21,6 +21,7 @@ from fastmcp.client.transports import StreamableHttpTransport
 from fastmcp.exceptions import ToolError
 from fastmcp_tasks.client import ToolTask, call_tool_task
 from mcp.shared.exceptions import MCPError
+from mcp_types import TextResourceContents
 
 from cluster import Cluster
 from conftest import marker, running, wait_for
@@ -58,6 +59,19 @@ def test_task_answers_what_a_direct_call_would(served: Cluster, token: str) -> N
     assert (fields["stdout"], fields["stderr"]) == ("in\n", "hi\n")
     assert fields["job_id"] == task.task_id
     assert result.content[0].text.startswith("in\n[stderr]\nhi\n[exit code 3")
+
+
+def test_task_is_among_the_jobs_of_who_asked(served: Cluster, token: str) -> None:
+    command = f"echo {secrets.token_hex(4)}"
+
+    async def jobs(client: Client[Any]) -> Any:
+        (content,) = await client.read_resource("ssh://jobs")
+        assert isinstance(content, TextResourceContents)
+        return json.loads(content.text)["jobs"]
+
+    job_id = served.result(token, command)["job_id"]
+    last = served.ask(token, jobs)[0]
+    assert (last["job_id"], last["command"], last["state"]) == (job_id, command, "background")
 
 
 def test_trail_tells_who_asked_and_what_the_worker_did(served: Cluster, token: str) -> None:
@@ -172,9 +186,14 @@ def test_cancelled_task_ends_its_job_and_says_so(served: Cluster, token: str) ->
         await asyncio.to_thread(wait_for, lambda: not running(mark))
         return (await task.wait(timeout=30)).status
 
+    def outcomes() -> list[str]:
+        told = records(served.workers[0].folder / "audit")
+        ids = [r["id"] for r in told if r["event"] == "intent" and mark in r["arguments"].get("command", "")]
+        return [r["status"] for r in told if r["event"] == "outcome" and r["id"] in ids]
+
     assert served.ask(token, use) == "cancelled"
-    status = [r["status"] for r in records(served.workers[0].folder / "audit") if r["event"] == "outcome"][-1]
-    assert status in ("cancelled", "killed")  # whichever reached the worker first
+    wait_for(outcomes)  # the worker may write it after the task was told to be over
+    assert outcomes() in (["cancelled"], ["killed"])  # whichever reached the worker first
 
 
 def test_redis_shows_neither_arguments_nor_output(served: Cluster, token: str) -> None:
