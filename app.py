@@ -30,6 +30,7 @@ from calls import (
     EndWithLogin,
     Hiding,
     HidingParameter,
+    LoginStands,
     Measured,
     PlainErrors,
     RateLimited,
@@ -61,6 +62,7 @@ from ssh_errors import ArgumentError, RefusedError, SSHError
 from ssh_kill import Signal
 from ssh_nodes import MOST_AT_ONCE, PARALLEL
 from ssh_policy import WRITING_TOOLS, AllowedCommands, Reach, no_writing, warnings
+from ssh_runners import Waiting
 from ssh_shells import Task
 from ssh_system import SystemInfo
 
@@ -239,18 +241,8 @@ def ssh_execute(
                 "systemd-run (with sudo) starts what must outlive the connection; nothing was run"
             )
         confirm.ask(lambda: questions.running(run.where, task, background=background))
-        if background:
-            return run.start_background(
-                identity(), task, timeout=timeout, cancelled=_cancelled, progress=Telling()
-            )
-        return run.execute(
-            identity(),
-            task,
-            timeout=timeout,
-            on_timeout=on_timeout,
-            cancelled=_cancelled,
-            progress=Telling(),
-        )
+        by = Waiting(identity(), timeout, on_timeout, _cancelled, Telling(), LoginStands(mcp.in_force))
+        return run.start_background(task, by) if background else run.execute(task, by)
     if begins:
         raise ArgumentError(
             "give a command or a job_id, not both; command, cwd, env, input, background and sudo begin a new command"

@@ -36,6 +36,7 @@ from settings import Target, os_user
 from ssh_errors import AuditError, RefusedError, SSHError, UnconfirmedError
 from ssh_output import visible
 
+_ANSWER_SECONDS = 30.0
 _ERROR_CHARACTERS = 1000
 _LOGIN_SECONDS = 5.0
 _MESSAGE_SECONDS = 1.0
@@ -289,6 +290,31 @@ class EndWithLogin(Middleware):
                 in_force = await self._in_force(token)
         finally:
             scope.cancel()
+
+
+class LoginStands:
+    """Tells in any thread whether the login of the call that made this is in force, as it was some seconds ago."""
+
+    def __init__(self, in_force: Callable[[AccessToken], Awaitable[bool]]) -> None:
+        self._in_force = in_force
+        self._token = get_access_token()
+        self._loop = anyio.from_thread.run_sync(asyncio.get_running_loop)
+        self._lock = threading.Lock()
+        self._stands = True
+        self._asked_at = time.monotonic()
+
+    def __call__(self) -> bool:
+        if self._token is None:
+            return True
+        with self._lock:
+            if self._stands and time.monotonic() - self._asked_at > _LOGIN_SECONDS:
+                asked = asyncio.run_coroutine_threadsafe(self._asked(self._token), self._loop)
+                self._stands = asked.result(_ANSWER_SECONDS)
+                self._asked_at = time.monotonic()
+            return self._stands
+
+    async def _asked(self, token: AccessToken) -> bool:
+        return await self._in_force(token)
 
 
 def _argument_sentence(tool: str, error: ValidationError) -> str:

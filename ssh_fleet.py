@@ -16,7 +16,7 @@ Invariants:
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,7 +25,7 @@ from itsdangerous import BadSignature
 
 from ssh_answers import FleetResult, JobState
 from ssh_commands import Commands, Report
-from ssh_errors import ArgumentError, BusyError, SSHError
+from ssh_errors import ArgumentError, BusyError, RefusedError, SSHError
 from ssh_fleet_background import BackgroundFleets, Where
 from ssh_fold import Member, Offsets, Part, State, answer, cursor_of, offsets, spelled, told
 from ssh_jobs import Job, Jobs
@@ -43,6 +43,7 @@ _END_SECONDS = 0.25
 _ANSWERS_SECONDS = 3600.0
 _ENDED_BYTES = 64 * 1024 * 1024
 _MOST_RUNNING = 32
+_TAKEN_BACK = "not begun: the login of this call was taken back"
 
 
 @dataclass(eq=False)
@@ -53,6 +54,7 @@ class _Fleet:
     command: str
     round: Round
     began_at: float
+    stands: Callable[[], bool]
     name: str = field(default_factory=lambda: secrets.token_hex(8))
     signal: Signal | None = None
     ending: bool = False
@@ -99,11 +101,13 @@ class Fleets:
         max_parallel: int = PARALLEL,
         max_failures: int | None = None,
         progress: Progress = untold,
+        stands: Callable[[], bool] = lambda: True,
     ) -> FleetResult:
         """Run a command on every target and wait `timeout` seconds; then the rest is detached, or killed.
 
-        What goes wrong on a target is told of that target. Raises what `cancelled` raises, once the command has been
-        ended everywhere, and SSHError when the server is stopping.
+        Once `stands` says that the login of `owner` was taken back, the command begins on no further target. What
+        goes wrong on a target is told of that target. Raises what `cancelled` raises, once the command has been ended
+        everywhere, and SSHError when the server is stopping.
         """
         self._jobs.handles(owner)  # before anything is sent: a command must not run on without a handle
         self._refuse_more_than_can_be_followed()
@@ -125,6 +129,7 @@ class Fleets:
                 max_failures=max_failures,
             ),
             began_at,
+            stands,
         )
         with self._call():
             fleet.round.begin()
@@ -259,6 +264,9 @@ class Fleets:
         """Run the command on one target; hand it over if it does not end soon, and return whether it has ended."""
         target = place.member.target
         self._pace.keep(target, fleet.round.check)
+        if not fleet.stands():
+            fleet.round.halt(_TAKEN_BACK)
+            raise RefusedError(_TAKEN_BACK)
         running = self._commands.begin(
             target,
             task,

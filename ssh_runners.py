@@ -1,6 +1,6 @@
 """What runs a call's command: on the one target that it names, or on a fleet. Both are asked alike."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -23,6 +23,21 @@ class Told(Protocol):
         """Tell of many."""
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """Who waits for a command: for how many seconds, what is to happen then, and how to ask and tell them.
+
+    `cancelled` raises when they went away; `stands` tells in any thread, also later, whether their login still counts.
+    """
+
+    owner: str
+    timeout: float
+    on_timeout: Literal["detach", "kill"]
+    cancelled: Cancelled
+    progress: Told
+    stands: Callable[[], bool]
+
+
 class Runner(Protocol):
     """Runs a command where its call said."""
 
@@ -30,21 +45,10 @@ class Runner(Protocol):
     def where(self) -> str:
         """Where that is, for people."""
 
-    def execute(
-        self,
-        owner: str,
-        task: Task,
-        *,
-        timeout: float,
-        on_timeout: Literal["detach", "kill"],
-        cancelled: Cancelled,
-        progress: Told,
-    ) -> CommandResult | FleetResult:
-        """Run it and wait, `timeout` seconds at most. Raises what `Jobs.execute` or `Fleets.execute` raises."""
+    def execute(self, task: Task, by: Waiting) -> CommandResult | FleetResult:
+        """Run it and wait. Raises what `Jobs.execute` or `Fleets.execute` raises."""
 
-    def start_background(
-        self, owner: str, task: Task, *, timeout: float, cancelled: Cancelled, progress: Told
-    ) -> CommandResult | FleetResult:
+    def start_background(self, task: Task, by: Waiting) -> CommandResult | FleetResult:
         """Start it, to outlive this server. Raises what `start_background` of jobs or fleets raises."""
 
 
@@ -60,32 +64,23 @@ class OnTarget:
         """The target."""
         return str(self.target)
 
-    def execute(
-        self,
-        owner: str,
-        task: Task,
-        *,
-        timeout: float,
-        on_timeout: Literal["detach", "kill"],
-        cancelled: Cancelled,
-        progress: Told,
-    ) -> CommandResult:
+    def execute(self, task: Task, by: Waiting) -> CommandResult:
         """Do as `Jobs.execute` does."""
         return self.jobs.execute(
-            owner,
+            by.owner,
             self.target,
             task,
-            timeout=timeout,
-            on_timeout=on_timeout,
-            cancelled=cancelled,
-            progress=progress,
+            timeout=by.timeout,
+            on_timeout=by.on_timeout,
+            cancelled=by.cancelled,
+            progress=by.progress,
         )
 
-    def start_background(
-        self, owner: str, task: Task, *, timeout: float, cancelled: Cancelled, progress: Told
-    ) -> CommandResult:
+    def start_background(self, task: Task, by: Waiting) -> CommandResult:
         """Do as `Jobs.start_background` does, which is over too soon to tell of."""
-        return self.jobs.start_background(owner, self.target, task, timeout=timeout, cancelled=cancelled)
+        return self.jobs.start_background(
+            by.owner, self.target, task, timeout=by.timeout, cancelled=by.cancelled
+        )
 
 
 @dataclass(frozen=True)
@@ -102,40 +97,30 @@ class OnFleet:
         """The hosts, folded, and how many they are."""
         return spelled(self.members)
 
-    def execute(
-        self,
-        owner: str,
-        task: Task,
-        *,
-        timeout: float,
-        on_timeout: Literal["detach", "kill"],
-        cancelled: Cancelled,
-        progress: Told,
-    ) -> FleetResult:
+    def execute(self, task: Task, by: Waiting) -> FleetResult:
         """Do as `Fleets.execute` does."""
         return self.fleets.execute(
-            owner,
+            by.owner,
             self.members,
             task,
-            timeout=timeout,
-            on_timeout=on_timeout,
-            cancelled=cancelled,
+            timeout=by.timeout,
+            on_timeout=by.on_timeout,
+            cancelled=by.cancelled,
             max_parallel=self.max_parallel,
             max_failures=self.max_failures,
-            progress=progress,
+            progress=by.progress,
+            stands=by.stands,
         )
 
-    def start_background(
-        self, owner: str, task: Task, *, timeout: float, cancelled: Cancelled, progress: Told
-    ) -> FleetResult:
+    def start_background(self, task: Task, by: Waiting) -> FleetResult:
         """Do as `Fleets.start_background` does."""
         return self.fleets.start_background(
-            owner,
+            by.owner,
             self.members,
             task,
-            timeout=timeout,
-            cancelled=cancelled,
+            timeout=by.timeout,
+            cancelled=by.cancelled,
             max_parallel=self.max_parallel,
             max_failures=self.max_failures,
-            progress=progress,
+            progress=by.progress,
         )

@@ -19,8 +19,20 @@ from fastmcp.client.transports import SSETransport, StreamableHttpTransport
 
 from attacks import Stage, gives_code, unauthorized, works
 from attacks_on_tokens import INVALID_GRANT
-from conftest import marker, running, wait_for
-from oauth import INITIALIZE, ME, YOU, Browser, Google, Remote, http_from, query_of, tokens_of
+from conftest import Server, marker, running, wait_for
+from oauth import (
+    INITIALIZE,
+    ME,
+    YOU,
+    App,
+    Browser,
+    Google,
+    Remote,
+    http_from,
+    make_remote,
+    query_of,
+    tokens_of,
+)
 from redis_process import redis_server
 
 WAYS = {"/sse": "legacy", "/mcp": "legacy", "/mcp of 2026-07-28": "2026-07-28"}
@@ -277,6 +289,27 @@ def test_command_ends_when_its_login_is_revoked(stage: Stage, way: str) -> None:
     revoking.join()
     assert time.monotonic() - started < 60
     wait_for(lambda: not running(long))
+
+
+def test_fleet_begins_nowhere_else_once_its_login_was_revoked(
+    google: Google, sshd: Server, tmp_path: Path, app_of: Callable[..., App]
+) -> None:
+    """It runs on after its call, and what has begun does so to its end."""
+    remote = make_remote(tmp_path / "remote", google, sshd, SSH_ALLOWED_HOSTS="127.0.0.1,127.0.0.9")
+    remote.start()
+    try:
+        app = app_of(remote)
+        tokens = app.log_in()
+        fleet: dict[str, Any] = {"hosts": ["127.0.0.1", "127.0.0.9"], "max_parallel": 1, "timeout": 1}
+        begun = call(remote, tokens.access, command="sleep 7; echo done", **fleet).structured_content
+        works(app.revoke(tokens.refresh))
+        ended = call(remote, app.log_in().access, job_id=begun["job_id"], timeout=60).structured_content
+    finally:
+        remote.stop()
+    assert ended["groups"][0]["stdout"] == "done\n"
+    (error,) = ended["errors"]
+    assert error["hosts"].startswith("127.0.0.9")
+    assert error["message"] == "not begun: the login of this call was taken back"
 
 
 def test_command_outlives_the_token_that_it_was_called_with(stage: Stage) -> None:

@@ -396,6 +396,16 @@ def test_signal_reaches_every_target_and_keeps_others_from_beginning(side: Side)
     assert not running(word)
 
 
+def test_nothing_new_begins_once_the_login_was_taken_back(side: Side) -> None:
+    begun = side.hosts.folder / f"begun{marker()}"
+    asked = iter([True, True, False])
+    result = side.execute(f"echo >> {begun}", *range(20), max_parallel=1, stands=lambda: next(asked))
+    assert only_group(result).count == 2
+    (error,) = result.errors
+    assert (error.count, error.message) == (18, "not begun: the login of this call was taken back")
+    assert begun.stat().st_size == 2
+
+
 def test_nothing_new_begins_after_so_many_failures(side: Side) -> None:
     word = marker()
     begun = side.hosts.folder / f"begun{word}"
