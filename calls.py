@@ -366,6 +366,11 @@ def failures_told(tool: str) -> Iterator[None]:
         raise _tool_error(f"{tool} failed inside the server; its log on stderr says where") from None
 
 
+def progress_text(seconds: float, size: int, line: str) -> str:
+    """Return how a command goes: since when, how much it has printed, and its last line."""
+    return f"{seconds:.0f} s, {size} bytes" + (f": {line}" if line else "")
+
+
 class Telling:
     """Tells one call's client how it goes on, if it asked for that.
 
@@ -378,8 +383,7 @@ class Telling:
         self._sending: asyncio.Task[None] | None = None
 
     def __call__(self, seconds: float, size: int, line: str) -> None:
-        message = f"{seconds:.0f} s, {size} bytes" + (f": {line}" if line else "")
-        anyio.from_thread.run_sync(self._send, seconds, None, message)
+        anyio.from_thread.run_sync(self._send, seconds, None, progress_text(seconds, size, line))
 
     def of_fleet(self, done: int, running: int, failed: int, count: int) -> None:
         """Tell how many of a fleet's targets are done, running and failed, and of how many."""

@@ -147,7 +147,7 @@ class Tasks(TasksExtension):
             return self._completed(params.task_id, found)
         if found.state == "failed":
             return _told(params.task_id, found, "failed", error=_error("the order was refused"))
-        return _told(params.task_id, found, found.state)
+        return _told(params.task_id, found, found.state, status_message=self._progress(params.task_id, found))
 
     async def _handle_update(
         self, ctx: ServerRequestContext[Any, Any], params: UpdateTaskParams
@@ -191,6 +191,15 @@ class Tasks(TasksExtension):
                 "task's id as job_id",
             )
         return found
+
+    def _progress(self, task_id: str, found: Found) -> str | None:
+        """Return how a task's command goes, as far as somebody who has the key has told."""
+        if found.progress is None:
+            return None
+        try:
+            return self._tasks.seal.opened_progress(found.progress, task_id).text
+        except RefusedError:
+            return None
 
     def _completed(self, task_id: str, found: Found) -> GetTaskResult:
         try:

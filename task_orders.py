@@ -1,4 +1,4 @@
-"""What travels through Redis when a command runs as an MCP task: orders there and outcomes back, sealed.
+"""What travels through Redis when a command runs as an MCP task: orders there, progress and outcomes back, sealed.
 
 Whoever can read Redis learns no argument and no output; whoever can write to it can have nothing run, and can give
 nobody an outcome that belongs to somebody else's task: both are encrypted and authenticated (Fernet: AES-128-CBC and
@@ -24,6 +24,7 @@ from ssh_errors import RefusedError
 _LIFETIME_SECONDS = 12 * 3600
 
 M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T", "Outcome", "Progress")
 
 
 class Command(BaseModel):
@@ -65,6 +66,15 @@ class Outcome(BaseModel):
     fields: dict[str, Any] | None = Field(description="None for an error")
 
 
+class Progress(BaseModel):
+    """How a command goes, for the task it belongs to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    job_id: str
+    text: str
+
+
 class Seal:
     """Seals and opens with keys of which the first seals and all open. `queue` is where those who share it meet."""
 
@@ -72,6 +82,7 @@ class Seal:
         self.queue = queue
         self._orders = MultiFernet([_fernet(key, b"order") for key in keys])
         self._outcomes = MultiFernet([_fernet(key, b"outcome") for key in keys])
+        self._progress = MultiFernet([_fernet(key, b"progress") for key in keys])
 
     @classmethod
     def of_members(cls, session_keys: Sequence[bytes]) -> "Seal":
@@ -91,19 +102,30 @@ class Seal:
         """Return an outcome as it travels."""
         return self._outcomes.encrypt(outcome.model_dump_json().encode()).decode()
 
+    def progress(self, progress: Progress) -> str:
+        """Return as it travels how a command goes."""
+        return self._progress.encrypt(progress.model_dump_json().encode()).decode()
+
     def opened_order(self, text: str) -> Order:
         """Return the order that was sealed. Raises RefusedError for any other text, and for one that is too old."""
         return _opened(self._orders, text, Order, _LIFETIME_SECONDS)
 
     def opened_outcome(self, text: str, job_id: str) -> Outcome:
         """Return the outcome of that task. Raises RefusedError for any other text or task."""
-        outcome = _opened(self._outcomes, text, Outcome, None)
-        if outcome.job_id != job_id:
-            raise RefusedError("what Redis holds as this task's outcome belongs to another one")
-        return outcome
+        return _of_task(job_id, _opened(self._outcomes, text, Outcome, None))
+
+    def opened_progress(self, text: bytes | str, job_id: str) -> Progress:
+        """Return how the command of that task goes. Raises RefusedError for any other text or task."""
+        return _of_task(job_id, _opened(self._progress, text, Progress, None))
 
 
-def _opened(fernets: MultiFernet, text: str, kind: type[M], lifetime_seconds: int | None) -> M:
+def _of_task(job_id: str, told: T) -> T:
+    if told.job_id != job_id:
+        raise RefusedError("what Redis holds of this task belongs to another one")
+    return told
+
+
+def _opened(fernets: MultiFernet, text: bytes | str, kind: type[M], lifetime_seconds: int | None) -> M:
     try:
         return kind.model_validate_json(fernets.decrypt(text, lifetime_seconds))
     except (InvalidToken, ValidationError, TypeError):

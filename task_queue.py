@@ -16,9 +16,10 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from hashlib import sha256
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -34,7 +35,7 @@ from redis.exceptions import RedisError
 
 from settings import SettingsError
 from ssh_errors import QueueError
-from task_runner import TOOL
+from task_runner import TOOL, Report
 
 KEPT_SECONDS = 2 * 3600
 """How long an outcome stays in Redis."""
@@ -42,6 +43,7 @@ KEPT_SECONDS = 2 * 3600
 _TAKEOVER_SECONDS = 10.0
 _ANSWER_SECONDS = 5.0
 _WATCH_SECONDS = 2.0
+_PROGRESS_SECONDS = 60
 _MOST_AT_ONCE = 64
 
 _log = logging.getLogger("ssh_mcp_server.tasks")
@@ -80,19 +82,21 @@ vars(cloudpickle).update(dumps=_dumps, loads=_loads)
 
 @dataclass(frozen=True)
 class Found:
-    """What Redis holds of a task: how it is, when it was asked for, its order, its outcome once completed."""
+    """What Redis holds of a task: how it is, when it was asked for, its order, how it goes, its outcome at the end."""
 
     state: State
     asked_at: datetime
     order: str
+    progress: bytes | str | None
     outcome: str | None
 
 
 class Queue:
     """The orders of those who share `name`, in Redis. `open` makes it ready."""
 
-    def __init__(self, url: str, name: str, run: Callable[[str, bool], Awaitable[str]]) -> None:
+    def __init__(self, url: str, name: str, run: Callable[[str, bool, Report], Awaitable[str]]) -> None:
         """`run` carries out an order, told whether it was delivered before. Raises SettingsError for a bad `url`."""
+        self._name = name
         url = _noticing_closed_connections(url)
         try:
             self._docket = Docket(name, url, execution_ttl=timedelta(seconds=KEPT_SECONDS))
@@ -112,7 +116,8 @@ class Queue:
         logging.getLogger("docket").setLevel(logging.CRITICAL)  # a traceback a second while Redis is away
 
         async def carry_out(order: str, execution: Execution = CurrentExecution()) -> str:  # noqa: B008
-            outcome = await self._run(order, execution.redelivered)
+            report = partial(self._report, execution.key)
+            outcome = await self._run(order, execution.redelivered, report)
             await self._wait_for_redis()
             return outcome
 
@@ -162,15 +167,24 @@ class Queue:
             if execution is None or not execution.args:
                 return None
             state = _STATES.get(execution.state, "working")
-            outcome = None
+            progress = outcome = None
+            if state == "working":
+                progress = await self._redis.get(self._progress_key(execution.key))
             if state == "completed":
                 outcome = await execution.get_result(timeout=timedelta(0))
-        return Found(state, execution.when, str(execution.args[0]), outcome)
+        return Found(state, execution.when, str(execution.args[0]), progress, outcome)
 
     async def cancel(self, task_id: str) -> None:
         """Take an order out, or have whoever carries it out let it go. Raises QueueError."""
         async with _answering("the task was not cancelled. Try again"):
             await self._docket.cancel(_key(task_id))
+
+    async def _report(self, key: str, progress: str) -> None:
+        with suppress(RedisError, OSError):
+            await self._redis.set(self._progress_key(key), progress, ex=_PROGRESS_SECONDS)
+
+    def _progress_key(self, key: str) -> str:
+        return f"{self._name}:going:{key}"
 
     async def _wait_for_redis(self) -> None:
         """Return once Redis answers: Docket takes an outcome that it cannot keep for that of a failed order."""

@@ -15,7 +15,7 @@ asked any more, is `lost`.
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
 
 import anyio.from_thread
@@ -24,7 +24,7 @@ from fastmcp.exceptions import ToolError
 
 import audit
 import confirm
-from calls import failures_told
+from calls import failures_told, progress_text
 from oauth_grants import Standing
 from oauth_state import StateDown
 from services import Services
@@ -39,7 +39,7 @@ from ssh_errors import (
     UnreachableError,
 )
 from ssh_shells import Task
-from task_orders import Order, Outcome, Seal
+from task_orders import Order, Outcome, Progress, Seal
 
 TOOL = "ssh_execute"
 
@@ -47,6 +47,9 @@ _LOGIN_SECONDS = 5.0
 _PATIENCE_SECONDS = 60.0
 _AGAIN_SECONDS = 2.0
 _NO_ANSWER = (ConnectionLostError, UnreachableError, BusyError)
+
+Report = Callable[[str], Awaitable[None]]
+"""Takes in how a command goes, sealed; what it cannot pass on it leaves out."""
 
 
 class Withdrawn(BaseException):
@@ -66,15 +69,18 @@ class Runner:
         self._at_work: set[threading.Event] = set()
         self._stopping = asyncio.Event()
 
-    async def run(self, sealed: str, redelivered: bool) -> str:
-        """Carry out a sealed order and return its sealed outcome.
+    async def run(self, sealed: str, redelivered: bool, report: Report) -> str:
+        """Carry out a sealed order and return its sealed outcome; `report` takes in meanwhile how it goes, sealed.
 
         Raises RefusedError for what is no order. When this is cancelled the order is withdrawn; so it is by
         `withdraw`, and then CancelledError is raised.
         """
         order = await anyio.to_thread.run_sync(self._opened, sealed)
         withdrawn = threading.Event()
-        work = asyncio.ensure_future(anyio.to_thread.run_sync(self._carry_out, order, redelivered, withdrawn))
+        reporting = _Reporting(self._seal, order, report)
+        work = asyncio.ensure_future(
+            anyio.to_thread.run_sync(self._carry_out, order, redelivered, withdrawn, reporting)
+        )
         watching = asyncio.ensure_future(self._login_ended(order))
         self._at_work.add(withdrawn)
         try:
@@ -117,13 +123,15 @@ class Runner:
             audit.Call(self._services().trail, None, None, TOOL, {}).end("refused", str(error))
             raise
 
-    def _carry_out(self, order: Order, redelivered: bool, withdrawn: threading.Event) -> str:
+    def _carry_out(
+        self, order: Order, redelivered: bool, withdrawn: threading.Event, reporting: "_Reporting"
+    ) -> str:
         try:
             with failures_told(TOOL):
                 call = self._call(order, order.command.model_dump(exclude_unset=True))
                 with confirm.asked_before(), call.current(), call:
                     anyio.from_thread.run(self._check_login, order)
-                    answer = self._answer(order, redelivered, withdrawn)
+                    answer = self._answer(order, redelivered, withdrawn, reporting)
                     call.answered(answer)
         except ToolError as error:
             return self._refusal(order, str(error))
@@ -137,7 +145,9 @@ class Runner:
         owner = os_user() if self._standing is None else order.owner
         return audit.Call(self._services().trail, owner, order.client, TOOL, arguments)
 
-    def _answer(self, order: Order, redelivered: bool, withdrawn: threading.Event) -> CommandResult:
+    def _answer(
+        self, order: Order, redelivered: bool, withdrawn: threading.Event, reporting: "_Reporting"
+    ) -> CommandResult:
         """Begin the order's job, or find it begun, and wait for it as a direct call would."""
         ssh, wanted = self._services(), order.command
 
@@ -164,6 +174,7 @@ class Runner:
                             timeout=wanted.timeout,
                             on_timeout=wanted.on_timeout,
                             cancelled=cancelled,
+                            progress=reporting,
                         )
             return ssh.jobs.lost(order.owner, order.job_id)
         except PoolClosedError:
@@ -215,6 +226,24 @@ class Runner:
                 return
             except SSHError:
                 continue
+
+
+class _Reporting:
+    """Seals how a command goes, and has it reported; while one report is on its way no other is made."""
+
+    def __init__(self, seal: Seal, order: Order, report: Report) -> None:
+        self._seal = seal
+        self._job_id = order.job_id
+        self._report = report
+        self._sending: asyncio.Task[None] | None = None
+
+    def __call__(self, seconds: float, size: int, line: str) -> None:
+        anyio.from_thread.run_sync(self._send, progress_text(seconds, size, line))
+
+    def _send(self, text: str) -> None:
+        if self._sending is None or self._sending.done():
+            sealed = self._seal.progress(Progress(job_id=self._job_id, text=text))
+            self._sending = asyncio.ensure_future(self._report(sealed))
 
 
 def _patience(cancelled: Callable[[], None]) -> Iterator[None]:

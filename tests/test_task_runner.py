@@ -69,10 +69,19 @@ def runner(services: Services, logins: Logins | None = None) -> Runner:
 
 
 def carried_out(
-    services: Services, wanted: Order, logins: Logins | None = None, *, redelivered: bool = False
+    services: Services,
+    wanted: Order,
+    logins: Logins | None = None,
+    *,
+    redelivered: bool = False,
+    reports: list[str] | None = None,
 ) -> Outcome:
+    async def report(sealed: str) -> None:
+        if reports is not None:
+            reports.append(sealed)
+
     async def run() -> str:
-        return await runner(services, logins).run(SEAL.order(wanted), redelivered)
+        return await runner(services, logins).run(SEAL.order(wanted), redelivered, report)
 
     return SEAL.opened_outcome(asyncio.run(run()), wanted.job_id)
 
@@ -130,6 +139,18 @@ def test_order_that_is_delivered_again_waits_for_what_runs(
         thread.join()
     assert [outcome.fields and outcome.fields["stdout"] for outcome in told] == ["end\n"] * 3
     assert (tmp_path / "ran").read_text() == "x\n"
+
+
+def test_how_a_command_goes_is_reported_sealed(services_of: Callable[..., Services]) -> None:
+    services, reports = services_of(), list[str]()
+    wanted, other = (order(services, "echo so far; sleep 3") for _ in range(2))
+    carried_out(services, wanted, reports=reports)
+    assert SEAL.opened_progress(reports[-1], wanted.job_id).text.endswith(" s, 7 bytes: so far")
+    for opened in (SEAL.opened_progress, SEAL.opened_outcome):
+        with pytest.raises(RefusedError):
+            opened(reports[-1], other.job_id)
+    with pytest.raises(RefusedError):
+        SEAL.opened_outcome(reports[-1], wanted.job_id)
 
 
 def test_order_whose_job_has_made_room_is_lost_and_not_run_again(

@@ -196,6 +196,30 @@ def test_cancelled_task_ends_its_job_and_says_so(served: Cluster, token: str) ->
     assert outcomes() in (["cancelled"], ["killed"])  # whichever reached the worker first
 
 
+def test_task_tells_how_its_command_goes_and_shows_it_to_nobody_else(served: Cluster, token: str) -> None:
+    word = secrets.token_hex(12)
+
+    async def use(client: Client[Any]) -> None:
+        asks = [
+            await call_tool_task(client, "ssh_execute", {"command": f"echo {said}; sleep 60"})
+            for said in (word, word[::-1])
+        ]
+        places = [f"ssh-mcp-server:going:{sha256(task.task_id.encode()).hexdigest()}" for task in asks]
+        with redis.Redis(port=served.redis.port) as other:
+            await asyncio.to_thread(wait_for, lambda: other.exists(*places) == 2)
+            told = (await asks[0].status()).status_message
+            assert word.encode() not in served.redis.values()
+            assert 0 < other.ttl(places[0]) <= 60
+            assert other.copy(*places, replace=True)
+            assert word not in ((await asks[1].status()).status_message or "")
+        for task in asks:
+            await task.cancel()
+        assert told is not None
+        assert told.endswith(f" s, 25 bytes: {word}")
+
+    served.ask(token, use)
+
+
 def test_redis_shows_neither_arguments_nor_output(served: Cluster, token: str) -> None:
     words = [secrets.token_hex(12) for _ in range(3)]
     result = served.result(
