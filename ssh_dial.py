@@ -88,10 +88,10 @@ class _Race:
             now = time.monotonic()
             if self._waiting and (now >= self._next_at or not self._running.get_map()):
                 self._start(self._waiting.popleft())
-            elif now >= self._deadline:
-                self._give_up()
             elif winner := self._connected((self._next_at if self._waiting else self._deadline) - now):
                 return winner
+            elif now >= self._deadline:  # and a last look, taken since, found nothing
+                self._give_up()
         return None
 
     def close(self) -> None:

@@ -162,6 +162,25 @@ def test_error_says_what_happened_at_each_address(resolve: Resolve) -> None:
     assert "\n" not in text
 
 
+def test_answer_that_came_in_time_counts_though_it_is_seen_late(
+    resolve: Resolve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy machine may let this process wait beyond its deadline."""
+    start = ssh_dial._Race._start
+
+    def start_and_sleep(race: ssh_dial._Race, address: ssh_dial.Address) -> None:
+        start(race, address)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(ssh_dial._Race, "_start", start_and_sleep)
+    with ExitStack() as stack:
+        port = listen(stack, "127.0.0.1")
+        resolve("127.0.0.1")
+        assert peer_of(port, 0.1) == "127.0.0.1"
+    with pytest.raises(UnreachableError, match="nothing listens"):
+        peer_of(port, 0.1)
+
+
 def test_silence_everywhere_is_told_apart_from_a_refusal(resolve: Resolve) -> None:
     with black_hole("127.0.0.2") as port, black_hole("127.0.0.3", port):
         resolve("127.0.0.2", "127.0.0.3")
