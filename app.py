@@ -62,9 +62,9 @@ from ssh_errors import ArgumentError, RefusedError, SSHError
 from ssh_kill import Signal
 from ssh_nodes import MOST_AT_ONCE, PARALLEL
 from ssh_policy import WRITING_TOOLS, AllowedCommands, Reach, no_writing, warnings
-from ssh_runners import Waiting
 from ssh_shells import Task
 from ssh_system import SystemInfo
+from ssh_waiting import Waiting
 
 if TYPE_CHECKING:
     from services import Services

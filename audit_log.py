@@ -76,12 +76,30 @@ def open_log(where: str) -> Log:
             return SentLog.to_descriptor(int(where.removeprefix("fd:")))
         return FileLog(Path(where))
     except OSError as error:
-        raise SettingsError(f"AUDIT_LOG is {where!r}, which cannot be written: {reason(error)}") from None
+        raise _unwritable(where, error) from None
+
+
+def try_log(where: str) -> bool:
+    """Open what there is of a trail, and make no file; return whether it is whole. Raises what `open_log` raises."""
+    file, state, key = _files_of(Path(where))
+    if where.startswith("syslog:") or (file.exists() and state.exists() and key.exists()):
+        open_log(where).close()
+        return True
+    try:
+        for one in filter(Path.exists, (file, state)):
+            _opened(one).close()
+    except OSError as error:
+        raise _unwritable(where, error) from None
+    return False
 
 
 def reason(error: OSError) -> str:
     """Return why, without the path, which whoever asks knows."""
     return error.strerror or str(error)
+
+
+def _unwritable(where: str, error: OSError) -> SettingsError:
+    return SettingsError(f"AUDIT_LOG is {where!r}, which cannot be written: {reason(error)}")
 
 
 class SentLog:
@@ -160,11 +178,12 @@ class FileLog:
         """Open or make the file, its lock and its key. Raises OSError, and SettingsError for what others may change."""
         self.head = BEGINNING
         self._path = path
+        file, state, key = _files_of(path)
         with ExitStack() as opened:
-            self._file = opened.enter_context(_opened(path, os.O_APPEND))
-            self._state = opened.enter_context(_opened(path.with_name(f".{path.name}.state")))
+            self._file = opened.enter_context(_opened(file, os.O_APPEND))
+            self._state = opened.enter_context(_opened(state))
             with self._alone():
-                self._key = _key(path.with_name(f".{path.name}.key"))
+                self._key = _key(key)
             opened.pop_all()
         self.public_key: str | None = _public_text(self._key.public_key())
 
@@ -299,6 +318,11 @@ def _public_text(key: Ed25519PublicKey) -> str:
 def _damage(sentence: str, acknowledged: Head) -> Record:
     last = {"sequence": acknowledged.sequence, "sha256": acknowledged.hash}
     return {"time": now(), "event": "damaged", "error": sentence, "acknowledged": last}
+
+
+def _files_of(path: Path) -> tuple[Path, Path, Path]:
+    """Return the files of a trail: itself, its lock, its key."""
+    return path, path.with_name(f".{path.name}.state"), path.with_name(f".{path.name}.key")
 
 
 def _opened(path: Path, flags: int = 0) -> BinaryIO:

@@ -30,7 +30,7 @@ _GAP = re.compile(r"\s{60,}|\n(?:[^\S\n]*\n){7,}")
 
 
 def running(place: str, task: Task, *, background: bool) -> str:
-    """Ask whether a command may be run. Raises RefusedError for one that is too long to be shown."""
+    """Ask whether a command may be run. Raises RefusedError for what is too long to be shown."""
     conditions = [
         f"in the directory {one_line(task.cwd)}" if task.cwd else "",
         "as root through sudo" if task.sudo else "",
@@ -38,6 +38,11 @@ def running(place: str, task: Task, *, background: bool) -> str:
     ]
     where = ", ".join([f"on {place}", *filter(None, conditions)])
     variables = "\n".join(f"{name}={one_line(value)}" for name, value in sorted(task.env.items()))
+    if len(where) > _MOST_CHARACTERS // 2:
+        raise RefusedError(
+            f"CONFIRM wants every host shown to a person, and these need over {_MOST_CHARACTERS // 2} characters; "
+            "nothing was run. Name fewer at once"
+        )
     exact = f"Run this {where}?\n\n{_quoted(task.command[:_MOST_CHARACTERS])}"
     if variables:
         exact += f"\n\nwith these variables:\n\n{_quoted(variables[:_MOST_CHARACTERS])}"
@@ -52,7 +57,9 @@ def running(place: str, task: Task, *, background: bool) -> str:
 def signalling(place: str, job: str, signal: Signal | None) -> str:
     """Ask whether a job may be sent a signal; without one, whether it may be killed when its time is over."""
     deed = f"Send SIG{signal} to" if signal else "Kill, once the time of this call is over,"
-    return f"{deed} this on {place}?\n\n{_quoted(job)}"
+    more = len(place) - _EXCERPT_CHARACTERS
+    where = place if more <= 0 else f"{place[:_EXCERPT_CHARACTERS]} [... {more} more characters]"
+    return f"{deed} this on {where}?\n\n{_quoted(job)}"
 
 
 def writing(

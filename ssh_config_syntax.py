@@ -4,11 +4,13 @@ Words are split exactly as OpenSSH 9.2 does: a keyword ends at white space or on
 `#` begins a comment where a word could begin. Whatever cannot be read is a ConfigError that names file and line.
 """
 
+import fnmatch
 import glob
 import os
+import re
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 
@@ -144,7 +146,14 @@ def _word(text: str, place: int) -> tuple[str, int, bool]:
 
 def matches(text: str, pattern: str) -> bool:
     """Whether a pattern with the wildcards `*` and `?` fits all of a text."""
-    return fnmatchcase(text, pattern.replace("[", "[[]"))
+    if "*" not in pattern and "?" not in pattern:
+        return text == pattern
+    return _fits(pattern)(text) is not None
+
+
+@lru_cache(maxsize=4096)  # fnmatch keeps 256, which is too few for a fleet's config
+def _fits(pattern: str) -> Callable[[str], object]:
+    return re.compile(fnmatch.translate(pattern.replace("[", "[[]"))).match
 
 
 def matches_list(text: str, patterns: str) -> bool:

@@ -82,8 +82,9 @@ class Fleets:
         self._jobs = jobs
         self._most_connections = pool.max_total
         self._crew = Crew()
+        self._enders = Crew(PARALLEL)
         self._pace = Pace(pool)
-        self._background = BackgroundFleets(commands, jobs, self._crew, self._pace)
+        self._background = BackgroundFleets(commands, jobs, self._crew, self._enders, self._pace)
         self._books = threading.Condition()
         self._fleets: dict[str, _Fleet] = {}
         self._calls = 0
@@ -299,7 +300,7 @@ class Fleets:
             fleet.ending = True
         fleet.round.stop(why)
         for place in self._running(fleet):
-            self._crew.do(partial(self._kill, fleet, place))
+            self._enders.do(partial(self._kill, fleet, place))
         fleet.round.wait_all(KILL_SECONDS)
 
     def _kill(self, fleet: _Fleet, place: Place) -> None:
@@ -318,7 +319,7 @@ class Fleets:
         sending = Round(
             [place.member for place in self._running(fleet)],
             lambda sent: self._signal(by_member[sent.member], signal),
-            self._crew,
+            self._enders,
             parallel=PARALLEL,
         )
         by_member = {place.member: place for place in fleet.round.places}

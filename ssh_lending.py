@@ -103,6 +103,7 @@ class TargetPool:
         self._stock_changed = threading.Condition(self._books)
         self._stocking = False
         self._stock_rests = False
+        self._asked_at = time.monotonic()
 
     def reserve(
         self, deadline: float, cancelled: Cancelled, *, control: bool, prepare: Prepare | None = None
@@ -270,6 +271,13 @@ class TargetPool:
         """Count a caller."""
         with self._books:
             self._counts["calls"] += 1
+            self._asked_at = time.monotonic()
+
+    def is_disused(self, seconds: float) -> bool:
+        """Whether nobody has asked for so long, nothing is open and nobody waits."""
+        with self._books:
+            busy = self._members or self._opening or self._waiters or self._stocking
+            return not busy and time.monotonic() - self._asked_at > seconds
 
     def counters(self) -> Counter[str]:
         """Return a copy of what was counted."""

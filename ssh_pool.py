@@ -26,6 +26,8 @@ from ssh_warm import Prepare
 __all__ = ["Cancelled", "Pool", "Standing"]
 
 _POLL_SECONDS = 0.25
+_DISUSED_SECONDS = 2 * 3600.0
+"""Longer than any call may take."""
 _COUNTED = (
     "connects",
     "connects_failed",
@@ -65,6 +67,7 @@ class Pool:
         self._keys = Keys(settings)
         self._changed = threading.Condition()
         self._targets: dict[Target, TargetPool] = {}
+        self._counted_before: Counter[str] = Counter()
         self._host_keys: dict[Target, str] = {}
         self._closed = False
         self._wanting_room = 0
@@ -106,8 +109,9 @@ class Pool:
     def expect(self, target: Target, prepare: Prepare) -> None:
         """Have a session prepared for the next caller of a target that had one."""
         with self._changed:
-            pool = self._targets[target]
-        pool.expect(prepare)
+            pool = self._targets.get(target)
+        if pool is not None:
+            pool.expect(prepare)
 
     @contextmanager
     def standing(
@@ -154,7 +158,10 @@ class Pool:
         answer; `breaker_opened`: how often a target was given up for a while.
         """
         total = Counter(dict.fromkeys(_COUNTED, 0))
-        for pool in self._pools():
+        with self._changed:
+            total.update(self._counted_before)
+            pools = list(self._targets.values())
+        for pool in pools:
             total.update(pool.counters())
         return dict(total)
 
@@ -256,16 +263,24 @@ class Pool:
             if self._janitor is None:
                 self._janitor = threading.Thread(target=self._sweep, name="ssh-pool-janitor", daemon=True)
                 self._janitor.start()
-        pool.count_call()
+            pool.count_call()
         return pool
 
     def _sweep(self) -> None:
-        """Retire idle and dead connections until the pool is closed."""
+        """Retire idle and dead connections, and forget targets that nobody asks for, until the pool is closed."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed, timeout=min(5.0, self.idle_seconds / 4))
                 if self._closed:
                     return
+                self._forget_disused()
                 pools = list(self._targets.values())
             for pool in pools:
                 pool.expire()
+
+    def _forget_disused(self) -> None:
+        """Forget the pools of targets that were named long ago; the caller holds the lock."""
+        for pool in list(self._targets.values()):
+            if pool.is_disused(_DISUSED_SECONDS):
+                self._counted_before.update(pool.counters())
+                del self._targets[pool.target]

@@ -1,41 +1,16 @@
 """What runs a call's command: on the one target that it names, or on a fleet. Both are asked alike."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from settings import Target
 from ssh_answers import CommandResult, FleetResult
 from ssh_fleet import Fleets
 from ssh_fold import Member, spelled
 from ssh_jobs import Jobs
-from ssh_pool import Cancelled
 from ssh_shells import Task
-
-
-class Told(Protocol):
-    """Who is told how a call goes on, whatever it runs on: as `ssh_exchange.Progress`, or as `ssh_rounds.Progress`."""
-
-    def __call__(self, seconds: float, size: int, line: str) -> None:
-        """Tell of one command."""
-
-    def of_fleet(self, done: int, running: int, failed: int, count: int) -> None:
-        """Tell of many."""
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """Who waits for a command: for how many seconds, what is to happen then, and how to ask and tell them.
-
-    `cancelled` raises when they went away; `stands` tells in any thread, also later, whether their login still counts.
-    """
-
-    owner: str
-    timeout: float
-    on_timeout: Literal["detach", "kill"]
-    cancelled: Cancelled
-    progress: Told
-    stands: Callable[[], bool]
+from ssh_waiting import Waiting
 
 
 class Runner(Protocol):

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import settings
-from audit_log import open_log
+from audit_log import try_log
 from cli.findings import Step, Verdict, error, of_sentence, ok, skipped, warning
 from settings import Settings
 from ssh_policy import AllowedCommands, Reach, no_running, warnings
@@ -148,17 +148,16 @@ def _policy(current: Settings) -> Iterator[Verdict]:
 
 
 def _audit_log(current: Settings) -> Iterator[Verdict]:
-    """Open the trail as the server would; a file that is not there is not made."""
+    """Open the trail as the server would; files that are not there are not made."""
     where = current.audit_log
     if where is None:
         yield skipped("AUDIT_LOG is not set, so no trail is kept")
     elif where.startswith("fd:"):
         yield skipped(f"{where} is open in the server alone")
-    elif where.startswith("syslog:") or Path(where).exists():
-        open_log(where).close()
+    elif try_log(where):
         yield ok(f"{where} can be written")
     elif os.access(Path(where).parent, os.W_OK | os.X_OK):
-        yield ok(f"{where} will be made at the first start")
+        yield ok(f"what is missing of {where} will be made at the first start")
     else:
         yield error(
             f"AUDIT_LOG is {where}, and files cannot be made in its folder",

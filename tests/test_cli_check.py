@@ -270,6 +270,18 @@ def test_there_are_twenty_and_more() -> None:
     assert len({case.spoil.__name__ for case in CASES}) == len(CASES) >= 20
 
 
+def test_no_file_is_made_beside_a_trail(world: World) -> None:
+    trail = world.write("audit.jsonl", "", 0o600)
+    world.set(AUDIT_LOG=trail)
+    _, results = world.results()
+    (told,) = (result for result in results if result["name"] == "audit log")
+    assert (told["status"], told["message"]) == (
+        "ok",
+        f"what is missing of {trail} will be made at the first start",
+    )
+    assert list(world.folder.glob(".audit*")) == []
+
+
 def test_all_that_is_wrong_with_the_settings_is_said_at_once(world: World) -> None:
     world.lines += ["half a line", f"SSH_SUDO_PASSWORD={CANARY}", "LOG_LEVEL=loud"]
     world.mode = 0o644

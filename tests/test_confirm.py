@@ -24,6 +24,7 @@ from conftest import running as is_running
 from oauth import CALLBACK, ME, YOU, App, Browser, Google, Remote, make_remote
 from settings import Target
 from ssh_answers import Closed
+from ssh_errors import RefusedError
 from ssh_shells import Task
 from ssh_sudo import Sudo
 
@@ -355,6 +356,15 @@ def test_page_shows_a_question_as_it_is_asked() -> None:
     task = Task.of("systemctl restart nginx", "/srv/app", sudo=Sudo(None))
     asked = questions.running(str(Target("deploy", "web1", 22)), task, background=False)
     assert f"```text\n{asked}\n```" in page
+
+
+def test_long_list_of_hosts_is_cut_only_where_nothing_is_begun() -> None:
+    where = ",".join(f"host{n * n}" for n in range(400))
+    asked = questions.signalling(where, "sleep 60", "TERM")
+    assert len(asked) < 2000
+    assert f"[... {len(where) - 1500} more characters]" in asked
+    with pytest.raises(RefusedError, match="every host"):
+        questions.running(where, Task.of("true"), background=False)
 
 
 @pytest.mark.parametrize("kind", ["overwriting", "edit"])

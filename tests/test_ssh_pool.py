@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from conftest import Server, nobody_cancels, wait_for
+from conftest import Server, free_port, nobody_cancels, wait_for
 from relay import Relay
 from settings import Settings, Target
 from ssh_commands import Commands
@@ -287,6 +287,24 @@ def test_idle_connections_are_closed(
     assert echo(pool, server.settings(), server.target) == "x"
     wait_for(lambda: not pool.open_targets())
     wait_for(lambda: not server.session_pids())
+
+
+def test_targets_that_nobody_asks_for_are_forgotten_and_what_was_counted_is_not(
+    sshd: Server, open_pool: Callable[[Settings], Pool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ssh_pool._DISUSED_SECONDS", 0.5)
+    settings = sshd.settings(ssh_idle_seconds=1)
+    pool = open_pool(settings)
+    with pytest.raises(UnreachableError):
+        echo(pool, settings, Target("tester", "127.0.0.1", free_port()))
+    with pool.session(sshd.target, soon(), nobody_cancels):
+        wait_for(lambda: list(pool._targets) == [sshd.target])
+        time.sleep(1)
+        assert pool.open_targets() == {sshd.target: 1}
+    wait_for(lambda: not pool._targets)
+    assert echo(pool, settings, sshd.target) == "x"
+    counted = pool.counters()
+    assert (counted["connects"], counted["connects_failed"], counted["calls"]) == (2, 1, 3)
 
 
 def test_idle_connections_close_on_request_and_busy_ones_when_they_are_done(

@@ -168,8 +168,10 @@ def test_tasks_without_the_extra_stop_the_start(tmp_path: Path) -> None:
     assert line.endswith("install ssh-mcp-server[cluster]")
 
 
-def test_nothing_of_tasks_is_imported_unless_they_are_configured(tmp_path: Path) -> None:
-    program = "import sys, app; print([n for n in ('docket', 'fastmcp_tasks', 'redis') if n in sys.modules])"
+def test_neither_tasks_nor_ssh_are_imported_before_they_are_needed(tmp_path: Path) -> None:
+    """It would take longer than all else until the list of tools."""
+    names = ("docket", "fastmcp_tasks", "redis", "paramiko", "ssh_jobs", "ssh_pool")
+    program = f"import sys, app; print([n for n in {names} if n in sys.modules])"
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     ended = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
