@@ -144,6 +144,8 @@ def test_compose_leaves_the_container_no_right_that_it_does_not_need(service: di
     assert service["read_only"] is True
     assert "cap_add" not in service
     assert "privileged" not in service
+    assert service["mem_limit"] in ("2g", str(2 * 1024**3))  # as that version of docker-compose prints it
+    assert service["pids_limit"] == 2048
     (port,) = service["ports"]
     assert str(port).startswith("127.0.0.1:3003:3003")
 
