@@ -4,6 +4,7 @@ The accounts exist for that sshd alone (nss_wrapper): each is the user who runs 
 login shell of its own. So no rc file of this machine is read, and no account of it is touched.
 """
 
+import itertools
 import os
 import random
 import shutil
@@ -48,10 +49,21 @@ def keygen(path: Path, *arguments: str) -> Path:
     return path
 
 
+def _ports() -> Iterator[int]:
+    """Yield ports below those that the system gives to connections that go out: each worker of xdist its own."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    ports = range(15_000 + worker, 32_000, workers)
+    yield from itertools.islice(itertools.cycle(ports), random.SystemRandom().randrange(len(ports)), None)
+
+
+_port = _ports()
+
+
 def free_port() -> int:
-    """Return a port that nobody uses, below those that the system gives to connections that go out."""
+    """Return a port that nobody uses, nor is about to: it comes again after thousands of others only."""
     while True:
-        port = random.randrange(15_000, 32_000)
+        port = next(_port)
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
