@@ -188,22 +188,21 @@ class Caller:
         self.commands = Commands(self.pool, way.settings)
         self.jobs = Jobs(self.commands, lambda: KEY)
         self.files = Files(self.pool, way.settings)
-        self._ended = 0
+        self._done = 0
         self._changed = threading.Condition()
 
     def call(self, number: int) -> str:
-        try:
-            return self._call(number)
-        finally:
-            with self._changed:
-                self._ended += 1
-                self._changed.notify_all()
+        outcome = self._call(number)
+        with self._changed:
+            self._done += not outcome.endswith(("lost", "error"))
+            self._changed.notify_all()
+        return outcome
 
     def wait_for_calls(self, count: int, over: threading.Event) -> None:
-        """Wait until so many more calls have ended, or all is over."""
+        """Wait until so many more calls have done what they should, or all is over."""
         with self._changed:
-            until = self._ended + count
-            while self._ended < until and not over.is_set():
+            until = self._done + count
+            while self._done < until and not over.is_set():
                 self._changed.wait(0.5)
 
     def _call(self, number: int) -> str:
