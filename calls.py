@@ -298,13 +298,13 @@ class LoginStands:
     def __init__(self, in_force: Callable[[AccessToken], Awaitable[bool]]) -> None:
         self._in_force = in_force
         self._token = get_access_token()
-        self._loop = anyio.from_thread.run_sync(asyncio.get_running_loop)
+        self._loop = anyio.from_thread.run_sync(asyncio.get_running_loop) if self._token else None
         self._lock = threading.Lock()
         self._stands = True
         self._asked_at = time.monotonic()
 
     def __call__(self) -> bool:
-        if self._token is None:
+        if self._token is None or self._loop is None:
             return True
         with self._lock:
             if self._stands and time.monotonic() - self._asked_at > _LOGIN_SECONDS:
