@@ -5,6 +5,7 @@ calls the room that does the work, and returns an answer that has fields for pro
 in threads, since SSH blocks; a client that cancels, or goes away, ends what its waiting calls run.
 """
 
+import asyncio
 import base64
 import binascii
 import logging
@@ -76,6 +77,7 @@ _log = logging.getLogger("ssh_mcp_server")
 
 
 _services: LateServices | None = None
+_loop: asyncio.AbstractEventLoop
 
 
 def _ssh() -> "Services":
@@ -118,9 +120,9 @@ async def _count(identity: str) -> None:
 @asynccontextmanager
 async def _lifespan(_: FastMCP[None]) -> AsyncIterator[None]:
     """Keep the services while the server runs; signals end it as the end of stdin does."""
-    global _current, _services
+    global _current, _loop, _services
     anyio.to_thread.current_default_thread_limiter().total_tokens = _MOST_CALLS_AT_ONCE
-    _current = _checked_settings()
+    _current, _loop = _checked_settings(), asyncio.get_running_loop()
     services = _services = LateServices(_current, mcp.job_key)
     try:
         if _current.audit_log:
@@ -241,7 +243,7 @@ def ssh_execute(
                 "systemd-run (with sudo) starts what must outlive the connection; nothing was run"
             )
         confirm.ask(lambda: questions.running(run.where, task, background=background))
-        by = Waiting(identity(), timeout, on_timeout, _cancelled, Telling(), LoginStands(mcp.in_force))
+        by = Waiting(identity(), timeout, on_timeout, _cancelled, Telling(), LoginStands(mcp.stands, _loop))
         return run.start_background(task, by) if background else run.execute(task, by)
     if begins:
         raise ArgumentError(

@@ -82,12 +82,14 @@ def open_log(where: str) -> Log:
 def try_log(where: str) -> bool:
     """Open what there is of a trail, and make no file; return whether it is whole. Raises what `open_log` raises."""
     file, state, key = _files_of(Path(where))
-    if where.startswith("syslog:") or (file.exists() and state.exists() and key.exists()):
-        open_log(where).close()
-        return True
     try:
+        if where.startswith("syslog:") or (file.exists() and state.exists() and key.exists()):
+            open_log(where).close()
+            return True
         for one in filter(Path.exists, (file, state)):
             _opened(one).close()
+        if key.exists():
+            _key(key)
     except OSError as error:
         raise _unwritable(where, error) from None
     return False
@@ -322,7 +324,7 @@ def _damage(sentence: str, acknowledged: Head) -> Record:
 
 def _files_of(path: Path) -> tuple[Path, Path, Path]:
     """Return the files of a trail: itself, its lock, its key."""
-    return path, path.with_name(f".{path.name}.state"), path.with_name(f".{path.name}.key")
+    return path, path.parent / f".{path.name}.state", path.parent / f".{path.name}.key"
 
 
 def _opened(path: Path, flags: int = 0) -> BinaryIO:

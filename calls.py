@@ -146,7 +146,7 @@ class Announced(Middleware):
 async def _sent(message: Coroutine[Any, Any, None]) -> None:
     """Send a message, if that takes no time worth mentioning; it must not fail what it tells of."""
     sending = asyncio.create_task(message)
-    sending.add_done_callback(_untold)
+    sending.add_done_callback(untold)
     await asyncio.wait([sending], timeout=_MESSAGE_SECONDS)
 
 
@@ -293,28 +293,45 @@ class EndWithLogin(Middleware):
 
 
 class LoginStands:
-    """Tells in any thread whether the login of the call that made this is in force, as it was some seconds ago."""
+    """Tells in any thread whether the login of the call that made this still counts, as it did some seconds ago."""
 
-    def __init__(self, in_force: Callable[[AccessToken], Awaitable[bool]]) -> None:
-        self._in_force = in_force
+    def __init__(
+        self, stands: Callable[[AccessToken], Awaitable[bool]], loop: asyncio.AbstractEventLoop
+    ) -> None:
+        """`stands` is asked in the loop of the calls."""
+        self._asked = stands
+        self._loop = loop
         self._token = get_access_token()
-        self._loop = anyio.from_thread.run_sync(asyncio.get_running_loop) if self._token else None
         self._lock = threading.Lock()
         self._stands = True
         self._asked_at = time.monotonic()
 
     def __call__(self) -> bool:
-        if self._token is None or self._loop is None:
-            return True
-        with self._lock:
-            if self._stands and time.monotonic() - self._asked_at > _LOGIN_SECONDS:
-                asked = asyncio.run_coroutine_threadsafe(self._asked(self._token), self._loop)
-                self._stands = asked.result(_ANSWER_SECONDS)
-                self._asked_at = time.monotonic()
-            return self._stands
+        """Tell it. Raises SSHError when nobody knows."""
+        if self._token is not None and self._stands and self._is_due():
+            self._stands = self._told(self._token)
+        return self._stands
 
-    async def _asked(self, token: AccessToken) -> bool:
-        return await self._in_force(token)
+    def _is_due(self) -> bool:
+        """Whether to ask; of several threads one does, and the others go by the answer before."""
+        with self._lock:
+            due = time.monotonic() - self._asked_at > _LOGIN_SECONDS
+            if due:
+                self._asked_at = time.monotonic()
+            return due
+
+    def _told(self, token: AccessToken) -> bool:
+        async def ask() -> bool:
+            return await self._asked(token)
+
+        try:
+            return asyncio.run_coroutine_threadsafe(ask(), self._loop).result(_ANSWER_SECONDS)
+        except Exception as error:
+            self._asked_at = -math.inf  # whoever comes next asks again
+            _log.warning("whether a login still counts cannot be told: %s", error)
+            raise SSHError(
+                "not begun: whether the login of this call still counts cannot be told now"
+            ) from None
 
 
 def _argument_sentence(tool: str, error: ValidationError) -> str:
@@ -393,10 +410,11 @@ class Telling:
     def _send(self, progress: float, total: float | None, message: str) -> None:
         if self._sending is None or self._sending.done():
             self._sending = asyncio.create_task(self._context.report_progress(progress, total, message))
-            self._sending.add_done_callback(_untold)
+            self._sending.add_done_callback(untold)
 
 
-def _untold(sending: asyncio.Task[None]) -> None:
+def untold(sending: asyncio.Future[None]) -> None:
+    """Log why a notification could not be sent."""
     if not sending.cancelled() and (error := sending.exception()):
         _log.info("a notification was not sent: %s", error)
 

@@ -13,7 +13,7 @@ Invariants:
 
 - Tools that neither say that they only read nor that they destroy nothing get no target without a yes (`AskingReach`).
 - A question that cannot be put, is not answered in time, or is answered by anything but a yes, refuses the call.
-- One yes serves one call: a repeated answer is asked for again. Each process remembers that by itself.
+- One yes serves one call, at whichever replica: a repeated answer is asked for again.
 """
 
 import json
@@ -142,7 +142,7 @@ def needed() -> bool:
 def answered() -> bool:
     """Tell whether this call is the second one, which brings the answer to the first."""
     consent = _current.get()
-    return consent is not None and consent.reply is not None
+    return consent is not None and consent.reply is not None and consent.reply.answer != "doubtful"
 
 
 def ask(question: Callable[[], str]) -> None:

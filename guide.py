@@ -188,7 +188,7 @@ class Guide:
                     command=visible(begun.command),
                     began=iso_time(int(begun.began_at)),
                 )
-                for begun, state in self._ssh().jobs.ledger.of(identity())
+                for begun, state in self._ssh().begun_by(identity())
             ]
         ).model_dump_json(indent=1)
 

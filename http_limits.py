@@ -1,6 +1,6 @@
 """What one address may do to the OAuth endpoints: how often fail, how much ask at once, how much and how slowly send.
 
-Successes never count. Everything here is bounded in memory, and is used by one event loop. Replicas that share a Redis
+Successes never count. What this process holds is bounded, and used by one event loop. Replicas that share a Redis
 server share their count of failures (`shared_counts`); while it is away each goes by its own, and nobody can log in.
 """
 
@@ -8,10 +8,11 @@ import base64
 import binascii
 import hashlib
 import ipaddress
+import logging
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -34,6 +35,8 @@ _MOST_AT_ONCE = 16
 _MOST_PROXIES = 20
 _SHOWN = ("code", "refresh_token", "token")
 _MOST_KEYS = 20_000
+
+_log = logging.getLogger("ssh_mcp_server")
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Key = tuple[str, str, bytes | None]
@@ -166,6 +169,7 @@ class OAuthLimits:
         self._signed = signed
         self._failures = Failures()
         self._shared = shared
+        self._alone = False
         self._waiting: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -182,48 +186,72 @@ class OAuthLimits:
         return await self._limited(scope, body, receive, send)
 
     async def _limited(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-        path, address = scope["path"], self._proxies.client_of(scope)
-        values = _values(scope, body)
-        client_id = _client_id(scope, values)
-        limits = limits_of(path, address, client_id)
-        as_client, as_any = await self._waits(limits)
-        wait = max(as_client, as_any)
-        if wait and any(self._signed(values[name][0]) for name in _SHOWN if name in values):
-            wait = as_any  # it shares its client id with others, and has shown that it is none of them
-        if wait:
-            refusal = _held_back(path, f"too many attempts failed; try again in {wait} seconds", wait)
-            return await refusal(scope, receive, send)
-        network = network_of(address)
+        """Handle a request that counts. Its place is taken first: the replicas' count may have to be waited for."""
+        network = network_of(self._proxies.client_of(scope))
         if self._waiting[network] >= _MOST_AT_ONCE:
-            return await _held_back(path, "too many requests at once; try again", 1)(scope, receive, send)
-
-        async def watch(message: Message) -> None:
-            if message["type"] == "http.response.start" and _failed(message, client_id):
-                await self._add(limits)
-            await send(message)
-
+            refusal = _held_back(scope["path"], "too many requests at once; try again", 1)
+            return await refusal(scope, receive, send)
         self._waiting[network] += 1
         try:
-            await self._app(scope, _again(body, receive), watch)
+            await self._counted(scope, body, receive, send)
         finally:
             self._waiting[network] -= 1
             if not self._waiting[network]:
                 del self._waiting[network]
 
-    async def _waits(self, limits: Sequence[Limit]) -> list[int]:
-        here = self._failures.waits(limits)
-        if self._shared is None:
-            return here
-        try:
-            return list(map(max, here, await self._shared.waits(limits)))
-        except StateDown:
-            return here
+    async def _counted(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        path, values, failed = scope["path"], _values(scope, body), False
+        client_id = _client_id(scope, values)
+        limits = limits_of(path, self._proxies.client_of(scope), client_id)
+        if wait := await self._wait_seconds(limits, values):
+            refusal = _held_back(path, f"too many attempts failed; try again in {wait} seconds", wait)
+            return await refusal(scope, receive, send)
 
-    async def _add(self, limits: Sequence[Limit]) -> None:
-        self._failures.add(limits)
-        if self._shared is not None:
-            with suppress(StateDown):
+        async def watch(message: Message) -> None:
+            nonlocal failed
+            if message["type"] == "http.response.start" and _failed(message, client_id):
+                failed = True
+                self._failures.add(limits)
+            await send(message)
+
+        await self._app(scope, _again(body, receive), watch)
+        if failed and self._shared is not None:
+            with self._shared_or_own():
                 await self._shared.add(limits)
+        return None
+
+    async def _wait_seconds(self, limits: Sequence[Limit], values: Mapping[str, list[str]]) -> int:
+        """Return after how many seconds a request may be tried, 0 for at once."""
+        here = max(self._failures.waits(limits))
+        if here and not self._shows_own(values):
+            return here
+        shared = [0, 0]
+        if self._shared is not None:
+            with self._shared_or_own():
+                shared = await self._shared.waits(limits)
+        as_client, as_any = map(max, self._failures.waits(limits), shared)
+        if as_client and self._shows_own(values):
+            return as_any  # it shares its client id with others, and has shown that it is none of them
+        return max(as_client, as_any)
+
+    def _shows_own(self, values: Mapping[str, list[str]]) -> bool:
+        return any(self._signed(values[name][0]) for name in _SHOWN if name in values)
+
+    @contextmanager
+    def _shared_or_own(self) -> Iterator[None]:
+        """Go by this process's own count while the shared one cannot be had; say so once, and once that it is back."""
+        try:
+            yield
+        except StateDown as down:
+            if not self._alone:
+                _log.warning(
+                    "failures at the login are counted by each replica for itself: %s", down.__cause__
+                )
+            self._alone = True
+        else:
+            if self._alone:
+                _log.warning("failures at the login are counted at all replicas together again")
+            self._alone = False
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

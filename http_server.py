@@ -89,14 +89,17 @@ def http_app(
     SettingsError when the store that STATE_URL names can never work.
     """
     state = open_state(login.state_url)
-    failures = _shared_failures(login.state_url)
+    failures = _shared_failures(login)
     provider = Provider(login, state)
     sse = SseServerTransport("/messages/", _UNGUARDED, MESSAGE_BYTES)
     sessions = _Sessions(server, json_response=json_response, stateless=stateless)
 
+    async def stands(token: Token) -> bool:
+        return await provider.stands(token.claims or {})
+
     async def in_force(token: Token) -> bool:
         try:
-            return await provider.stands(token.claims or {})
+            return await stands(token)
         except StateDown:
             return True  # until it is known better: new messages are refused meanwhile
 
@@ -139,7 +142,8 @@ def http_app(
         exception_handlers={StateDown: _say_state_down, Exception: _say_failure},
         lifespan=_lifespan(server, sessions, state, failures),
     )
-    app.state.in_force, app.state.is_first, app.state.stopping = in_force, is_first, stopping
+    app.state.in_force, app.state.stands, app.state.is_first = in_force, stands, is_first
+    app.state.stopping = stopping
     app.router.redirect_slashes = False
     app.state.fastmcp_server, app.state.path = server, "/mcp"
     _keep_secrets_out_of_logs()
@@ -189,13 +193,13 @@ class _Sessions:
         await self._manager.handle_request(scope, receive, send)
 
 
-def _shared_failures(state_url: str) -> "SharedFailures | None":
+def _shared_failures(login: Login) -> "SharedFailures | None":
     """Return the count of failures that replicas share, None where there can be none."""
-    if file_of(state_url) is not None:
+    if file_of(login.state_url) is not None:
         return None
     from shared_counts import SharedFailures
 
-    return SharedFailures(state_url)
+    return SharedFailures(login.state_url, login.session_keys[-1])
 
 
 def _lifespan(

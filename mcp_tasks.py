@@ -137,8 +137,10 @@ class Tasks(TasksExtension):
             confirmed=ssh.confirms,
             command=wanted,
         )
+        ssh.jobs.promised(
+            order.owner, order.job_id, line
+        )  # also one of which nobody will know whether it was taken
         anyio.from_thread.run(self._tasks.queue.put, order.job_id, self._tasks.seal.order(order))
-        ssh.jobs.promised(order.owner, order.job_id, line)
         return promise
 
     async def _handle_get(self, ctx: ServerRequestContext[Any, Any], params: GetTaskParams) -> GetTaskResult:

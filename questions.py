@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _MOST_CHARACTERS = 4000
 _EXCERPT_CHARACTERS = 1500
+_ENDS_CHARACTERS = 750
 _EXCERPT_LINES = 25
 _GAP = re.compile(r"\s{60,}|\n(?:[^\S\n]*\n){7,}")
 
@@ -38,7 +39,7 @@ def running(place: str, task: Task, *, background: bool) -> str:
     ]
     where = ", ".join([f"on {place}", *filter(None, conditions)])
     variables = "\n".join(f"{name}={one_line(value)}" for name, value in sorted(task.env.items()))
-    if len(where) > _MOST_CHARACTERS // 2:
+    if len(place) > _MOST_CHARACTERS // 2:
         raise RefusedError(
             f"CONFIRM wants every host shown to a person, and these need over {_MOST_CHARACTERS // 2} characters; "
             "nothing was run. Name fewer at once"
@@ -48,8 +49,8 @@ def running(place: str, task: Task, *, background: bool) -> str:
         exact += f"\n\nwith these variables:\n\n{_quoted(variables[:_MOST_CHARACTERS])}"
     if max(len(exact), len(task.command), len(variables)) > _MOST_CHARACTERS:
         raise RefusedError(
-            f"CONFIRM wants the command shown to a person, and with its variables it has over {_MOST_CHARACTERS} "
-            "characters; nothing was run. Write it to a file with ssh_write_file and run that"
+            f"CONFIRM wants the command shown to a person, and with its hosts and variables it has over "
+            f"{_MOST_CHARACTERS} characters; nothing was run. Write it to a file with ssh_write_file and run that"
         )
     return exact + (f"\n\nIt reads {_excerpt(task.stdin)}" if task.stdin else "")
 
@@ -57,8 +58,9 @@ def running(place: str, task: Task, *, background: bool) -> str:
 def signalling(place: str, job: str, signal: Signal | None) -> str:
     """Ask whether a job may be sent a signal; without one, whether it may be killed when its time is over."""
     deed = f"Send SIG{signal} to" if signal else "Kill, once the time of this call is over,"
-    more = len(place) - _EXCERPT_CHARACTERS
-    where = place if more <= 0 else f"{place[:_EXCERPT_CHARACTERS]} [... {more} more characters]"
+    more = len(place) - 2 * _ENDS_CHARACTERS
+    cut = f"{place[:_ENDS_CHARACTERS]}[... {more} more characters ...]{place[-_ENDS_CHARACTERS:]}"
+    where = place if more <= 0 else cut
     return f"{deed} this on {where}?\n\n{_quoted(job)}"
 
 

@@ -86,6 +86,9 @@ class Server(FastMCP[None]):
     runs_tasks: bool = True
     """Whether tasks run here too, and not only in workers."""
     in_force: Callable[[AccessToken], Awaitable[bool]] = staticmethod(_always)
+    """Tells whether a login was not taken back, as far as is known: yes when nobody knows."""
+    stands: Callable[[AccessToken], Awaitable[bool]] = staticmethod(_always)
+    """Tells the same, and raises when nobody knows."""
     is_first: Callable[[str], Awaitable[bool | None]]
     """Tells whether a person's answer was not used before, at any replica; None when nobody knows."""
     _listens_on: str | None = None
@@ -140,6 +143,7 @@ class Server(FastMCP[None]):
     def http_app(self, *args: Any, **kwargs: Any) -> "StarletteWithLifespan":
         """Return the application that serves both HTTP transports. Raises SettingsError without a complete login."""
         import http_server  # what only HTTP needs takes a second to import
+        import oauth_state
 
         current = settings.load()
         login = settings_login.login(current, self._listens_on)
@@ -154,11 +158,12 @@ class Server(FastMCP[None]):
             stateless=any(map(kwargs.get, ("stateless_http", "stateless")))
             or fastmcp.settings.stateless_http,
         )
-        self.in_force, self.is_first = served.state.in_force, served.state.is_first
-        if current.rate_limit is not None and not login.state_url.startswith("sqlite:"):
+        self.in_force, self.stands = served.state.in_force, served.state.stands
+        self.is_first = served.state.is_first
+        if current.rate_limit is not None and oauth_state.file_of(login.state_url) is None:
             from shared_counts import SharedRate
 
-            self.shared_rate = SharedRate(current.rate_limit, login.state_url)
+            self.shared_rate = SharedRate(current.rate_limit, login.state_url, login.session_keys[-1])
         return served
 
 

@@ -13,6 +13,7 @@ from audit_log import open_log
 from calls import Rate
 from confirm import AskingReach
 from settings import Settings, Target
+from ssh_answers import JobState
 from ssh_commands import Commands
 from ssh_edits import Edit
 from ssh_errors import ArgumentError, RefusedError, SSHError
@@ -20,6 +21,7 @@ from ssh_files import Files
 from ssh_fleet import Fleets
 from ssh_fold import Member, spelled
 from ssh_jobs import Jobs
+from ssh_ledger import Begun
 from ssh_nodes import nodes
 from ssh_output import visible
 from ssh_policy import AllowedCommands, Reach, no_running, no_writing
@@ -103,6 +105,12 @@ class Services:
             return self.jobs, str(runs_on)
         self.reach.targets_unasked((each.target.host, each.target.user, each.target.port) for each in members)
         return self.fleets, spelled(members)
+
+    def begun_by(self, owner: str) -> list[tuple[Begun, JobState]]:
+        """Return the jobs, fleets and tasks of `owner` that were begun here, the last one first, and how they go."""
+        self.jobs.forget_old()
+        self.fleets.forget_old()
+        return self.jobs.ledger.of(owner)
 
     def target_to_write(self, host: str | None, user: str | None, port: int | None) -> Target:
         """Return the target of a call that writes, and asks by itself.

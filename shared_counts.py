@@ -1,24 +1,24 @@
 """What replicas count together in the Redis server of STATE_URL: calls of one identity, failures of one address.
 
 Redis takes the time and counts in one atomic step, so replicas' clocks do not matter and two calls cannot both be the
-last one. Whose calls and which addresses are counted stands there only as a hash. All is used from one event loop.
+last one. Whose calls and which addresses are counted stands there only as an HMAC, which nobody can undo who lacks the
+replicas' secret. What is there grows with what was asked in the last minute. All is used from one event loop.
 """
 
+import hmac
 import math
 import secrets
-from collections.abc import Iterable, Sequence
-from hashlib import sha256
+from collections.abc import Sequence
+from typing import Any
 
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.commands.core import AsyncScript
 from redis.exceptions import RedisError
 
 from http_limits import Limit
-from oauth_state import StateDown
+from oauth_state import StateDown, redis_client
 from ssh_errors import RefusedError, SSHError
 
-_ANSWER_SECONDS = 3.0
+_RETRIES = 1  # what is counted twice costs less than what is refused
 
 _NOW = """
 local time = redis.call('TIME')
@@ -44,7 +44,7 @@ _WAITS = f"""{_NOW}
 local waits = {{}}
 for i, key in ipairs(KEYS) do
   local first = redis.call('LINDEX', key, ARGV[i] - 1)
-  waits[i] = first and math.max(0, first + 60000 - now) or 0
+  waits[i] = first and math.min(60000, math.max(0, first + 60000 - now)) or 0
 end
 return waits
 """
@@ -56,9 +56,10 @@ class SharedRate:
     The same promise as `calls.Rate`. Fails closed: without that server no login can be checked either.
     """
 
-    def __init__(self, most: int, url: str) -> None:
+    def __init__(self, most: int, url: str, secret: bytes) -> None:
         self._most = most
-        self._redis = _client(url)
+        self._secret = secret
+        self._redis = redis_client(url, retries=_RETRIES)
         self._take = self._redis.register_script(_TAKE)
 
     async def close(self) -> None:
@@ -68,9 +69,8 @@ class SharedRate:
     async def take(self, identity: str) -> None:
         """Count a call. Raises RefusedError if there were too many, and SSHError if nobody can tell."""
         try:
-            milliseconds = int(
-                await self._take(keys=[_key("rate", identity)], args=[self._most, secrets.token_hex(8)])
-            )
+            key = _key(self._secret, "rate", identity)
+            milliseconds = int(await self._take(keys=[key], args=[self._most, secrets.token_hex(8)]))
         except (RedisError, OSError):
             raise SSHError(
                 "the Redis server (STATE_URL) does not answer, so calls (RATE_LIMIT) cannot be counted; nothing was "
@@ -86,8 +86,9 @@ class SharedRate:
 class SharedFailures:
     """Counts failures of the last minute as `http_limits.Failures` does, at all replicas together."""
 
-    def __init__(self, url: str) -> None:
-        self._redis = _client(url)
+    def __init__(self, url: str, secret: bytes) -> None:
+        self._secret = secret
+        self._redis = redis_client(url, retries=_RETRIES)
         self._add = self._redis.register_script(_ADD)
         self._waits = self._redis.register_script(_WAITS)
 
@@ -97,32 +98,19 @@ class SharedFailures:
 
     async def waits(self, limits: Sequence[Limit]) -> list[int]:
         """Return for each limit after how many seconds it lets go, 0 for one not reached. Raises StateDown."""
-        try:
-            milliseconds = await self._waits(keys=_keys(limits), args=[limit.most for limit in limits])
-        except (RedisError, OSError) as error:
-            raise StateDown("the Redis server (STATE_URL) is down") from error
-        return [math.ceil(each / 1000) for each in milliseconds]
+        return [math.ceil(milliseconds / 1000) for milliseconds in await self._run(self._waits, limits)]
 
     async def add(self, limits: Sequence[Limit]) -> None:
         """Count one failure against each limit. Raises StateDown."""
+        await self._run(self._add, limits)
+
+    async def _run(self, script: AsyncScript, limits: Sequence[Limit]) -> Any:
+        keys = [_key(self._secret, "failures", repr(limit.key)) for limit in limits]
         try:
-            await self._add(keys=_keys(limits), args=[limit.most for limit in limits])
+            return await script(keys=keys, args=[limit.most for limit in limits])
         except (RedisError, OSError) as error:
             raise StateDown("the Redis server (STATE_URL) is down") from error
 
 
-def _client(url: str) -> Redis:
-    return Redis.from_url(
-        url,
-        socket_timeout=_ANSWER_SECONDS,
-        socket_connect_timeout=_ANSWER_SECONDS,
-        retry=Retry(NoBackoff(), 1),  # what is counted twice costs less than what is refused
-    )
-
-
-def _keys(limits: Iterable[Limit]) -> list[str]:
-    return [_key("failures", repr(limit.key)) for limit in limits]
-
-
-def _key(kind: str, name: str) -> str:
-    return f"ssh-mcp:{kind}:{sha256(name.encode()).hexdigest()}"
+def _key(secret: bytes, kind: str, name: str) -> str:
+    return f"ssh-mcp:{kind}:{hmac.digest(secret, f'{kind} {name}'.encode(), 'sha256').hex()}"

@@ -88,7 +88,7 @@ class _Race:
             now = time.monotonic()
             if self._waiting and (now >= self._next_at or not self._running.get_map()):
                 self._start(self._waiting.popleft())
-            elif winner := self._connected((self._next_at if self._waiting else self._deadline) - now):
+            elif winner := self._connected(self._pause_until - now):
                 return winner
             elif now >= self._deadline:  # and a last look, taken since, found nothing
                 self._give_up()
@@ -99,6 +99,10 @@ class _Race:
         for key in list(self._running.get_map().values()):
             self._end(key)
         self._running.close()
+
+    @property
+    def _pause_until(self) -> float:
+        return min(self._next_at, self._deadline) if self._waiting else self._deadline
 
     def _start(self, address: Address) -> None:
         self._next_at = time.monotonic() + self._next_seconds

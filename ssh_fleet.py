@@ -31,7 +31,7 @@ from ssh_fold import Member, Offsets, Part, State, answer, cursor_of, offsets, s
 from ssh_jobs import Job, Jobs
 from ssh_kill import Signal
 from ssh_ledger import in_background
-from ssh_nodes import PARALLEL, Node, folded
+from ssh_nodes import MOST_AT_ONCE, PARALLEL, Node, folded
 from ssh_pool import Cancelled, Pool
 from ssh_rounds import KILL_SECONDS, Crew, OnTimeout, Pace, Place, Progress, Round, kept_of, untold
 from ssh_shells import Task
@@ -42,6 +42,7 @@ _END_SECONDS = 0.25
 """Before its call's end a command is handed over, so that it can be told of, or killed."""
 _ANSWERS_SECONDS = 3600.0
 _ENDED_BYTES = 64 * 1024 * 1024
+_PLACE_BYTES = 2048
 _MOST_RUNNING = 32
 _TAKEN_BACK = "not begun: the login of this call was taken back"
 
@@ -71,7 +72,9 @@ class _Fleet:
 
     @property
     def held_bytes(self) -> int:
-        return sum(place.report.kept_bytes for place in self.round.places if place.report is not None)
+        """About how much memory it takes once it has ended."""
+        kept = sum(place.report.kept_bytes for place in self.round.places if place.report is not None)
+        return kept + _PLACE_BYTES * len(self.round.places)
 
 
 class Fleets:
@@ -82,9 +85,9 @@ class Fleets:
         self._jobs = jobs
         self._most_connections = pool.max_total
         self._crew = Crew()
-        self._enders = Crew(PARALLEL)
+        self._enders = Crew()
         self._pace = Pace(pool)
-        self._background = BackgroundFleets(commands, jobs, self._crew, self._enders, self._pace)
+        self._background = BackgroundFleets(commands, jobs, self._crew, self._pace)
         self._books = threading.Condition()
         self._fleets: dict[str, _Fleet] = {}
         self._calls = 0
@@ -199,7 +202,7 @@ class Fleets:
         name, where = self._known(owner, job_id)
         if not where:
             return self._found(name).command
-        return self._jobs.ledger.command_of(owner, name) or f"{name}, which was begun before this server"
+        return self._jobs.ledger.command_of(owner, name) or f"{name}, which was begun elsewhere or long ago"
 
     def go_on(
         self,
@@ -300,7 +303,10 @@ class Fleets:
             fleet.ending = True
         fleet.round.stop(why)
         for place in self._running(fleet):
-            self._enders.do(partial(self._kill, fleet, place))
+            try:
+                self._enders.do(partial(self._kill, fleet, place))
+            except SSHError:  # no thread but this one
+                self._kill(fleet, place)
         fleet.round.wait_all(KILL_SECONDS)
 
     def _kill(self, fleet: _Fleet, place: Place) -> None:
@@ -320,12 +326,12 @@ class Fleets:
             [place.member for place in self._running(fleet)],
             lambda sent: self._signal(by_member[sent.member], signal),
             self._enders,
-            parallel=PARALLEL,
+            parallel=MOST_AT_ONCE,
         )
         by_member = {place.member: place for place in fleet.round.places}
         sending.begin()
         sending.wait_all(KILL_SECONDS)
-        return [place.member.node for place in sending.places if place.error is not None]
+        return [place.member.node for place in sending.places if place.error is not None or not place.settled]
 
     def _signal(self, place: Place, signal: Signal) -> bool:
         if (running := place.running) is not None:
@@ -391,9 +397,13 @@ class Fleets:
     def _state(self, name: str) -> JobState | None:
         """Return how a fleet goes, None when it is forgotten."""
         with self._books:
-            self._forget_old()
             fleet = self._fleets.get(name)
         return None if fleet is None else "running" if fleet.ended_at is None else "ended"
+
+    def forget_old(self) -> None:
+        """Forget what ended too long ago to answer for."""
+        with self._books:
+            self._forget_old()
 
     def _forget_old(self) -> None:
         ended = sorted(

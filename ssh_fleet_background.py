@@ -37,12 +37,10 @@ Where = list[tuple[str, int, bool, bool, str]]
 class BackgroundFleets:
     """Starts fleets in the background and looks at them. Thread-safe: it keeps no state."""
 
-    def __init__(self, commands: Commands, jobs: Jobs, crew: Crew, enders: Crew, pace: Pace) -> None:
-        """`enders` send signals and end jobs, where nobody waits for an end before; `crew` does all else."""
+    def __init__(self, commands: Commands, jobs: Jobs, crew: Crew, pace: Pace) -> None:
         self._commands = commands
         self._jobs = jobs
         self._crew = crew
-        self._enders = enders
         self._pace = pace
 
     def start(
@@ -173,8 +171,7 @@ class BackgroundFleets:
             place.found = _part(name, member, look)
             return True
 
-        ends_at_once = signal is not None or (end and until <= time.monotonic())
-        sweep = Round(members, act, self._enders if ends_at_once else self._crew, parallel=PARALLEL)
+        sweep = Round(members, act, self._crew, parallel=PARALLEL)
         sweep.begin()
         try:
             sweep.wait(max(until, time.monotonic()) + _LOOK_SECONDS, check, progress)

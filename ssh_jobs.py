@@ -244,7 +244,7 @@ class Jobs:
         command = self.ledger.command_of(owner, name)
         if command is None and not name.startswith(_BACKGROUND):
             self._found(name)
-        return command or f"{name}, which was begun before this server"
+        return command or f"{name}, which was begun elsewhere or long ago"
 
     def _note(
         self,
@@ -259,9 +259,13 @@ class Jobs:
     def _state(self, name: str) -> JobState | None:
         """Return how a detached job goes, None when it is forgotten."""
         with self._books:
-            self._forget_old()
             job = self._jobs.get(name)
         return None if job is None else "running" if job.ended_at is None else "ended"
+
+    def forget_old(self) -> None:
+        """Forget what ended too long ago to answer for."""
+        with self._books:
+            self._forget_old()
 
     def go_on(
         self,

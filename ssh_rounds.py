@@ -7,8 +7,8 @@ Invariants:
 
 - At most `parallel` places are in flight. Those that wait hold no thread, and a slow or dead target delays nobody
   but itself.
-- All rounds of the process share one crew of `MOST_AT_ONCE` threads, which end when there is nothing to do; those that
-  end what runs have another of `PARALLEL`, and wait behind no host that hangs.
+- All rounds of the process share one crew of `MOST_AT_ONCE` threads, which end when there is nothing to do. What ends
+  commands over connections that are open has another, so that it waits for nobody who connects.
 - Every place is settled exactly once: by its end, by what failed there, or by `halt` before it began.
 - The lock of a round, `changed`, guards its places' books and is never held across the network.
 """

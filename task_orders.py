@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from ssh_errors import RefusedError
 
@@ -128,7 +128,7 @@ def _of_task(job_id: str, told: T) -> T:
 def _opened(fernets: MultiFernet, text: bytes | str, kind: type[M], lifetime_seconds: int | None) -> M:
     try:
         return kind.model_validate_json(fernets.decrypt(text, lifetime_seconds))
-    except (InvalidToken, ValidationError, TypeError):
+    except (InvalidToken, TypeError, ValueError):
         raise RefusedError(
             "what Redis holds for this task was not sealed with this server's key (SESSION_SECRET), or too long ago"
         ) from None

@@ -24,7 +24,7 @@ from fastmcp.exceptions import ToolError
 
 import audit
 import confirm
-from calls import failures_told, progress_text
+from calls import failures_told, progress_text, untold
 from oauth_grants import Standing
 from oauth_state import StateDown
 from services import Services
@@ -244,6 +244,7 @@ class _Reporting:
         if self._sending is None or self._sending.done():
             sealed = self._seal.progress(Progress(job_id=self._job_id, text=text))
             self._sending = asyncio.ensure_future(self._report(sealed))
+            self._sending.add_done_callback(untold)
 
 
 def _patience(cancelled: Callable[[], None]) -> Iterator[None]:

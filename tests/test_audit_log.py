@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import pytest
 
 import audit_log
 from audit_chain import Check, Finding, digest, parsed
-from audit_log import FileLog, SentLog, open_log
+from audit_log import FileLog, SentLog, open_log, try_log
 from conftest import program
 from settings import SettingsError
 
@@ -117,6 +117,22 @@ def test_file_of_another_account_is_refused(path: Path, name: str) -> None:
     os.chown(path.with_name(name), 1234, 1234)
     with pytest.raises(SettingsError, match=f"AUDIT_LOG.*{name} belongs to another account"):
         FileLog(path)
+
+
+@pytest.mark.parametrize("open_it", [open_log, try_log])
+def test_place_where_no_file_can_be_is_told(open_it: Callable[[str], object]) -> None:
+    with pytest.raises(SettingsError, match="AUDIT_LOG is '/', which cannot be written"):
+        open_it("/")
+
+
+def test_trying_a_trail_finds_what_opening_it_would_and_makes_nothing(path: Path) -> None:
+    write(path, "a")
+    path.with_name(".audit.jsonl.state").unlink()
+    assert try_log(str(path)) is False
+    path.with_name(".audit.jsonl.key").chmod(0o644)
+    with pytest.raises(SettingsError, match="others may read its key"):
+        try_log(str(path))
+    assert not path.with_name(".audit.jsonl.state").exists()
 
 
 def test_fifo_in_the_place_of_the_key_holds_nobody_up(path: Path) -> None:

@@ -9,7 +9,8 @@ from fastmcp.exceptions import ToolError
 from fastmcp.server.auth import AccessToken
 
 import calls
-from calls import EndWithLogin
+from calls import EndWithLogin, LoginStands
+from ssh_errors import SSHError
 
 NEVER: Any = None
 """The context of a call, which is only passed on."""
@@ -70,3 +71,35 @@ def test_nobody_asks_for_a_call_that_has_ended() -> None:
 
     asyncio.run(play())
     assert asked == 1
+
+
+def stands_after(pause: float, answer: Callable[[], bool]) -> bool:
+    """Return what a thread is told about a login some time after its call began."""
+
+    async def stands(_: AccessToken) -> bool:
+        return answer()
+
+    async def play() -> bool:
+        told = LoginStands(stands, asyncio.get_running_loop())
+        await asyncio.sleep(pause)
+        return await asyncio.to_thread(told)
+
+    return asyncio.run(play())
+
+
+def test_thread_is_told_whether_its_login_stands() -> None:
+    assert stands_after(0.05, lambda: True)
+    assert not stands_after(0.05, lambda: False)
+
+
+def test_thread_is_told_nothing_when_nobody_knows_whether_its_login_stands() -> None:
+    def fail() -> bool:
+        raise RuntimeError("the store is down")
+
+    with pytest.raises(SSHError, match="cannot be told now"):
+        stands_after(0.05, fail)
+
+
+def test_login_that_was_asked_for_just_now_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "_LOGIN_SECONDS", 60)
+    assert stands_after(0, lambda: False)

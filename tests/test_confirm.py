@@ -359,10 +359,11 @@ def test_page_shows_a_question_as_it_is_asked() -> None:
 
 
 def test_long_list_of_hosts_is_cut_only_where_nothing_is_begun() -> None:
-    where = ",".join(f"host{n * n}" for n in range(400))
+    where = ",".join(f"host{n * n}" for n in range(400)) + " (400 hosts)"
     asked = questions.signalling(where, "sleep 60", "TERM")
     assert len(asked) < 2000
-    assert f"[... {len(where) - 1500} more characters]" in asked
+    assert f"[... {len(where) - 1500} more characters ...]" in asked
+    assert " (400 hosts)?" in asked
     with pytest.raises(RefusedError, match="every host"):
         questions.running(where, Task.of("true"), background=False)
 

@@ -282,6 +282,31 @@ def test_one_token_may_be_revoked_without_its_family(url: str, name: str) -> Non
     assert run(url, lambda state: state.rotate(name, 1)) == 2
 
 
+def test_revoked_token_is_remembered_as_long_as_its_family_lives(tmp_path: Path) -> None:
+    """What was begun with it may go on longer than the token itself."""
+
+    async def play() -> None:
+        state = SqliteState(file_of(tmp_path))
+        with time_machine.travel(time.time(), tick=True) as clock:
+            await state.open_family("family", 5)
+            assert await state.redeem("family", 24 * 3600)
+            await state.revoke("family", "one")
+            clock.shift(2 * 3600)
+            await state.claim("another", 5)  # sweeps
+            assert not await state.alive("family", "one")
+            assert await state.alive("family", "other")
+        await state.close()
+
+    asyncio.run(play())
+
+
+def test_hundreds_may_ask_at_once(url: str, name: str) -> None:
+    async def ask(state: State) -> list[bool]:
+        return await asyncio.gather(*(state.claim(f"{name}{n}", 5) for n in range(400)))
+
+    assert run(url, ask) == [True] * 400
+
+
 def test_revoking_a_token_of_no_family_revives_nothing(url: str, name: str) -> None:
     run(url, lambda state: state.revoke(name, "one"))
     assert not alive(url, name, "other")

@@ -40,7 +40,7 @@ def play(store: Redis, use: Callable[..., Awaitable[None]], most: int = 2) -> No
     """Do something with three replicas that let so many calls in."""
 
     async def run() -> None:
-        replicas = [SharedRate(most, store.url) for _ in range(3)]
+        replicas = [SharedRate(most, store.url, b"secret") for _ in range(3)]
         await use(*replicas)
         for replica in replicas:
             await replica.close()
@@ -104,7 +104,7 @@ class Replica:
     """The endpoints of one server, which refuse everything; its requests come from one address."""
 
     def __init__(self, url: str) -> None:
-        self.failures = SharedFailures(url)
+        self.failures = SharedFailures(url, b"secret")
         app = Starlette(routes=[Route("/token", _refuse, methods=["POST"])])
         limits = OAuthLimits(app, Proxies("127.0.0.1"), "ours".__eq__, self.failures)
         self._client = httpx.AsyncClient(
@@ -136,6 +136,15 @@ def test_failures_at_all_replicas_hold_a_client_back_at_each(store: Redis) -> No
         assert [await replica.fail() for replica in replicas] == [429, 429, 429]
         assert await replicas[0].fail("another") == 400
         assert await replicas[1].fail(code="ours") == 400
+
+    play_login(store, use)
+
+
+def test_bursts_let_no_more_through_than_may_be_under_way(store: Redis) -> None:
+    async def use(*replicas: Replica) -> None:
+        told = await asyncio.gather(*(replica.fail() for replica in replicas for _ in range(200)))
+        assert set(told) == {400, 429}
+        assert told.count(400) <= MOST + 3 * 16
 
     play_login(store, use)
 

@@ -721,7 +721,7 @@ def test_question_about_a_fleet_in_the_background_shows_its_command(
 
     asyncio.run(run())
     assert person.asked[-2].endswith("\n\n    sleep 9")
-    assert person.asked[-1].endswith(", which was begun before this server")
+    assert person.asked[-1].endswith(", which was begun elsewhere or long ago")
 
 
 def test_hosts_of_an_answer_name_the_same_hosts_in_the_next_call(call: Call) -> None:
