@@ -130,7 +130,7 @@ class Settings(BaseSettings):
     ssh_max_total_connections: int = Field(
         500, ge=1, le=100_000, description="a whole number from 1 to 100000"
     )
-    """Connections kept in all, those to jump hosts not counted."""
+    """Connections kept in all."""
     ssh_idle_seconds: float = Field(600, ge=1, le=86_400, description="seconds, from 1 to 86400")
     """An idle connection is closed after this."""
     ssh_connect_timeout: float = Field(10, ge=0.1, le=600, description="seconds, from 0.1 to 600")

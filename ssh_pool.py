@@ -1,8 +1,7 @@
 """Connections that many threads share: opened when needed, lent by the session, retired when dead or idle.
 
-All targets together have at most `SSH_MAX_TOTAL_CONNECTIONS`, those to jump hosts not counted, which are few since they
-are shared (`ssh_jumps`); the one that was idle longest makes way. What holds for the connections of one target stands
-in `ssh_lending`. Knows Paramiko's connections; knows no tool.
+All targets together have at most `SSH_MAX_TOTAL_CONNECTIONS`; the one that was idle longest makes way. What holds for
+the connections of one target stands in `ssh_lending`. Knows Paramiko's connections; knows no tool.
 """
 
 import threading
@@ -16,7 +15,6 @@ import telemetry
 from settings import Settings, Target
 from ssh_errors import BusyError, PoolClosedError
 from ssh_hosts import Hosts
-from ssh_jumps import Jumps
 from ssh_keys import Keys
 from ssh_lending import Cancelled, TargetPool
 from ssh_members import Standing
@@ -67,7 +65,6 @@ class Pool:
         self._settings = settings
         self._hosts = hosts or Hosts(settings)
         self._keys = Keys(settings)
-        self._jumps = Jumps()
         self._changed = threading.Condition()
         self._targets: dict[Target, TargetPool] = {}
         self._counted_before: Counter[str] = Counter()
@@ -188,7 +185,7 @@ class Pool:
     def connect(self, target: Target) -> Connection:
         """Open a connection; for the target's pool."""
         with telemetry.connecting(target):
-            connection = connect(target, self._hosts, self._keys, self._jumps)
+            connection = connect(target, self._hosts, self._keys)
         with self._changed:
             self._host_keys[target] = connection.host_key.fingerprint
         return connection

@@ -3,74 +3,46 @@
 Invariants:
 
 - Each jump host is known by its own host key, and logged in to with its own keys, as its entry in the SSH config says.
-- A connection holds what it runs over: the process of a ProxyCommand ends with it, a connection to a jump host when it
-  was the last that leads over it (`ssh_jumps`).
-- A jump host's connection that turns out dead when a passage is opened on it is replaced once.
+- A connection owns what it runs over: the connections to its jump hosts, or the process, end with it.
 - One deadline, the target's, covers the whole way.
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
 
 from settings import Target
 from ssh_config_values import ADDRESS_FAMILIES, Hop
 from ssh_dial import dial
-from ssh_errors import ConfigError, ConnectionLostError, UnreachableError
+from ssh_errors import ConfigError, UnreachableError
 from ssh_hosts import Host, Hosts
-from ssh_jumps import Jumps, Loan
 from ssh_keys import Keys
 from ssh_local import Proxy
 from ssh_login import HungUpError, log_in
-from ssh_transport import Connection, JumpWire, SocketWire, jittered, tcp_wire
+from ssh_transport import Connection, SocketWire, jittered, tcp_wire
 
 
-def connect(target: Target, hosts: Hosts, keys: Keys, jumps: Jumps) -> Connection:
+def connect(target: Target, hosts: Hosts, keys: Keys) -> Connection:
     """Open a connection: name look-up, TCP (`ssh_dial`) or what the SSH config says, key exchange, host key, login.
 
     Takes at most ConnectTimeout or else `SSH_CONNECT_TIMEOUT` seconds, a slow name look-up excepted. Raises
     ConfigError, UnreachableError and its kinds: HostKeyError, LoginError, NoAnswerError. Thread-safe.
     """
     host = hosts.host(target)
-    return _Way(hosts, keys, jumps, time.monotonic() + host.connect_seconds).to(host)
+    return _Way(hosts, keys, time.monotonic() + host.connect_seconds).to(host)
 
 
 class _Way:
     """Connecting by one deadline (monotonic seconds). Used by one thread."""
 
-    def __init__(self, hosts: Hosts, keys: Keys, jumps: Jumps, deadline: float) -> None:
+    def __init__(self, hosts: Hosts, keys: Keys, deadline: float) -> None:
         self._hosts = hosts
         self._keys = keys
-        self._jumps = jumps
         self._deadline = deadline
         self._passed: set[Target] = set()
 
     def to(self, host: Host) -> Connection:
         """Connect to a host as its entry in the SSH config says."""
-        return self._over(self._jump_hosts(host), host)
-
-    def _jump_hosts(self, host: Host) -> list[Host]:
-        """Return the jump hosts before a host, in the order in which they are passed."""
-        if not host.config.proxy_jump:
-            return []
-        first, *others = [self._passing(host, hop) for hop in host.config.proxy_jump]
-        # each of the others is reached over the one before, whatever its own entry says
-        others = [replace(other, config=replace(other.config, proxy_jump=())) for other in others]
-        return [*self._jump_hosts(first), first, *others]
-
-    def _passing(self, host: Host, hop: Hop) -> Host:
-        jump_host = self._hosts.jump_host(hop)
-        place = Target(jump_host.target.user, jump_host.config.hostname, jump_host.target.port)
-        if place in self._passed:
-            raise ConfigError(
-                f"SSH_CONFIG: the jump hosts of {host} lead in a circle: {hop.host} comes twice"
-            )
-        self._passed.add(place)
-        return jump_host
-
-    def _over(self, jump_hosts: Sequence[Host], host: Host) -> Connection:
-        if jump_hosts:
-            return self._by_passage(jump_hosts, host)
+        if host.config.proxy_jump:
+            return self._over(self._jump(host), host)
         if host.config.proxy_command:
             return self._by_command(host, host.config.proxy_command)
         return self._directly(host)
@@ -102,38 +74,37 @@ class _Way:
                 f"{host}: its ProxyCommand ended before the SSH key exchange: {proxy.last_words()}"
             ) from None
 
-    def _by_passage(self, jump_hosts: Sequence[Host], host: Host) -> Connection:
-        wire, jump = self._passage(jump_hosts, host)
+    def _jump(self, host: Host) -> Connection:
+        """Connect to a host's jump hosts: to the first in its own way, to each other over the one before."""
+        first, *others = [self._passing(host, hop) for hop in host.config.proxy_jump]
+        try:
+            connection = self.to(first)
+            for jump_host in others:
+                connection = self._over(connection, jump_host)
+        except UnreachableError as error:
+            raise type(error)(f"on the way to {host.target}: {error}") from None
+        return connection
+
+    def _passing(self, host: Host, hop: Hop) -> Host:
+        jump_host = self._hosts.jump_host(hop)
+        place = Target(jump_host.target.user, jump_host.config.hostname, jump_host.target.port)
+        if place in self._passed:
+            raise ConfigError(
+                f"SSH_CONFIG: the jump hosts of {host} lead in a circle: {hop.host} comes twice"
+            )
+        self._passed.add(place)
+        return jump_host
+
+    def _over(self, jump: Connection, host: Host) -> Connection:
+        try:
+            left = self._deadline - time.monotonic()
+            wire = jump.open_passage(host.config.hostname, host.target.port, left)
+        except BaseException:
+            jump.close()
+            raise
         try:
             return log_in(host, wire, jump, self._keys, self._deadline)
         except HungUpError:
             raise UnreachableError(
-                f"{host} hangs up before the SSH key exchange, over the jump host {jump_hosts[-1].target}; "
-                "is this an SSH server?"
+                f"{host} hangs up before the SSH key exchange, over the jump host {jump.target}; is this an SSH server?"
             ) from None
-
-    def _passage(
-        self, jump_hosts: Sequence[Host], host: Host, *, once_more: bool = True
-    ) -> tuple[JumpWire, Loan]:
-        """Open a passage to a host on a connection to the last of its jump hosts."""
-        jump = self._jump(jump_hosts, host)
-        try:
-            left = self._deadline - time.monotonic()
-            return jump.connection.open_passage(host.config.hostname, host.target.port, left), jump
-        except ConnectionLostError as error:
-            jump.close()
-            if not once_more:
-                raise UnreachableError(str(error)) from None
-        except BaseException:
-            jump.close()
-            raise
-        return self._passage(jump_hosts, host, once_more=False)
-
-    def _jump(self, jump_hosts: Sequence[Host], host: Host) -> Loan:
-        *before, last = jump_hosts
-        try:
-            return self._jumps.lend(jump_hosts, self._deadline, lambda: self._over(before, last))
-        except UnreachableError as error:
-            if not host.config.proxy_jump:
-                raise
-            raise type(error)(f"on the way to {host.target}: {error}") from None

@@ -34,11 +34,10 @@ class Channels(ChannelMap):  # type: ignore[misc]
     def put(self, chanid: int, chan: paramiko.Channel) -> None:
         """List a channel."""
         chan.transport = self._transport
-        chan.refusal = None
         super().put(chanid, chan)
 
 
-class Gate:
+class _Gate:
     """Keeps a channel's CLOSE behind whatever is being sent on that channel.
 
     Paramiko makes a message under the channel's lock and sends it afterwards, so its reading thread can answer a
@@ -123,7 +122,7 @@ class Session:
     def __init__(self, channel: paramiko.Channel) -> None:
         self._channel = channel
         self._wake = _Wake()
-        self._gate = Gate(channel)
+        self._gate = _Gate(channel)
         channel.gate = self._gate
         channel.exit_signal = None
         channel.is_asked = False
@@ -280,7 +279,7 @@ def window_adjust(channel: paramiko.Channel, message: paramiko.Message) -> None:
 
 def answer_close(channel: paramiko.Channel, message: paramiko.Message) -> None:
     """Answer the server's CLOSE behind what is being sent; at once when no session was made of the channel yet."""
-    gate: Gate | None = getattr(channel, "gate", None)
+    gate: _Gate | None = getattr(channel, "gate", None)
     if gate is None:
         channel._handle_close(message)
     else:

@@ -9,9 +9,8 @@ Invariants:
 Borrowed from Paramiko's private parts, here and in `ssh_session`, checked with 5.1.0 (`tests/test_ssh_transport.py`
 fails when one moves): `Packetizer._check_keepalive` (called while the peer is silent), `Transport._preferred_ciphers`,
 `._preferred_macs`, `._preferred_kex`, `._cipher_info`, `._mac_info`, `._kex_info`, `._channel_handler_table`,
-`._send_user_message`, `._parse_newkeys`, `._parse_channel_open_success`, `._parse_channel_open_failure`,
-`.channel_events`; `Channel._handle_close`, `._request_failed`, `.eof_received`, `.in_buffer`, `.in_stderr_buffer`,
-`.status_event`, `.remote_chanid`; `ChannelMap.put`, `Transport._channels`; `Message.packet`.
+`._send_user_message`, `._parse_newkeys`; `Channel._handle_close`, `._request_failed`, `.eof_received`, `.in_buffer`,
+`.in_stderr_buffer`, `.status_event`, `.remote_chanid`; `ChannelMap.put`, `Transport._channels`; `Message.packet`.
 """
 
 import logging
@@ -29,7 +28,6 @@ from paramiko.common import (
     MSG_CHANNEL_FAILURE,
     MSG_CHANNEL_REQUEST,
     MSG_CHANNEL_WINDOW_ADJUST,
-    cMSG_CHANNEL_CLOSE,
     cMSG_CHANNEL_WINDOW_ADJUST,
     cMSG_GLOBAL_REQUEST,
 )
@@ -37,13 +35,12 @@ from paramiko.packet import Packetizer
 
 from ssh_config import HostConfig
 from ssh_config_values import assembled
-from ssh_errors import ConnectionLostError, NoAnswerError, SSHError, UnreachableError
+from ssh_errors import ConnectionLostError, NoAnswerError, UnreachableError
 from ssh_host_keys import HostKey
 from ssh_hosts import Host
 from ssh_session import (
     SOCKET_ERRORS,
     Channels,
-    Gate,
     Session,
     answer_close,
     channel_answer,
@@ -110,23 +107,10 @@ class JumpWire(_ReadAhead):
 
     def __init__(self, channel: paramiko.Channel) -> None:
         self._channel = channel
-        self._gate = channel.gate = Gate(channel)  # others share the connection, which must not end with this
+        self.send: Callable[[bytes | memoryview], int] = channel.send
         self.settimeout: Callable[[float | None], None] = channel.settimeout
-
-    def send(self, data: bytes | memoryview) -> int:
-        """Send what the other side takes, and return how many bytes that was. Raises OSError."""
-        with self._gate as is_open:
-            if not is_open:
-                raise BrokenPipeError
-            return int(self._channel.send(data))
-
-    def shutdown(self, how: int) -> None:
-        """Close the channel: nothing is to come behind its EOF."""
-        self.close()
-
-    def close(self) -> None:
-        """Close the channel, as soon as nobody reads from it or sends."""
-        self._gate.close(self._channel.close)
+        self.shutdown: Callable[[int], None] = channel.shutdown
+        self.close: Callable[[], None] = channel.close
 
     @property
     def _closed(self) -> bool:
@@ -134,8 +118,7 @@ class JumpWire(_ReadAhead):
         return bool(self._channel.closed)
 
     def _receive(self, size: int) -> bytes:
-        with self._gate:
-            data: bytes = self._channel.recv(size)
+        data: bytes = self._channel.recv(size)
         return data
 
 
@@ -143,10 +126,10 @@ Wire = SocketWire | JumpWire
 
 
 class Carrier(Protocol):
-    """What a connection runs over: a jump host's connection, which others may share, or a ProxyCommand's process."""
+    """What a connection runs over and ends with: the jump host's connection, or the process of a ProxyCommand."""
 
     def close(self) -> None:
-        """Give it back, or end it."""
+        """End it."""
 
 
 class _Packetizer(Packetizer):  # type: ignore[misc]
@@ -246,34 +229,6 @@ class Transport(paramiko.Transport):  # type: ignore[misc]
         for message in held_back:
             self._send_user_message(message)
 
-    def _parse_channel_open_success(self, m: paramiko.Message) -> None:
-        """Close a channel that is opened after all, when nobody waits for it any more: Paramiko leaves it open."""
-        start = m.packet.tell()
-        ours, theirs = m.get_int(), m.get_int()
-        if self._channels.get(ours) is not None:
-            m.packet.seek(start)
-            super()._parse_channel_open_success(m)
-            return
-        message = paramiko.Message()
-        message.add_byte(cMSG_CHANNEL_CLOSE)
-        message.add_int(theirs)
-        self._send_user_message(message)
-
-    def _parse_channel_open_failure(self, m: paramiko.Message) -> None:
-        """Leave the reason with its channel: Paramiko has one place for those of all, and callers take each other's."""
-        channel = self._channels.get(number := m.get_int())
-        if channel is not None:
-            channel.refusal = m.get_int(), m.get_text()
-        if (event := self.channel_events.pop(number, None)) is not None:
-            event.set()
-
-    def open_channel(self, *args: Any, **kwargs: Any) -> paramiko.Channel:
-        """Open a channel. Raises ChannelException when the other side refuses it."""
-        channel = super().open_channel(*args, **kwargs)
-        if channel.refusal is not None:
-            raise paramiko.ChannelException(*channel.refusal)
-        return channel
-
     def offer(self, config: HostConfig, host_key_algorithms: Sequence[str]) -> dict[str, Sequence[str]]:
         """Offer what an SSH config wants of what Paramiko has; return what is left, by keyword."""
         self.host_key_algorithms = assembled(
@@ -371,8 +326,7 @@ class Connection:
     def open_passage(self, host: str, port: int, timeout: float) -> JumpWire:
         """Let the other side connect to a host within `timeout` seconds (RFC 4254, 7.2).
 
-        Raises UnreachableError when it does not, ConnectionLostError when this connection is dead. The wire is closed
-        with this connection.
+        Raises UnreachableError when it does not. The wire is closed with this connection.
         """
         where = f"{host}:{port}"
         try:
@@ -384,17 +338,11 @@ class Connection:
         except paramiko.ChannelException as error:
             forbidden = error.code == 1
             why = "forbids it (AllowTcpForwarding in its sshd_config)" if forbidden else "finds nothing there"
-            failure: SSHError = UnreachableError(
+            raise UnreachableError(
                 f"the jump host {self.target} does not connect to {where}: it {why}"
-            )
+            ) from None
         except SOCKET_ERRORS:
-            if self.alive:
-                failure = NoAnswerError(f"the jump host {self.target} does not connect to {where} in time")
-            else:
-                failure = ConnectionLostError(
-                    f"the connection to the jump host {self.target} went away; try again, or see its sshd log"
-                )
-        raise failure  # out here, where it keeps no channel: one that is opened too late is to be closed
+            raise NoAnswerError(f"the jump host {self.target} does not connect to {where} in time") from None
 
     def close(self) -> None:
         """Close the connection at once, and what it runs over; whoever waits on one of its sessions is woken."""

@@ -28,6 +28,7 @@ from ssh_keys import Keys, agent_keys
 from ssh_known_hosts import KnownAs, KnownHosts
 from ssh_policy import AllowedPaths, Reach, split_port
 from ssh_pool import Pool
+from ssh_route import connect
 from ssh_session import Session
 from ssh_sftp import SFTP, NoSFTPError
 from ssh_sftp_packets import StatusError
@@ -190,7 +191,7 @@ class TargetCheck:
         """Connect and log in; say here who is there, and leave to `login` what became of that."""
         started = time.monotonic()
         try:
-            self._connected = self._pool.connect(self._target)
+            self._connected = connect(self._target, self._hosts, self._keys)
         except LoginError as refusal:
             if self._host.known_as not in self._seen:  # it was a jump host's
                 raise

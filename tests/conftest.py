@@ -26,7 +26,7 @@ from settings import Settings, Target
 from ssh_commands import Commands
 from ssh_pool import Pool
 
-pytest_plugins = ["checking", "config_file", "oauth", "ssh_client"]
+pytest_plugins = ["checking", "oauth", "ssh_client"]
 pytest.register_assert_rewrite(
     "cluster"
 )  # a plugin of those tests alone that use it: it takes seconds to import

@@ -18,7 +18,6 @@ from ssh_commands import Commands
 from ssh_errors import HostKeyError, LoginError, UnreachableError
 from ssh_host_keys import HostKey, read_key
 from ssh_hosts import Hosts
-from ssh_jumps import Jumps
 from ssh_keys import Keys
 from ssh_pool import Pool
 from ssh_route import connect
@@ -81,10 +80,10 @@ def test_certificate_for_another_host_leaves_the_plain_key(
     certify(server, authority, "-n", "127.0.0.2")
     settings, key = server.settings(), public(server.folder / "host_key")
     with pytest.raises(HostKeyError, match="its certificate does not name 127") as raised:
-        connect(server.target, Hosts(settings), Keys(settings), Jumps())
+        connect(server.target, Hosts(settings), Keys(settings))
     assert key.fingerprint in str(raised.value)
     server.known_hosts.write_text(server.known_hosts.read_text() + f"[127.0.0.1]:{server.port} {key.text}\n")
-    connection = connect(server.target, Hosts(settings), Keys(settings), Jumps())
+    connection = connect(server.target, Hosts(settings), Keys(settings))
     assert connection.host_key == key
     connection.close()
 
@@ -96,7 +95,7 @@ def test_certified_host_is_known_by_its_plain_key_where_no_authority_is_known(
     certify(server, authority, "-n", "127.0.0.1")
     server.known_hosts.unlink()
     settings = server.settings(ssh_host_key_policy="accept-new")
-    connect(server.target, Hosts(settings), Keys(settings), Jumps()).close()
+    connect(server.target, Hosts(settings), Keys(settings)).close()
     key = public(server.folder / "host_key")
     assert server.known_hosts.read_text() == f"[127.0.0.1]:{server.port} {key.text}\n"
 
@@ -133,4 +132,4 @@ def test_certificate_without_its_key_is_worth_nothing(
         threading.Thread(target=serve, daemon=True).start()
         target, settings = Target("tester", "127.0.0.1", listener.getsockname()[1]), server.settings()
         with pytest.raises(error, match=told):
-            connect(target, Hosts(settings), Keys(settings), Jumps())
+            connect(target, Hosts(settings), Keys(settings))

@@ -6,8 +6,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,19 @@ import pytest
 from fastmcp import Client
 
 import app
-from config_file import Config, entry, logins, port_seen
-from conftest import Server, keygen, marker, program, running, wait_for
-from settings import SettingsError
+from conftest import (
+    Server,
+    keygen,
+    make_server,
+    marker,
+    nobody_cancels,
+    open_folder,
+    program,
+    running,
+    wait_for,
+)
+from settings import Settings, SettingsError
+from ssh_commands import Commands
 from ssh_errors import (
     ConfigError,
     HostKeyError,
@@ -26,8 +37,74 @@ from ssh_errors import (
     RefusedError,
     UnreachableError,
 )
+from ssh_hosts import Hosts
+from ssh_keys import Keys
 from ssh_local import Proxy
 from ssh_policy import Reach
+from ssh_pool import Pool
+from ssh_route import connect
+from ssh_transport import Connection
+
+
+@pytest.fixture(scope="module")
+def inner() -> Iterator[Server]:
+    """A second server, with keys of its own."""
+    with open_folder() as folder:
+        server = make_server(folder)
+        yield server
+        server.stop()
+
+
+@dataclass
+class Config:
+    """An SSH config under test, and the settings that name it alone."""
+
+    path: Path
+
+    def write(self, *lines: str) -> None:
+        self.path.write_text("\n".join(lines) + "\n")
+        self.path.chmod(0o600)
+
+    def settings(self, **values: Any) -> Settings:
+        base: dict[str, Any] = {"ssh_config": self.path, "ssh_allowed_hosts": "*"}
+        return Settings(**(base | values))
+
+    def connect(self, host: str, **values: Any) -> Connection:
+        settings = self.settings(**values)
+        return connect(Reach(settings).target(host, None, None), Hosts(settings), Keys(settings))
+
+    def run(self, host: str, command: str = "echo $SSH_CONNECTION", **values: Any) -> str:
+        settings = self.settings(**values)
+        with closing(Pool(settings)) as pool:
+            target = Reach(settings).target(host, None, None)
+            return Commands(pool, settings).run(target, command, cancelled=nobody_cancels).stdout
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SHELL", "/bin/sh")
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    return Config(tmp_path / "config")
+
+
+def entry(name: str, server: Server, *lines: str) -> str:
+    return "\n ".join(
+        [
+            f"Host {name}",
+            *lines,
+            "HostName 127.0.0.1",
+            f"Port {server.port}",
+            "User tester",
+            f"IdentityFile {server.key}",
+            f"UserKnownHostsFile {server.known_hosts}",
+        ]
+    )
+
+
+def port_seen(answer: str) -> int:
+    """Return the port of the server that a command ran on, from its SSH_CONNECTION."""
+    return int(answer.split()[3])
 
 
 def test_alias_leads_to_its_host_user_and_port(config: Config, sshd: Server) -> None:
@@ -42,6 +119,10 @@ def test_jump_host_is_verified_and_logged_in_to_with_its_own_entry(
     before = logins(sshd)
     assert port_seen(config.run("inner")) == inner.port
     assert logins(sshd) == before + 1
+
+
+def logins(server: Server) -> int:
+    return (server.folder / "log").read_text().count("Accepted publickey")
 
 
 def test_several_hops_are_passed_in_their_order(config: Config, sshd: Server, inner: Server) -> None:
