@@ -308,8 +308,8 @@ class LoginStands:
 
     def __call__(self) -> bool:
         """Tell it. Raises SSHError when nobody knows."""
-        if self._token is not None and self._stands and self._is_due():
-            self._stands = self._told(self._token)
+        if self._token is not None and self._stands and self._is_due() and not self._told(self._token):
+            self._stands = False  # for good, whatever another thread is told that asked before
         return self._stands
 
     def _is_due(self) -> bool:

@@ -214,10 +214,12 @@ class OAuthLimits:
                 self._failures.add(limits)
             await send(message)
 
-        await self._app(scope, _again(body, receive), watch)
-        if failed and self._shared is not None:
-            with self._shared_or_own():
-                await self._shared.add(limits)
+        try:
+            await self._app(scope, _again(body, receive), watch)
+        finally:
+            if failed and self._shared is not None:
+                with self._shared_or_own():
+                    await self._shared.add(limits)
         return None
 
     async def _wait_seconds(self, limits: Sequence[Limit], values: Mapping[str, list[str]]) -> int:
