@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import httpx
 import pytest
@@ -36,16 +37,23 @@ async def taken(rate: SharedRate, identity: str = "somebody") -> bool:
     return True
 
 
-def play(store: Redis, use: Callable[..., Awaitable[None]], most: int = 2) -> None:
-    """Do something with three replicas that let so many calls in."""
+class Closing(Protocol):
+    async def close(self) -> None: ...
 
+
+def with_three(make: Callable[[], Closing], use: Callable[..., Awaitable[None]]) -> None:
     async def run() -> None:
-        replicas = [SharedRate(most, store.url, b"secret") for _ in range(3)]
-        await use(*replicas)
-        for replica in replicas:
-            await replica.close()
+        three = [make() for _ in range(3)]
+        await use(*three)
+        for one in three:
+            await one.close()
 
     asyncio.run(run())
+
+
+def play(store: Redis, use: Callable[..., Awaitable[None]], most: int = 2) -> None:
+    """Do something with three replicas that let so many calls in."""
+    with_three(lambda: SharedRate(most, store.url, b"secret"), use)
 
 
 def test_replicas_together_let_as_many_calls_in_as_one(store: Redis) -> None:
@@ -121,13 +129,8 @@ class Replica:
 
 
 def play_login(store: Redis, use: Callable[..., Awaitable[None]]) -> None:
-    async def run() -> None:
-        replicas = [Replica(store.url) for _ in range(3)]
-        await use(*replicas)
-        for replica in replicas:
-            await replica.close()
-
-    asyncio.run(run())
+    """Do something with the login's endpoints of three replicas."""
+    with_three(lambda: Replica(store.url), use)
 
 
 def test_failures_at_all_replicas_hold_a_client_back_at_each(store: Redis) -> None:
