@@ -110,7 +110,11 @@ class JumpWire(_ReadAhead):
         self.send: Callable[[bytes | memoryview], int] = channel.send
         self.settimeout: Callable[[float | None], None] = channel.settimeout
         self.shutdown: Callable[[int], None] = channel.shutdown
-        self.close: Callable[[], None] = channel.close
+
+    def close(self) -> None:
+        """Close it, also where the jump host is gone: Paramiko wakes those who wait only after this has ended."""
+        with suppress(*SOCKET_ERRORS):
+            self._channel.close()
 
     @property
     def _closed(self) -> bool:

@@ -20,7 +20,7 @@ from conftest import Server, nobody_cancels, wait_for
 from ssh_commands import Commands
 from ssh_pool import Pool
 from ssh_session import _Gate
-from ssh_transport import SocketWire, Transport, _Packetizer
+from ssh_transport import JumpWire, SocketWire, Transport, _Packetizer
 
 
 def test_silent_reads_call_the_keepalive_check() -> None:
@@ -187,3 +187,22 @@ def test_sender_is_spared_the_failure_of_a_close_that_was_left_to_it() -> None:
         gate.close(fail)
         assert not ended.is_set()
     assert ended.is_set()
+
+
+def test_who_waits_on_a_connection_through_a_jump_host_that_is_gone_is_woken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours, theirs = socket.socketpair()
+    jump, channel, woken = Transport(ours), paramiko.Channel(1), threading.Event()
+    channel._set_transport(jump)
+    channel._set_window(1 << 16, 1 << 15)
+    channel._set_remote_channel(1, 1 << 16, 1 << 15)
+
+    def fail(message: paramiko.Message) -> None:
+        raise EOFError
+
+    monkeypatch.setattr(jump, "_send_user_message", fail)
+    with ours, theirs:
+        Transport.over(JumpWire(channel)).start_client(woken)
+        channel._handle_eof(paramiko.Message())
+        assert woken.wait(10)
