@@ -10,9 +10,11 @@ import errno
 import os
 import selectors
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future
 from contextlib import suppress
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -45,22 +47,47 @@ def interleaved(addresses: Iterable[Address]) -> list[Address]:
     return [address for turn in turns for address in turn if address is not None]
 
 
+def look_up(host: str, port: int, family: int, deadline: float) -> list[Address]:
+    """Return the addresses of a host, as the system orders them.
+
+    Raises gaierror or UnicodeError for a name that leads nowhere, TimeoutError when that is not known by `deadline`
+    (monotonic seconds): the system's resolver, which cannot be called off, is then left to end in its own time.
+    """
+    answer: Future[list[Address]] = Future()
+
+    def ask() -> None:
+        try:
+            found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
+        except (OSError, ValueError) as error:
+            answer.set_exception(error)
+        else:
+            answer.set_result([Address(family, place) for family, _, _, _, place in found])
+
+    threading.Thread(target=ask, name="ssh-look-up", daemon=True).start()
+    return answer.result(max(0.0, deadline - time.monotonic()))
+
+
 def dial(
     target: Target, deadline: float, *, host: str | None = None, family: int = socket.AF_UNSPEC
 ) -> socket.socket:
-    """Return a TCP connection to `target`, made by `deadline` (monotonic seconds), a slow look-up excepted.
+    """Return a TCP connection to `target`, made by `deadline` (monotonic seconds).
 
     `host` is what the target's name leads to, where that is another name, and `family` which addresses of it count.
 
     Raises UnreachableError with what happened at each address; NoAnswerError when none of them answered and one at
-    least kept silent. The caller owns the socket. Thread-safe: it keeps no state.
+    least kept silent, or the name was not looked up in time. The caller owns the socket. Thread-safe: it keeps no
+    state.
     """
+    other_name = f"{host} (HostName of the SSH config)" if host not in (None, target.host) else None
     try:
-        found = socket.getaddrinfo(host or target.host, target.port, family, socket.SOCK_STREAM)
+        addresses = look_up(host or target.host, target.port, family, deadline)
+    except TimeoutError:
+        name = other_name or target.host
+        raise NoAnswerError(f"{target}: nothing tells the address of {name} in time; check the DNS") from None
     except (socket.gaierror, UnicodeError):
-        name = "of that name" if host in (None, target.host) else f"{host} (HostName of the SSH config)"
+        name = other_name or "of that name"
         raise UnreachableError(f"{target}: there is no host {name}; check its spelling and the DNS") from None
-    race = _Race(interleaved(Address(family, place) for family, _, _, _, place in found), deadline)
+    race = _Race(interleaved(addresses), deadline)
     try:
         winner = race.run()
     finally:

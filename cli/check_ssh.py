@@ -19,7 +19,7 @@ from cli.findings import Problem, Step, Verdict, error, of_sentence, ok, skipped
 from settings import Settings, Target
 from ssh_commands import Commands
 from ssh_config_values import ADDRESS_FAMILIES
-from ssh_dial import dial
+from ssh_dial import dial, look_up
 from ssh_errors import ArgumentError, FileError, LoginError, RefusedError, SSHError
 from ssh_files import Files
 from ssh_host_keys import HostKey
@@ -168,12 +168,14 @@ class TargetCheck:
             return
         host = self._first.config.hostname
         family = ADDRESS_FAMILIES[self._first.config.address_family]
+        deadline = time.monotonic() + self._first.connect_seconds
         try:
-            found = socket.getaddrinfo(host, self._first.target.port, family, socket.SOCK_STREAM)
+            found = look_up(host, self._first.target.port, family, deadline)
+        except TimeoutError:
+            raise Problem(f"nothing tells the address of {host} in time", "check the DNS") from None
         except (socket.gaierror, UnicodeError):
             raise Problem(f"there is no host {host}", "check its spelling and the DNS") from None
-        addresses = dict.fromkeys(str(place[0]) for *_, place in found)
-        yield ok(f"{host} is at {', '.join(addresses)}")
+        yield ok(f"{host} is at {', '.join(dict.fromkeys(address.host for address in found))}")
 
     def tcp(self) -> Iterator[Verdict]:
         """Connect to what is dialled."""

@@ -2,6 +2,7 @@
 
 import gc
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -170,15 +171,46 @@ def test_answer_that_came_in_time_counts_though_it_is_seen_late(
 
     def start_and_sleep(race: ssh_dial._Race, address: ssh_dial.Address) -> None:
         start(race, address)
-        time.sleep(0.2)
+        time.sleep(1.2)
 
     monkeypatch.setattr(ssh_dial._Race, "_start", start_and_sleep)
     with ExitStack() as stack:
         port = listen(stack, "127.0.0.1")
         resolve("127.0.0.1")
-        assert peer_of(port, 0.1) == "127.0.0.1"
+        assert peer_of(port, 1) == "127.0.0.1"
     with pytest.raises(UnreachableError, match="nothing listens"):
-        peer_of(port, 0.1)
+        peer_of(port, 1)
+
+
+def test_name_that_is_not_looked_up_in_time_is_waited_for_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, over = threading.Event(), threading.Event()
+
+    def look_up(*args: Any, **kwargs: Any) -> list[Any]:
+        asked.set()
+        over.wait()
+        return []
+
+    monkeypatch.setattr("socket.getaddrinfo", look_up)
+    try:
+        with pytest.raises(
+            NoAnswerError, match=rf"me@{HOST}:22: nothing tells the address of {HOST} in time"
+        ):
+            peer_of(22, 1)
+        assert asked.is_set()
+    finally:
+        over.set()
+
+
+def test_name_of_the_ssh_config_is_named_when_it_is_not_looked_up_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    over = threading.Event()
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: over.wait() and [])
+    try:
+        with pytest.raises(NoAnswerError, match=r"address of real\.example \(HostName of the SSH config\)"):
+            dial(Target("me", HOST, 22), time.monotonic(), host="real.example")
+    finally:
+        over.set()
 
 
 def test_silence_everywhere_is_told_apart_from_a_refusal(resolve: Resolve) -> None:
