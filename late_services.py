@@ -34,6 +34,8 @@ class LateServices:
         self._lock = threading.Lock()
         self._made: Future[Services] | None = None
         self._closed = False
+        self._ending = threading.Lock()
+        self._ended = False
 
     def begin(self) -> None:
         """Have them made, without waiting, unless that has begun or they were closed."""
@@ -51,11 +53,13 @@ class LateServices:
         return self._made.result()
 
     def close(self) -> None:
-        """Close them; those that nobody needed are not made any more."""
+        """Close them once, whoever asks for it; those that nobody needed are not made any more."""
         with self._lock:
             self._closed = True
-        if self._made is not None and self._made.exception() is None:
-            self._made.result().close()
+        with self._ending:
+            if not self._ended and self._made is not None and self._made.exception() is None:
+                self._made.result().close()
+            self._ended = True
 
     def _make(self) -> "Services":
         from services import Services

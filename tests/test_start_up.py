@@ -176,6 +176,19 @@ def test_services_that_nobody_needed_are_not_made_to_be_closed(late: Callable[[]
         services.get()
 
 
+def test_services_are_closed_once_by_a_signal_and_the_end_of_input(
+    late: Callable[[], LateServices], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services = late()
+    made = services.get()
+    closed: list[float] = []
+    monkeypatch.setattr(made.trail, "close", closed.append)
+    with ThreadPoolExecutor(2) as threads:
+        for closing in [threads.submit(services.close) for _ in range(2)]:
+            closing.result()
+    assert len(closed) == 1
+
+
 def test_services_are_closed_with_what_they_opened(late: Callable[[], LateServices]) -> None:
     services = late()
     made = services.get()
