@@ -80,7 +80,9 @@ class Google:
         command = [sys.executable, "-m", "oidc_provider_mock", "-p", str(self._mock_port)]
         with (folder / "google.log").open("wb") as log:
             self._mock = subprocess.Popen(command, stdout=log, stderr=log)
-        self._inner = httpx.Client(base_url=f"http://127.0.0.1:{self._mock_port}", trust_env=False)
+        self._inner = httpx.Client(
+            base_url=f"http://127.0.0.1:{self._mock_port}", timeout=30, trust_env=False
+        )
         self._front = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.host = f"127.0.0.1:{self._front.server_address[1]}"
         self.url = f"http://{self.host}"
@@ -260,6 +262,13 @@ class Remote:
     def log(self) -> str:
         """Return what it wrote to stdout and stderr so far."""
         return (self.folder / "log").read_text(errors="replace")
+
+    def settle_log(self) -> None:
+        """Wait until all that was answered stands in the log: a request is written there when its answer is out."""
+        mark = secrets.token_hex(8)
+        with http_from("127.0.0.1") as http:
+            http.get(f"{self.url}/{mark}")
+        wait_for(lambda: mark in self.log())
 
     def move_clock(self, seconds: float) -> None:
         """Set the clock of a server that was started with `own_clock` that much ahead of the true one."""
