@@ -30,7 +30,9 @@ pytest_plugins = ["checking", "oauth", "ssh_client"]
 pytest.register_assert_rewrite(
     "cluster"
 )  # a plugin of those tests alone that use it: it takes seconds to import
-hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("any machine")
 
 

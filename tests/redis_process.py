@@ -61,7 +61,7 @@ class Redis:
         with redis.Redis(port=self.port) as client:
             try:
                 return bool(client.ping())
-            except redis.ConnectionError:
+            except (redis.ConnectionError, redis.TimeoutError):
                 return False
 
 

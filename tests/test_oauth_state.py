@@ -56,7 +56,7 @@ class RedisServer:
         with redis.Redis(port=self._port) as client:
             try:
                 return bool(client.ping())
-            except redis.ConnectionError:
+            except (redis.ConnectionError, redis.TimeoutError):
                 return False
 
     def stop(self) -> None:
