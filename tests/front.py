@@ -146,7 +146,9 @@ def trust(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let browsers and applications of a test trust the proxy's CA."""
 
     def http_from(address: str | None = None, **options: Any) -> httpx.Client:
-        transport = httpx.HTTPTransport(local_address=address or oauth.own_address(), verify=behind.tls)
+        transport = httpx.HTTPTransport(
+            local_address=address or oauth.own_address(), verify=behind.tls, limits=oauth.KEPT
+        )
         return httpx.Client(
             transport=transport, follow_redirects=False, timeout=30, trust_env=False, **options
         )
