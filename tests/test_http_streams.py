@@ -126,7 +126,8 @@ class Stream:
                 return answer
 
     def silent(self) -> bool:
-        return self._events.empty()
+        """Whether no answer came; what is told on the way may be late."""
+        return not any("id" in json.loads(data) for _, data in list(self._events.queue))
 
     def close(self) -> None:
         """Hang up, unless the server did: the reading thread notices either."""
