@@ -164,7 +164,7 @@ class Server:
             with socket.socket() as probe:
                 return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
-        wait_for(listens)
+        wait_for(listens, 60)
 
     def stop(self) -> None:
         self.process.terminate()

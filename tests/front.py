@@ -107,7 +107,7 @@ def _running(command: list[str], folder: Path, port: int) -> Iterator[None]:
             return probe.connect_ex(("127.0.0.1", port)) == 0
 
     try:
-        wait_for(listens)
+        wait_for(listens, 60)
         yield
     finally:
         process.terminate()

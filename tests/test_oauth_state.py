@@ -48,7 +48,7 @@ class RedisServer:
 
     def start(self) -> None:
         self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
-        wait_for(self._answers, 30)
+        wait_for(self._answers, 60)
 
     def _answers(self) -> bool:
         import redis
