@@ -111,7 +111,7 @@ def replayed_at_the_last_moment(stage: Stage) -> httpx.Response:
     app = stage.app()
     answer = stage.answer(app)
     tokens = tokens_of(app.redeem(answer))
-    stage.remote.move_clock(57)
+    stage.remote.move_clock(54)
     INVALID_GRANT(app.redeem(answer))
     stage.remote.move_clock(HOUR - MINUTE)
     return app.call(tokens.access)

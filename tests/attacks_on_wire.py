@@ -385,6 +385,7 @@ def log_lines_cannot_be_forged(stage: Stage) -> httpx.Response:
     http.get(f"{stage.remote.url}/google/callback", params={"error": forged, "state": forged})
     headers = {"Authorization": f"Bearer {stage.tokens(resource=None).access}"}
     http.post(f"{stage.remote.url}/messages/", params={"session_id": forged}, json={}, headers=headers)
+    stage.remote.settle_log()
     assert mark in stage.remote.log()
     assert not any(line.startswith(mark) for line in stage.remote.log().splitlines())
     return http.get(f"{stage.remote.url}/health")

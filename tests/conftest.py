@@ -30,7 +30,9 @@ pytest_plugins = ["checking", "oauth", "ssh_client"]
 pytest.register_assert_rewrite(
     "cluster"
 )  # a plugin of those tests alone that use it: it takes seconds to import
-hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("any machine")
 
 
@@ -162,7 +164,7 @@ class Server:
             with socket.socket() as probe:
                 return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
-        wait_for(listens)
+        wait_for(listens, 60)
 
     def stop(self) -> None:
         self.process.terminate()

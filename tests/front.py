@@ -107,7 +107,7 @@ def _running(command: list[str], folder: Path, port: int) -> Iterator[None]:
             return probe.connect_ex(("127.0.0.1", port)) == 0
 
     try:
-        wait_for(listens)
+        wait_for(listens, 60)
         yield
     finally:
         process.terminate()
@@ -146,7 +146,9 @@ def trust(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let browsers and applications of a test trust the proxy's CA."""
 
     def http_from(address: str | None = None, **options: Any) -> httpx.Client:
-        transport = httpx.HTTPTransport(local_address=address or oauth.own_address(), verify=behind.tls)
+        transport = httpx.HTTPTransport(
+            local_address=address or oauth.own_address(), verify=behind.tls, limits=oauth.KEPT
+        )
         return httpx.Client(
             transport=transport, follow_redirects=False, timeout=30, trust_env=False, **options
         )

@@ -140,7 +140,7 @@ def machine(first_process: list[str]) -> Iterator[Machine]:
         return None
 
     try:
-        wait_for(first)
+        wait_for(first, 60)
         pid = first()
         assert pid is not None
         yield Machine(pid)
@@ -148,5 +148,5 @@ def machine(first_process: list[str]) -> Iterator[Machine]:
         outer.send_signal(signal.SIGKILL)
         outer.wait()
         ending = ["unshare", "--mount", "sh", "-c", _END_CGROUP, "sh", str(folder / "cgroup"), name]
-        wait_for(lambda: subprocess.run(ending, capture_output=True, check=False).returncode == 0)
+        wait_for(lambda: subprocess.run(ending, capture_output=True, check=False).returncode == 0, 60)
         shutil.rmtree(folder)

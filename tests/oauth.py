@@ -39,6 +39,9 @@ CALLBACK = "http://127.0.0.1:39999/callback"
 LONG_AGO, FAR_AHEAD = 1_000_000_000, 4_000_000_000
 """Where the applications of the tests are sent; nothing listens there, the tests read the URL."""
 
+KEPT = httpx.Limits(keepalive_expiry=2)
+"""Less than the five seconds that servers keep a connection: else a request may meet its end."""
+
 _addresses = (f"127.0.{third}.{last}" for third, last in itertools.product(range(1, 255), range(1, 255)))
 
 
@@ -49,7 +52,7 @@ def own_address() -> str:
 
 def http_from(address: str | None = None, **options: Any) -> httpx.Client:
     """Return an HTTP client that calls from that address, without following redirects."""
-    transport = httpx.HTTPTransport(local_address=address or own_address())
+    transport = httpx.HTTPTransport(local_address=address or own_address(), limits=KEPT)
     return httpx.Client(transport=transport, follow_redirects=False, timeout=30, trust_env=False, **options)
 
 
@@ -80,7 +83,8 @@ class Google:
         command = [sys.executable, "-m", "oidc_provider_mock", "-p", str(self._mock_port)]
         with (folder / "google.log").open("wb") as log:
             self._mock = subprocess.Popen(command, stdout=log, stderr=log)
-        self._inner = httpx.Client(base_url=f"http://127.0.0.1:{self._mock_port}", trust_env=False)
+        inner = f"http://127.0.0.1:{self._mock_port}"
+        self._inner = httpx.Client(base_url=inner, limits=KEPT, timeout=30, trust_env=False)
         self._front = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.host = f"127.0.0.1:{self._front.server_address[1]}"
         self.url = f"http://{self.host}"
@@ -260,6 +264,13 @@ class Remote:
     def log(self) -> str:
         """Return what it wrote to stdout and stderr so far."""
         return (self.folder / "log").read_text(errors="replace")
+
+    def settle_log(self) -> None:
+        """Wait until all that was answered stands in the log: a request is written there when its answer is out."""
+        mark = secrets.token_hex(8)
+        with http_from("127.0.0.1") as http:
+            http.get(f"{self.url}/{mark}")
+        wait_for(lambda: mark in self.log())
 
     def move_clock(self, seconds: float) -> None:
         """Set the clock of a server that was started with `own_clock` that much ahead of the true one."""

@@ -42,7 +42,7 @@ class Redis:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "redis.log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        wait_for(self._answers)
+        wait_for(self._answers, 60)
 
     def stop(self) -> None:
         if self.process is not None:
@@ -61,7 +61,7 @@ class Redis:
         with redis.Redis(port=self.port) as client:
             try:
                 return bool(client.ping())
-            except redis.ConnectionError:
+            except (redis.ConnectionError, redis.TimeoutError):
                 return False
 
 

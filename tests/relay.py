@@ -98,7 +98,11 @@ class Relay:
                 client.close()
                 return
             self.accepted += 1
-            server = socket.create_connection(("127.0.0.1", self._server_port))
+            try:
+                server = socket.create_connection(("127.0.0.1", self._server_port))
+            except ConnectionRefusedError:
+                client.close()
+                continue
             for end in (client, server):
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._forget_ended()

@@ -43,7 +43,9 @@ class Replicated(Behind):
     replicas: tuple[Remote, ...] = ()
 
     def seen(self, line: str) -> Counter[int]:
-        """Return how often each replica logged a request like that."""
+        """Return how often each replica answered a request like that, by its log."""
+        for replica in self.replicas:
+            replica.settle_log()
         return Counter({replica.port: replica.log().count(f" {line} ") for replica in self.replicas})
 
 

@@ -216,7 +216,8 @@ def test_system_report_tells_of_this_machine(call: Call) -> None:
 def test_processor_use_is_measured_since_the_last_look(environment: None) -> None:
     async def work(client: Client[Any]) -> list[float]:
         looks = []
-        for command in ("true", "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done"):
+        busy = "(i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done) &"
+        for command in ("true", f"for core in $(seq {os.cpu_count()}); do {busy} done; wait"):
             await client.call_tool("ssh_execute", {"command": command})
             info = fields(await client.call_tool("ssh_system_info", {}))
             looks.append(info["cpu"]["usage_percent"])
@@ -521,7 +522,7 @@ def test_cancelled_call_over_stdio_leaves_no_process(environment: None, era: str
         )
         async with Client(server, mode=era, init_timeout=60) as client:
             waiting = asyncio.create_task(client.call_tool("ssh_execute", {"command": f"sleep 60.{marker}"}))
-            await asyncio.to_thread(wait_for, lambda: running(marker))
+            await asyncio.to_thread(wait_for, lambda: running(marker), 60)
             waiting.cancel()
             await asyncio.to_thread(wait_for, lambda: not running(marker))
             result = await client.call_tool("ssh_execute", {"command": "echo still here"})

@@ -110,8 +110,8 @@ def test_server_that_ends_leaves_no_process_and_says_in_the_trail_how_its_calls_
         process.stdin.close()
     else:
         process.send_signal(signal.Signals[ending])
-    assert process.wait(20) == (130 if ending == "SIGINT" else 0)
-    assert not running(f"sleep 60.{marker}")
+    assert process.wait(40) == (130 if ending == "SIGINT" else 0)
+    wait_for(lambda: not running(f"sleep 60.{marker}"))
     wait_for(lambda: set(sshd.session_pids()) <= connections)
     assert process.stdout is not None
     for line in process.stdout.read().splitlines():
@@ -272,7 +272,7 @@ def test_address_and_port_mean_the_same_from_every_way_of_starting(
             wait_for(issuer, 60)
             assert issuer() == url
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
         assert process.stdout is not None
         assert process.stdout.read() == b""
     finally:

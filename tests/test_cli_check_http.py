@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from checking import CANARY, Case, World, assert_named
+from cli import check_http, check_listener
 from conftest import free_port
 from front import DEPLOY, nginx, replaced, site_places
 from oauth import Google, Remote
@@ -204,6 +205,7 @@ def test_all_that_is_missing_for_a_login_is_said_at_once(http: World) -> None:
 
 
 def test_shipped_site_is_well_and_no_state_is_made(http: World) -> None:
+    http.monkeypatch.setattr(check_listener, "_PAUSE_SECONDS", 60)  # the machine may be busy
     behind_tls(http)
     status, results = http.results()
     of_http = [result for result in results if result["about"] == "HTTP"]
@@ -215,6 +217,7 @@ def test_shipped_site_is_well_and_no_state_is_made(http: World) -> None:
 
 
 def test_server_that_listens_already_is_recognized(http: World, remote: Remote) -> None:
+    http.monkeypatch.setattr(check_http, "_HERE_SECONDS", 60)  # the machine may be busy
     for name, value in remote.environment.items():
         if name not in ("PATH", "HOME", "SSH_MCP_ENV_FILE"):
             http.set(**{name: value})

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastmcp import Client
 from fastmcp.client.auth import OAuth
@@ -45,7 +46,18 @@ class Person:
         return True
 
     def _go(self, url: str) -> None:
-        self._browser.get(self._browser.log_in(url))
+        answer = self._browser.log_in(url)
+        wait_for(lambda: self._brought(answer), 60)
+
+    def _brought(self, answer: str) -> bool:
+        """Bring the answer to the client, if it listens already; it may hang up once it has heard."""
+        try:
+            self._browser.get(answer)
+        except httpx.ConnectError:
+            return False
+        except httpx.TransportError:
+            return True
+        return True
 
     def join(self) -> None:
         for going in self._going:

@@ -43,6 +43,10 @@ SKIPPED_CHECKS = {
     "sep-2575-server-tags-subscription-id",
 }
 
+GAVE_UP = "Failed to open"
+"""How the suite begins what it says where it waited 800 ms for a stream, which a busy machine may take."""
+TRIES = 5
+
 ADDS_THE_TOKEN = """
 server {{
     listen 127.0.0.1:{port};
@@ -82,21 +86,24 @@ def ids(checks: list[dict[str, Any]], status: str) -> set[str]:
     return {check["id"] for check in checks if check["status"] == status}
 
 
+def play(scenario: str, url: str, results: Path) -> "subprocess.CompletedProcess[str]":
+    arguments = ["--url", url, "--scenario", scenario, "-o", str(results)]
+    return subprocess.run(
+        [str(node()), str(SUITE), "server", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_server_conforms(scenario: str, logged_in_url: str, tmp_path: Path) -> None:
-    command = [
-        str(node()),
-        str(SUITE),
-        "server",
-        "--url",
-        logged_in_url,
-        "--scenario",
-        scenario,
-        "-o",
-        str(tmp_path),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    checks = checks_of(tmp_path)
+    for number in range(TRIES):
+        done = play(scenario, logged_in_url, tmp_path / str(number))
+        checks = checks_of(tmp_path / str(number))
+        if not any(str(check.get("errorMessage")).startswith(GAVE_UP) for check in checks):
+            break
     failed = [check for check in checks if check["status"] not in ("SUCCESS", "SKIPPED", "INFO")]
     assert [check for check in failed if check["id"] not in FIXTURE_CHECKS] == [], done.stdout
     assert ids(checks, "SKIPPED") <= SKIPPED_CHECKS

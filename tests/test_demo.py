@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conftest import running, wait_for
+
 ROOT = Path(__file__).parents[1]
 COMMAND = [str(Path(sys.executable).parent / "ssh-mcp-server"), "demo"]
 TOOLS = [
@@ -42,7 +44,7 @@ def test_demo_shows_every_tool_and_leaves_nothing(tmp_path: Path) -> None:
     assert "\x1b" not in done.stdout
     assert "as expected" in done.stdout
     assert not list(tmp_path.iterdir())
-    assert subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, check=False).returncode == 1
+    wait_for(lambda: not running(str(tmp_path)))
 
 
 def test_demo_is_in_colour_on_a_terminal_and_fits_it(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import inspect
 import json
-import os
 import re
 import resource
 import signal
@@ -16,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+import time_machine
 from fastmcp import Client, FastMCP
 from fastmcp.client.transports import SSETransport, StreamableHttpTransport
 from fastmcp.server.auth import AccessToken
@@ -23,7 +23,7 @@ from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, authorizat
 from mcp.server.auth.provider import AccessToken as Token
 
 import http_server
-from conftest import running, wait_for
+from conftest import marker, running, wait_for
 from http_server import Streams, session_in_header
 from oauth import INITIALIZE, ME, App, Remote, http_from, query_of
 
@@ -366,17 +366,23 @@ def test_stream_ends_soon_after_its_token_is_revoked(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(("person", "lives_on"), [("me", True), ("you", False)])
-def test_only_its_owners_messages_lengthen_a_stream(person: str, lives_on: bool) -> None:
+def test_only_its_owners_messages_lengthen_a_stream(
+    person: str, lives_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A request of the newest protocol is answered whatever session it names: the SDK does not look."""
+
+    monkeypatch.setattr(http_server, "_CLOCK_SECONDS", 0.05)
 
     async def play() -> bool:
         app = Streams(session_in_header, counts, asyncio.Event()).watching(endless)
-        stream = asyncio.ensure_future(app(request("GET", "me", time.time() + 2), silent, ignored))
-        await asyncio.sleep(0.1)
-        await app(request("POST", person, time.time() + 600), silent, ignored)
-        await asyncio.wait([stream], timeout=4)
-        ended = stream.done()
-        stream.cancel()
+        with time_machine.travel(time.time(), tick=True) as clock:
+            stream = asyncio.ensure_future(app(request("GET", "me", time.time() + 600), silent, ignored))
+            await asyncio.sleep(0.1)
+            await app(request("POST", person, time.time() + 6000), silent, ignored)
+            clock.shift(1200)
+            await asyncio.wait([stream], timeout=1 if lives_on else 20)
+            ended = stream.done()
+            stream.cancel()
         return not ended
 
     assert asyncio.run(play()) is lives_on
@@ -416,19 +422,19 @@ def test_server_ends_in_seconds_with_open_streams_and_a_running_call(
     headers = {"Authorization": f"Bearer {token}"}
     clients = [http_from() for _ in range(20)]
     streams = [http.stream("GET", f"{remote.url}/sse", headers=headers) for http in clients]
-    marker = f"77.{os.getpid()}"
-    calling = threading.Thread(target=_call_that_is_cut_off, args=(remote, token, f"sleep {marker}"))
+    mark = f"77.{marker()}"
+    calling = threading.Thread(target=_call_that_is_cut_off, args=(remote, token, f"sleep {mark}"))
     try:
         for stream in streams:
             assert stream.__enter__().status_code == 200
         calling.start()
-        wait_for(lambda: running(f"sleep {marker}"), 60)
+        wait_for(lambda: running(f"sleep {mark}"), 60)
         assert remote.process is not None
         began = time.monotonic()
         remote.process.send_signal(how)
-        assert remote.process.wait(30) == (0 if how == signal.SIGTERM else 130)
-        assert time.monotonic() - began < 20
-        wait_for(lambda: not running(f"sleep {marker}"))
+        assert remote.process.wait(60) == (0 if how == signal.SIGTERM else 130)
+        assert time.monotonic() - began < 50
+        wait_for(lambda: not running(f"sleep {mark}"))
     finally:
         for stream in streams:
             stream.__exit__(None, None, None)

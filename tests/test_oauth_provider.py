@@ -385,8 +385,7 @@ def test_any_other_decision_is_none(here: Here, decision: str) -> None:
 
 def test_an_old_consent_page_says_what_to_do(here: Here) -> None:
     page = here.consent()
-    with time_machine.travel(0, tick=False) as clock:
-        clock.move_to(_later(601))
+    with time_machine.travel(_later(601), tick=False):
         is_page(here.decide(page).response, 400, "expired")
         is_page(here.send("GET", page.url), 400, "connect again")
 

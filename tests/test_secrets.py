@@ -96,7 +96,7 @@ def test_no_secret_is_heard_whatever_goes_wrong(
     calls: list[tuple[str, dict[str, Any]]] = [
         ("ssh_execute", {"command": "env; tr '\\0' '\\n' < /proc/$$/environ; cat", "input": "x"}),
         ("ssh_execute", {"command": "env; cat", "sudo": True, "input": "x"}),
-        ("ssh_execute", {"command": "sleep 5", "timeout": 0.2, "on_timeout": "kill"}),
+        ("ssh_execute", {"command": "sleep 5", "timeout": 3, "on_timeout": "kill"}),
         ("ssh_execute", {"command": "echo", "background": True}),
         ("ssh_execute", {"job_id": "no such job"}),
         ("ssh_execute", {"command": 7, "timeout": "soon"}),

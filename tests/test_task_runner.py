@@ -141,10 +141,21 @@ def test_order_that_is_delivered_again_waits_for_what_runs(
     assert (tmp_path / "ran").read_text() == "x\n"
 
 
-def test_how_a_command_goes_is_reported_sealed(services_of: Callable[..., Services]) -> None:
-    services, reports = services_of(), list[str]()
-    wanted, other = (order(services, "echo so far; sleep 3") for _ in range(2))
+def test_how_a_command_goes_is_reported_sealed(services_of: Callable[..., Services], tmp_path: Path) -> None:
+    services, reports, go = services_of(), list[str](), tmp_path / "go"
+    line = f"echo so far; while [ ! -e {go} ]; do sleep 0.1; done"
+    wanted, other = (order(services, line) for _ in range(2))
+
+    def let_go() -> None:
+        try:
+            wait_for(lambda: reports)
+        finally:
+            go.touch()
+
+    thread = threading.Thread(target=let_go)
+    thread.start()
     carried_out(services, wanted, reports=reports)
+    thread.join()
     assert SEAL.opened_progress(reports[-1], wanted.job_id).text.endswith(" s, 7 bytes: so far")
     for opened in (SEAL.opened_progress, SEAL.opened_outcome):
         with pytest.raises(RefusedError):

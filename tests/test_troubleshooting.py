@@ -18,7 +18,7 @@ from fastmcp import Client
 
 import app
 import cli
-from conftest import Server, keygen
+from conftest import Server, free_port, keygen
 from documents import ROOT, Document
 from oauth import App, Browser, Remote
 from settings import Settings
@@ -126,9 +126,7 @@ def unknown_name(place: Place) -> str:
 
 
 def nothing_listens(place: Place) -> str:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    return place.calling(SSH_DEFAULT_PORT=port)
+    return place.calling(SSH_DEFAULT_PORT=free_port())
 
 
 def silent_host(place: Place) -> str:

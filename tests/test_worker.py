@@ -38,7 +38,7 @@ def results(cluster: Cluster, token: str, commands: list[str], meanwhile: Any) -
         return [await said(task) for task in tasks]
 
     async def said(task: ToolTask) -> dict[str, Any] | str:
-        async with asyncio.timeout(90):
+        async with asyncio.timeout(180):
             while True:
                 try:
                     fields: dict[str, Any] = (await task.result()).structured_content or {}
@@ -115,7 +115,7 @@ def test_redis_away_for_a_while(cluster: Cluster, token: str) -> None:
 def test_without_redis_tasks_fail_in_a_sentence_and_recover(cluster: Cluster, tmp_path: Path) -> None:
     """Over stdio, where nothing else needs Redis."""
     environment = cluster.sshd.environment(tmp_path) | {"TASKS_URL": cluster.redis.url}
-    transport = StdioTransport(str(BIN / "ssh-mcp-server"), [], env=environment)
+    transport = StdioTransport(str(BIN / "ssh-mcp-server"), [], env=environment, keep_alive=False)
 
     async def run() -> Any:
         async with Client(transport, mode="2026-07-28") as client:
