@@ -18,6 +18,7 @@ import pytest
 import time_machine
 
 import oauth_state
+import patience
 from conftest import free_port, wait_for
 from oauth_state import RedisState, SqliteState, State, StateDown, open_state
 from settings import SettingsError
@@ -711,7 +712,7 @@ def test_redis_that_was_restarted_is_asked_on_a_new_connection(tmp_path: Path) -
 def test_redis_that_does_not_answer_is_down_in_time(
     redis_of_module: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(oauth_state, "_REDIS_SECONDS", 0.3)
+    monkeypatch.setattr(patience, "SECONDS", 0.3)
 
     async def go() -> None:
         state = RedisState(redis_of_module.url)
@@ -761,6 +762,7 @@ def test_redis_forgets_by_itself_what_has_expired(redis_of_module: RedisServer, 
 
 
 def test_missing_extra_is_told_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "redis_client", raising=False)
     monkeypatch.setitem(sys.modules, "redis.asyncio", None)
     with pytest.raises(SettingsError, match=r"^STATE_URL names a Redis server.*ssh-mcp-server\[cluster\]"):
         open_state("redis://127.0.0.1/0")
