@@ -23,10 +23,12 @@ from fastmcp_tasks.client import ToolTask, call_tool_task
 from mcp.shared.exceptions import MCPError
 from mcp_types import TextResourceContents
 
+import patience
+import task_queue
 from cluster import Cluster
 from conftest import marker, running, wait_for
 from oauth import ME, YOU, App
-from task_queue import KEPT_SECONDS
+from task_queue import KEPT_SECONDS, Queue
 
 pytest_plugins = ["cluster"]
 
@@ -231,6 +233,28 @@ def test_redis_shows_neither_arguments_nor_output(served: Cluster, token: str) -
     assert b"ssh_execute" in held
     names = [ME, "127.0.0.1", token, served.front.environment["SESSION_SECRET"], result["job_id"]]
     assert [text for text in [*said, *names] if text.encode() in held] == []
+
+
+def test_hundreds_may_ask_look_and_cancel_at_once(served: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_queue, "_ANSWER_SECONDS", 60)  # a slow machine may take its time
+    monkeypatch.setattr(patience, "SECONDS", 60)
+
+    async def never(*_: object) -> str:
+        raise AssertionError("nobody works here")
+
+    async def play() -> None:
+        queue = Queue(served.redis.url, "others", never)
+        names = [secrets.token_hex(8) for _ in range(400)]
+        async with queue.open():
+            await asyncio.gather(*(queue.put(name, f"order {name}") for name in names))
+            found = await asyncio.gather(*(queue.find(name) for name in names))
+            assert [one and one.order for one in found] == [f"order {name}" for name in names]
+            await asyncio.gather(*(queue.cancel(name) for name in names))
+            assert {one and one.state for one in await asyncio.gather(*map(queue.find, names))} == {
+                "cancelled"
+            }
+
+    asyncio.run(play())
 
 
 def put_in(cluster: Cluster, *arguments: str) -> str:
