@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -87,6 +88,7 @@ class Side:
 
     hosts: Hosts
     pool: Pool
+    commands: Commands
     fleets: Fleets
     told: list[tuple[int, int, int, int]] = field(default_factory=list)
 
@@ -125,7 +127,7 @@ def open_side(hosts: Hosts, **settings: Any) -> Iterator[Side]:
     pool = Pool(current)
     commands = Commands(pool, current)
     jobs = Jobs(commands, lambda: "k" * 64)
-    side = Side(hosts, pool, Fleets(commands, jobs, pool))
+    side = Side(hosts, pool, commands, Fleets(commands, jobs, pool))
     yield side
     side.fleets.stop()
     jobs.close()
@@ -342,6 +344,56 @@ def test_time_out_kills_on_every_target(side: Side) -> None:
     (error,) = result.errors
     assert (error.hosts, error.message) == (side.hosts.names(4, 5), "its time was over before it had begun")
     assert not running(word)
+
+
+class Meeting:
+    """Holds kills until so many are under way, and looks how many are so at most."""
+
+    def __init__(self, count: int, kill: Callable[..., None]) -> None:
+        self.most = 0
+        self._count = count
+        self._kill = kill
+        self._books = threading.Lock()
+        self._under_way = 0
+        self._complete = threading.Event()
+
+    def kill(self, *what: Any) -> None:
+        with self._books:
+            self._under_way += 1
+            self.most = max(self.most, self._under_way)
+            if self.most >= self._count:
+                self._complete.set()
+        self._complete.wait(20)
+        self._complete.set()
+        time.sleep(0.5)  # for more to come, if more may
+        self._kill(*what)
+        with self._books:
+            self._under_way -= 1
+
+
+def run_by(result: FleetResult) -> int:
+    """Return how many targets are known to run the command."""
+    return sum(group.count for group in result.groups if group.status == "running")
+
+
+def test_fleets_are_killed_on_as_many_targets_at_once_as_there_are_threads(
+    side: Side, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each kill waits here until all of these are under way: one after the other they would take forever."""
+    word = marker()
+    fleets: list[FleetResult] = []
+    for numbers in (range(MOST_AT_ONCE), range(MOST_AT_ONCE, MOST_AT_ONCE + 16)):
+        fleet = side.execute(f"sleep 9{word}", *numbers, timeout=1, max_parallel=MOST_AT_ONCE)
+        while run_by(side.go_on(fleet, timeout=0)) < len(numbers):
+            side.go_on(fleet, timeout=0.1)
+        fleets.append(fleet)
+    meeting = Meeting(MOST_AT_ONCE, side.commands.kill)
+    monkeypatch.setattr(side.commands, "kill", meeting.kill)
+    with ThreadPoolExecutor() as threads:
+        for fleet in fleets:
+            threads.submit(side.go_on, fleet, timeout=0, on_timeout="kill")
+    wait_for(lambda: not running(word), 60)
+    assert meeting.most == MOST_AT_ONCE
 
 
 def test_cancelled_call_ends_what_it_began_everywhere(side: Side) -> None:
