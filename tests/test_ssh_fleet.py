@@ -19,15 +19,19 @@ from typing import Any
 import paramiko
 import pytest
 from fastmcp import Client
+from fastmcp.server.auth import AccessToken
 from mcp_types import ElicitResult
 
 import app
 import audit
+import calls
 import ssh_fleet
 from audit_chain import parsed
 from audit_log import open_log
-from conftest import marker, nobody_cancels, open_folder, running, wait_for
+from calls import LoginStands
+from conftest import Server, marker, nobody_cancels, open_folder, running, wait_for
 from fleet_server import address
+from relay import Way, way_to
 from settings import Settings, Target
 from ssh_answers import FleetResult, Group
 from ssh_commands import Commands
@@ -122,16 +126,21 @@ class Side:
 
 
 @contextmanager
-def open_side(hosts: Hosts, **settings: Any) -> Iterator[Side]:
-    current = hosts.settings(**settings)
-    pool = Pool(current)
-    commands = Commands(pool, current)
+def open_fleets(settings: Settings) -> Iterator[tuple[Pool, Commands, Fleets]]:
+    pool = Pool(settings)
+    commands = Commands(pool, settings)
     jobs = Jobs(commands, lambda: "k" * 64)
-    side = Side(hosts, pool, commands, Fleets(commands, jobs, pool))
-    yield side
-    side.fleets.stop()
+    fleets = Fleets(commands, jobs, pool)
+    yield pool, commands, fleets
+    fleets.stop()
     jobs.close()
     pool.close()
+
+
+@contextmanager
+def open_side(hosts: Hosts, **settings: Any) -> Iterator[Side]:
+    with open_fleets(hosts.settings(**settings)) as parts:
+        yield Side(hosts, *parts)
 
 
 @pytest.fixture
@@ -456,6 +465,53 @@ def test_nothing_new_begins_once_the_login_was_taken_back(side: Side) -> None:
     (error,) = result.errors
     assert (error.count, error.message) == (18, "not begun: the login of this call was taken back")
     assert begun.stat().st_size == 2
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+def test_host_that_connects_while_the_login_is_taken_back_begins_soon_or_never(
+    in_time: bool, own_sshd: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And those that wait begin never. The first host's wire is frozen until the login was refused, or for longer."""
+    assert max(2 * calls._LOGIN_SECONDS, calls._ANSWER_SECONDS) + ssh_fleet._BEGIN_SECONDS < 60
+    if not in_time:
+        monkeypatch.setattr(ssh_fleet, "_BEGIN_SECONDS", 3)
+    monkeypatch.setattr(calls, "_LOGIN_SECONDS", 0)
+    token = AccessToken(token="t", client_id="c", scopes=[])
+    monkeypatch.setattr(calls, "get_access_token", lambda: token)
+    sshd, begun, go = own_sshd(), tmp_path / "begun", tmp_path / "go"
+    command = f"echo >> {begun}; while [ ! -e {go} ]; do sleep 0.1; done"
+
+    async def play(way: Way, fleets: Fleets) -> FleetResult:
+        accounts = [way.target, *(sshd.account(name) for name in ("tester", "dash", "ksh"))]
+        members = [Member(Node(one.host, one.user, one.port), one) for one in accounts]
+        refused = threading.Event()
+
+        async def stands(_: AccessToken) -> bool:
+            if go.exists():
+                refused.set()
+            return not go.exists()
+
+        given: dict[str, Any] = {"timeout": 40, "on_timeout": "detach", "cancelled": nobody_cancels}
+        given |= {"max_parallel": 2, "stands": LoginStands(stands, asyncio.get_running_loop())}
+        call = asyncio.to_thread(fleets.execute, "me", members, Task.of(command), **given)
+        calling = asyncio.create_task(call)
+        await asyncio.to_thread(wait_for, lambda: way.relay.accepted and begun.exists())
+        go.touch()
+        await asyncio.to_thread(refused.wait, 30)
+        if in_time:
+            way.relay.thaw()
+        return await calling
+
+    with way_to(sshd) as way:
+        way.relay.freeze()
+        with open_fleets(way.settings.model_copy(update={"ssh_connect_timeout": 60})) as (_, _, fleets):
+            result = asyncio.run(play(way, fleets))
+        way.relay.close()  # what was on its way arrives
+        wait_for(lambda: not sshd.session_pids())
+    assert result.status == "exited"
+    assert sum(group.count for group in result.groups) == begun.stat().st_size == (2 if in_time else 1)
+    told = {error.message for error in result.errors if error.count == 2}
+    assert told == {"not begun: the login of this call was taken back"}
 
 
 def test_nothing_new_begins_after_so_many_failures(side: Side) -> None:
