@@ -29,7 +29,7 @@ import ssh_fleet
 from audit_chain import parsed
 from audit_log import open_log
 from calls import LoginStands
-from conftest import Server, marker, nobody_cancels, open_folder, running, wait_for
+from conftest import Server, free_port, marker, nobody_cancels, open_folder, running, wait_for
 from fleet_server import address
 from relay import Way, way_to
 from settings import Settings, Target
@@ -77,12 +77,12 @@ class Hosts:
 def hosts() -> Iterator[Hosts]:
     program = Path(__file__).with_name("fleet_server.py")
     with open_folder() as folder:
-        command = [sys.executable, str(program), str(folder), *map(str, (GOOD, REFUSING, HANGING))]
+        port = free_port()  # none that a connection has at one of the addresses
+        command = [sys.executable, str(program), str(folder), *map(str, (port, GOOD, REFUSING, HANGING))]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
             assert server.stdout is not None
-            port = server.stdout.readline()
-            assert port, "the servers did not start"
-            yield Hosts(folder, int(port))
+            assert server.stdout.readline(), "the servers did not start"
+            yield Hosts(folder, port)
             server.kill()
 
 
