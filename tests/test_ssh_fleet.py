@@ -26,6 +26,7 @@ import app
 import audit
 import calls
 import ssh_fleet
+import ssh_fleet_background
 from audit_chain import parsed
 from audit_log import open_log
 from calls import LoginStands
@@ -356,17 +357,17 @@ def test_time_out_kills_on_every_target(side: Side) -> None:
 
 
 class Meeting:
-    """Holds kills until so many are under way, and looks how many are so at most."""
+    """Holds what ends a command until so much of it is under way, and looks how much is so at most."""
 
-    def __init__(self, count: int, kill: Callable[..., None]) -> None:
+    def __init__(self, count: int, end: Callable[..., Any]) -> None:
         self.most = 0
         self._count = count
-        self._kill = kill
+        self._end = end
         self._books = threading.Lock()
         self._under_way = 0
         self._complete = threading.Event()
 
-    def kill(self, *what: Any) -> None:
+    def end(self, *what: Any, **how: Any) -> Any:
         with self._books:
             self._under_way += 1
             self.most = max(self.most, self._under_way)
@@ -375,9 +376,11 @@ class Meeting:
         self._complete.wait(20)
         self._complete.set()
         time.sleep(0.5)  # for more to come, if more may
-        self._kill(*what)
-        with self._books:
-            self._under_way -= 1
+        try:
+            return self._end(*what, **how)
+        finally:
+            with self._books:
+                self._under_way -= 1
 
 
 def run_by(result: FleetResult) -> int:
@@ -385,24 +388,55 @@ def run_by(result: FleetResult) -> int:
     return sum(group.count for group in result.groups if group.status == "running")
 
 
+def detached(side: Side, *numbers: int) -> FleetResult:
+    """Return a fleet's job that runs on each of these."""
+    fleet = side.execute("sleep 300", *numbers, timeout=1, max_parallel=MOST_AT_ONCE)
+    wait_for(lambda: run_by(side.go_on(fleet, timeout=0)) == len(numbers), 60)
+    return fleet
+
+
+@pytest.fixture
+def patient_side(hosts: Hosts) -> Iterator[Side]:
+    """One that gives many who connect at once their time."""
+    with open_side(hosts, ssh_connect_timeout=30) as one:
+        yield one
+
+
 def test_fleets_are_killed_on_as_many_targets_at_once_as_there_are_threads(
-    side: Side, monkeypatch: pytest.MonkeyPatch
+    patient_side: Side, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each kill waits here until all of these are under way: one after the other they would take forever."""
-    word = marker()
-    fleets: list[FleetResult] = []
-    for numbers in (range(MOST_AT_ONCE), range(MOST_AT_ONCE, MOST_AT_ONCE + 16)):
-        fleet = side.execute(f"sleep 9{word}", *numbers, timeout=1, max_parallel=MOST_AT_ONCE)
-        while run_by(side.go_on(fleet, timeout=0)) < len(numbers):
-            side.go_on(fleet, timeout=0.1)
-        fleets.append(fleet)
+    side = patient_side
+    fleets = [
+        detached(side, *range(MOST_AT_ONCE)),
+        detached(side, *range(MOST_AT_ONCE, MOST_AT_ONCE + 16)),
+    ]
     meeting = Meeting(MOST_AT_ONCE, side.commands.kill)
-    monkeypatch.setattr(side.commands, "kill", meeting.kill)
+    monkeypatch.setattr(side.commands, "kill", meeting.end)
     with ThreadPoolExecutor() as threads:
         for fleet in fleets:
             threads.submit(side.go_on, fleet, timeout=0, on_timeout="kill")
-    wait_for(lambda: not running(word), 60)
     assert meeting.most == MOST_AT_ONCE
+
+
+def test_jobs_of_a_fleet_in_the_background_are_ended_on_many_targets_at_once(
+    patient_side: Side, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On fewer than they could be, since all hosts share a home here, which holds a hundred jobs."""
+    monkeypatch.setattr(ssh_fleet_background, "MOST_AT_ONCE", 48)
+    monkeypatch.setattr(ssh_fleet_background, "_LOOK_SECONDS", 120)  # a slow machine may take its time
+    side = patient_side
+    begun = side.start("sleep 300", *range(64), max_parallel=64)
+    assert only(begun).count == 64
+    look = Jobs.look
+    meeting = Meeting(48, look)
+
+    def looked(*what: Any, **how: Any) -> Any:
+        return (meeting.end if how["end"] else look)(*what, **how)
+
+    monkeypatch.setattr(Jobs, "look", looked)
+    side.go_on(begun, timeout=0.1, on_timeout="kill")
+    assert meeting.most == 48
 
 
 def test_cancelled_call_ends_what_it_began_everywhere(side: Side) -> None:
