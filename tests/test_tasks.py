@@ -262,9 +262,13 @@ def test_hundreds_may_ask_look_and_cancel_at_once(served: Cluster, monkeypatch: 
 
 @pytest.fixture(scope="module")
 def asking(whole_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A server beside that of the cluster where a person has to be asked first, and a worker that insists on it."""
+    """A server where a person has to be asked first, and a worker that insists on it, with a queue of their own."""
     folder = tmp_path_factory.mktemp("asking")
-    changes = {"CONFIRM": "destructive", "AUDIT_LOG": str(folder / "audit")}
+    changes = {
+        "CONFIRM": "destructive",
+        "AUDIT_LOG": str(folder / "audit"),
+        "TASKS_URL": f"redis://127.0.0.1:{whole_cluster.redis.port}/1",
+    }
     whole = whole_cluster.front
     front = replace(
         whole, folder=folder, port=free_port(), process=None, environment=whole.environment | changes
@@ -279,7 +283,7 @@ def asking(whole_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def orders(cluster: Cluster) -> set[bytes]:
     """Return the keys of all orders that there are or have been."""
-    with redis.Redis(port=cluster.redis.port) as client:
+    with redis.Redis.from_url(cluster.front.environment["TASKS_URL"]) as client:
         return set(client.scan_iter("*:runs:*"))
 
 
