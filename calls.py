@@ -36,7 +36,7 @@ from settings import Target, os_user
 from ssh_errors import AuditError, RefusedError, SSHError, UnconfirmedError
 from ssh_output import visible
 
-_ANSWER_SECONDS = 30.0
+_ANSWER_SECONDS = 10.0
 _ERROR_CHARACTERS = 1000
 _LOGIN_SECONDS = 5.0
 _MESSAGE_SECONDS = 1.0
@@ -304,7 +304,7 @@ class LoginStands:
         self._token = get_access_token()
         self._lock = threading.Lock()
         self._stands = True
-        self._asked_at = time.monotonic()
+        self._asked_at = self._known_at = time.monotonic()
 
     def __call__(self) -> bool:
         """Tell it. Raises SSHError when nobody knows."""
@@ -313,25 +313,29 @@ class LoginStands:
         return self._stands
 
     def _is_due(self) -> bool:
-        """Whether to ask; of several threads one does, and the others go by the answer before."""
+        """Whether to ask; of several threads one does, and the others go by the answer before, if it is new enough."""
         with self._lock:
-            due = time.monotonic() - self._asked_at > _LOGIN_SECONDS
+            now = time.monotonic()
+            due = now - self._asked_at > _LOGIN_SECONDS or now - self._known_at > 2 * _LOGIN_SECONDS
             if due:
-                self._asked_at = time.monotonic()
+                self._asked_at = now
             return due
 
     def _told(self, token: AccessToken) -> bool:
         async def ask() -> bool:
             return await self._asked(token)
 
+        asked_at = time.monotonic()
         try:
-            return asyncio.run_coroutine_threadsafe(ask(), self._loop).result(_ANSWER_SECONDS)
+            stands = asyncio.run_coroutine_threadsafe(ask(), self._loop).result(_ANSWER_SECONDS)
         except Exception as error:
             self._asked_at = -math.inf  # whoever comes next asks again
             _log.warning("whether a login still counts cannot be told: %s", error)
             raise SSHError(
                 "not begun: whether the login of this call still counts cannot be told now"
             ) from None
+        self._known_at = asked_at
+        return stands
 
 
 def _argument_sentence(tool: str, error: ValidationError) -> str:

@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+import patience
 from oauth_requests import OAuthError, answer, arriving
 from oauth_state import StateDown
 from pages import page
@@ -193,7 +194,8 @@ class OAuthLimits:
             return await refusal(scope, receive, send)
         self._waiting[network] += 1
         try:
-            await self._counted(scope, body, receive, send)
+            with patience.of_one_request():
+                await self._counted(scope, body, receive, send)
         finally:
             self._waiting[network] -= 1
             if not self._waiting[network]:

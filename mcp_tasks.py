@@ -123,7 +123,7 @@ class Tasks(TasksExtension):
         ssh = self._services()
         if ssh.no_running:
             raise RefusedError(ssh.no_running)
-        target = ssh.reach.target(wanted.host, wanted.user, wanted.port)
+        target = ssh.reach.target_unasked(wanted.host, wanted.user, wanted.port)
         line = ssh.allowed.approved(wanted.command, wanted.env)
         task = Task.of(line, wanted.cwd, wanted.env, wanted.input)
         confirm.ask(lambda: questions.running(str(target), task, background=True))

@@ -18,21 +18,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from settings import SettingsError
-
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
 
 RETRY_SECONDS = 30
 """How long the last refresh token may be shown again while its successor is unused: clients retry."""
 
 _BUSY_SECONDS = 5.0
 _SWEEP_SECONDS = 600.0
-_REDIS_SECONDS = 3.0
-_REDIS_CONNECTIONS = 32
 
 _log = logging.getLogger("ssh_mcp_server")
 
@@ -342,36 +337,14 @@ if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], ARGV[1], 
 """
 
 
-def redis_client(url: str, *, retries: int) -> "Redis":
-    """Return a client whose callers wait their turn for a connection; it tries again when one was closed.
-
-    Raises ValueError for an option that Redis clients do not know.
-    """
-    from redis.asyncio import BlockingConnectionPool, Redis
-    from redis.asyncio.retry import Retry
-    from redis.backoff import NoBackoff
-    from redis.exceptions import ConnectionError as Closed
-    from redis.maint_notifications import MaintNotificationsConfig
-
-    pool = BlockingConnectionPool.from_url(
-        url,
-        max_connections=_REDIS_CONNECTIONS,
-        timeout=_REDIS_SECONDS,
-        socket_timeout=_REDIS_SECONDS,
-        socket_connect_timeout=_REDIS_SECONDS,
-        retry=Retry(NoBackoff(), retries, (Closed,)),
-        # else redis-py 8 sends on connections that a restarted server has closed, instead of looking first
-        maint_notifications_config=MaintNotificationsConfig(enabled=False),
-    )
-    return Redis.from_pool(pool)
-
-
 class RedisState:
     """The store on a Redis server, which all replicas share; each answer is one command or one script there."""
 
     def __init__(self, url: str) -> None:
         try:
             from redis.exceptions import RedisError
+
+            from redis_client import redis_client
 
             # No retries: a claim whose answer got lost would be refused to its owner as a replay.
             self._redis = redis_client(url, retries=0)

@@ -15,7 +15,8 @@ from redis.commands.core import AsyncScript
 from redis.exceptions import RedisError
 
 from http_limits import Limit
-from oauth_state import StateDown, redis_client
+from oauth_state import StateDown
+from redis_client import redis_client
 from ssh_errors import RefusedError, SSHError
 
 _RETRIES = 1  # what is counted twice costs less than what is refused

@@ -21,7 +21,7 @@ from ssh_commands import Commands
 from ssh_fold import Member, Offsets, Part, State, answer, cursor_of, offsets, told
 from ssh_jobs import Jobs, new_background_name
 from ssh_kill import Signal
-from ssh_nodes import PARALLEL, Node, folded, unfolded
+from ssh_nodes import MOST_AT_ONCE, PARALLEL, Node, folded, unfolded
 from ssh_output import Kept
 from ssh_pool import Cancelled
 from ssh_rounds import KILL_SECONDS, Crew, Pace, Place, Progress, Round, kept_of, untold
@@ -171,7 +171,7 @@ class BackgroundFleets:
             place.found = _part(name, member, look)
             return True
 
-        sweep = Round(members, act, self._crew, parallel=PARALLEL)
+        sweep = Round(members, act, self._crew, parallel=MOST_AT_ONCE if end else PARALLEL)
         sweep.begin()
         try:
             sweep.wait(max(until, time.monotonic()) + _LOOK_SECONDS, check, progress)

@@ -28,11 +28,9 @@ import cloudpickle
 from docket import Docket, Execution, Worker
 from docket.dependencies import CurrentExecution
 from docket.execution import ExecutionState
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from redis_client import redis_client
 from settings import SettingsError
 from ssh_errors import QueueError
 from task_runner import TOOL, Report
@@ -45,6 +43,8 @@ _ANSWER_SECONDS = 5.0
 _WATCH_SECONDS = 2.0
 _PROGRESS_SECONDS = 60
 _MOST_AT_ONCE = 64
+_MOST_ASKING = 24
+"""With those at work, and Docket's own, fewer than the 100 connections at which its pool refuses instead of waiting."""
 
 _log = logging.getLogger("ssh_mcp_server.tasks")
 
@@ -100,15 +100,11 @@ class Queue:
         url = _noticing_closed_connections(url)
         try:
             self._docket = Docket(name, url, execution_ttl=timedelta(seconds=KEPT_SECONDS))
-            self._redis = Redis.from_url(
-                url,
-                socket_timeout=_ANSWER_SECONDS,
-                socket_connect_timeout=_ANSWER_SECONDS,
-                retry=Retry(NoBackoff(), 0),
-            )
+            self._redis = redis_client(url, retries=0)
         except ValueError:
             raise SettingsError("TASKS_URL has an option that Redis clients do not know") from None
         self._run = run
+        self._turns = asyncio.Semaphore(_MOST_ASKING)
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
@@ -155,14 +151,13 @@ class Queue:
         """Put an order in. Raises QueueError, which says whether it may have got there."""
         async with _answering("nothing was run. Try again, or call without asking for a task"):
             await self._redis.echo("")
-        async with _answering(
-            "whether the command will run is unknown. Look on the machine before you repeat it"
-        ):
+        unknown = "whether the command will run is unknown. Look on the machine before you repeat it"
+        async with _answering(unknown), self._turns:
             await self._docket.add(TOOL, key=_key(task_id))(order)
 
     async def find(self, task_id: str) -> Found | None:
         """Return what there is of a task, None for nothing. Raises QueueError."""
-        async with _answering("how the task is cannot be told now. Ask again"):
+        async with _answering("how the task is cannot be told now. Ask again"), self._turns:
             execution = await self._docket.get_execution(_key(task_id))
             if execution is None or not execution.args:
                 return None
@@ -176,7 +171,7 @@ class Queue:
 
     async def cancel(self, task_id: str) -> None:
         """Take an order out, or have whoever carries it out let it go. Raises QueueError."""
-        async with _answering("the task was not cancelled. Try again"):
+        async with _answering("the task was not cancelled. Try again"), self._turns:
             await self._docket.cancel(_key(task_id))
 
     async def _report(self, key: str, progress: str) -> None:

@@ -287,13 +287,16 @@ def uptime_rows(folder: Path) -> Iterator["Row"]:
 def growth_rows(folder: Path) -> Iterator["Row"]:
     from run import Row
 
+    from conftest import free_port
+
     with ExitStack() as opened:
         program = Path(__file__).parents[1] / "tests" / "fleet_server.py"
-        command = [sys.executable, str(program), str(folder), str(max(_GROWTH)), "0", "0"]
+        port = free_port()
+        command = [sys.executable, str(program), str(folder), str(port), str(max(_GROWTH)), "0", "0"]
         server = opened.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
         opened.callback(server.kill)
         assert server.stdout is not None
-        port = int(server.stdout.readline())
+        assert server.stdout.readline(), "the servers did not start"
         for count in _GROWTH:
             told = figures("growth", count, folder, port)
             by = f"{count} connections"

@@ -1,7 +1,7 @@
-"""SSH servers of asyncssh's on many loopback addresses and one port: `fleet_server.py FOLDER GOOD REFUSING HANGING`.
+"""SSH servers of asyncssh's on many loopback addresses: `fleet_server.py FOLDER PORT GOOD REFUSING HANGING`.
 
 Each of the three is how many there are, with addresses from `address(0)` on in that order: those that run commands,
-those that take another key, those that accept connections and never say a word. Prints the port once all listen.
+those that take another key, those that accept connections and never say a word. Prints a line once all listen.
 """
 
 import asyncio
@@ -71,13 +71,12 @@ async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     writer.close()
 
 
-async def serve(folder: Path, good: int, refusing: int, hanging: int) -> None:
+async def serve(folder: Path, port: int, good: int, refusing: int, hanging: int) -> None:
     host_key, client_key, other_key = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(3))
     (folder / "id").touch(mode=0o600)
     client_key.write_private_key(str(folder / "id"))
     (folder / "known").write_bytes(client_key.export_public_key())
     (folder / "other").write_bytes(other_key.export_public_key())
-    port = 0
     servers: list[object] = []
     for number in range(good + refusing):
         server = await asyncssh.listen(
@@ -89,13 +88,12 @@ async def serve(folder: Path, good: int, refusing: int, hanging: int) -> None:
             encoding=None,
             backlog=100,
         )
-        port = server.get_port()
         servers.append(server)
     silent = range(good + refusing, good + refusing + hanging)
     servers += [await asyncio.start_server(say_nothing, address(number), port) for number in silent]
     public = host_key.export_public_key().decode()
     (folder / "known_hosts").write_text(f"[127.0.*.*]:{port} {public}")
-    print(port, flush=True)
+    print("ready", flush=True)
     await asyncio.Event().wait()
 
 

@@ -1,5 +1,6 @@
 """A Redis server of our own on loopback, which keeps nothing on disk unless it is asked to."""
 
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +50,16 @@ class Redis:
             self.process.terminate()
             self.process.wait()
             self.process = None
+
+    @contextmanager
+    def hanging(self) -> Iterator[None]:
+        """Let it accept connections and answer nothing."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
 
     def values(self) -> bytes:
         """Return all keys and values there are, one after the other."""

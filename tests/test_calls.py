@@ -100,6 +100,21 @@ def test_thread_is_told_nothing_when_nobody_knows_whether_its_login_stands() -> 
         stands_after(0.05, fail)
 
 
+def test_no_thread_goes_by_an_old_answer_while_none_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a fleet goes on, all but one host every few seconds, as long as a store hangs."""
+    monkeypatch.setattr(calls, "_ANSWER_SECONDS", 0.5)
+
+    async def stands(_: AccessToken) -> bool:
+        return await asyncio.Event().wait()
+
+    async def play() -> list[bool | BaseException]:
+        told = LoginStands(stands, asyncio.get_running_loop())
+        await asyncio.sleep(0.05)
+        return await asyncio.gather(*(asyncio.to_thread(told) for _ in range(4)), return_exceptions=True)
+
+    assert {type(said) for said in asyncio.run(play())} == {SSHError}
+
+
 def test_login_that_was_asked_for_just_now_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "_LOGIN_SECONDS", 60)
     assert stands_after(0, lambda: False)

@@ -18,6 +18,7 @@ import pytest
 import time_machine
 
 import oauth_state
+import patience
 from conftest import free_port, wait_for
 from oauth_state import RedisState, SqliteState, State, StateDown, open_state
 from settings import SettingsError
@@ -125,10 +126,10 @@ def test_claims_at_once_are_won_by_one(url: str, name: str) -> None:
 
 _RACER = """
 import asyncio, sys
-import oauth_state
+import oauth_state, patience
 from oauth_state import open_state
 
-oauth_state._BUSY_SECONDS = oauth_state._REDIS_SECONDS = 60
+oauth_state._BUSY_SECONDS = patience.SECONDS = 60
 
 async def race(url, name):
     state = open_state(url)
@@ -304,8 +305,8 @@ def test_revoked_token_is_remembered_as_long_as_its_family_lives(tmp_path: Path)
 
 
 def test_hundreds_may_ask_at_once(url: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for patience in ("_BUSY_SECONDS", "_REDIS_SECONDS"):
-        monkeypatch.setattr(oauth_state, patience, 60)
+    monkeypatch.setattr(oauth_state, "_BUSY_SECONDS", 60)
+    monkeypatch.setattr(patience, "SECONDS", 60)
 
     async def ask(state: State) -> list[bool]:
         return await asyncio.gather(*(state.claim(f"{name}{n}", 5) for n in range(400)))
@@ -716,7 +717,7 @@ def test_redis_that_was_restarted_is_asked_on_a_new_connection(tmp_path: Path) -
 def test_redis_that_does_not_answer_is_down_in_time(
     redis_of_module: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(oauth_state, "_REDIS_SECONDS", 2)
+    monkeypatch.setattr(patience, "SECONDS", 2)
 
     async def go() -> None:
         state = RedisState(redis_of_module.url)
@@ -766,6 +767,7 @@ def test_redis_forgets_by_itself_what_has_expired(redis_of_module: RedisServer, 
 
 
 def test_missing_extra_is_told_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "redis_client", raising=False)
     monkeypatch.setitem(sys.modules, "redis.asyncio", None)
     with pytest.raises(SettingsError, match=r"^STATE_URL names a Redis server.*ssh-mcp-server\[cluster\]"):
         open_state("redis://127.0.0.1/0")

@@ -3,10 +3,12 @@
 import asyncio
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastmcp import Client
 from fastmcp.client.transports import StreamableHttpTransport
@@ -14,7 +16,7 @@ from fastmcp.client.transports import StreamableHttpTransport
 from conftest import Server, free_port
 from front import nginx
 from oauth import App, Browser, Google, Remote, tokens_of
-from redis_process import redis_server
+from redis_process import Redis, redis_server
 from replicas import running_replicas
 
 IN_TURN = """
@@ -40,15 +42,18 @@ server {{
 
 
 @pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
+    with redis_server(tmp_path_factory.mktemp("redis")) as redis:
+        yield redis
+
+
+@pytest.fixture(scope="module")
 def replicas(
-    google: Google, sshd: Server, tmp_path_factory: pytest.TempPathFactory
+    google: Google, sshd: Server, store: Redis, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Remote, Remote]]:
     """Two servers with the same settings, reached each by itself."""
     folder, base_url = tmp_path_factory.mktemp("replicas"), f"http://127.0.0.1:{free_port()}"
-    with (
-        redis_server(folder) as redis,
-        running_replicas(folder, google, sshd, 2, STATE_URL=redis.url, PUBLIC_BASE_URL=base_url) as replicas,
-    ):
+    with running_replicas(folder, google, sshd, 2, STATE_URL=store.url, PUBLIC_BASE_URL=base_url) as replicas:
         yield replicas[0], replicas[1]
 
 
@@ -128,6 +133,30 @@ def test_code_shown_to_both_replicas_at_the_same_moment_works_once(
         for thread in threads:
             thread.join()
         assert sorted(statuses) == [200, 400]
+
+
+def test_redis_that_hangs_holds_no_request_longer_than_is_promised_and_uses_up_no_code(
+    replicas: tuple[Remote, Remote],
+    store: Redis,
+    app_of: Callable[..., App],
+    browser_of: Callable[..., Browser],
+) -> None:
+    app, browser = app_of(replicas[0]), browser_of(replicas[0])
+    tokens = app.log_in()
+    answer = browser.log_in(app.authorize_url())
+    asks: list[Callable[[], httpx.Response]] = [
+        lambda: app.redeem(answer),
+        lambda: app.refresh(tokens.refresh),
+        lambda: app.revoke(tokens.refresh),
+        lambda: app.call(tokens.access),
+    ]
+    with store.hanging():
+        for ask in asks:
+            began_at = time.monotonic()
+            assert ask().status_code == 503
+            assert time.monotonic() - began_at < 6  # of the 3 s that are promised
+    assert app.call(tokens_of(app.redeem(answer)).access).status_code == 200
+    assert app.call(tokens_of(app.refresh(tokens.refresh)).access).status_code == 200
 
 
 def test_revocation_at_one_replica_is_known_to_the_other(

@@ -4,6 +4,7 @@ import asyncio
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +18,7 @@ from starlette.routing import Route
 
 from conftest import free_port
 from http_limits import OAuthLimits, Proxies, limits_of
-from oauth_state import StateDown
+from oauth_state import RedisState, StateDown
 from redis_process import Redis
 from shared_counts import SharedFailures, SharedRate
 from ssh_errors import RefusedError, SSHError
@@ -121,9 +122,9 @@ async def _refuse(_: Request) -> Response:
 class Replica:
     """The endpoints of one server, which refuse everything; its requests come from one address."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, token: Callable[[Request], Awaitable[Response]] = _refuse) -> None:
         self.failures = SharedFailures(url, b"secret")
-        app = Starlette(routes=[Route("/token", _refuse, methods=["POST"])])
+        app = Starlette(routes=[Route("/token", token, methods=["POST"])])
         limits = OAuthLimits(app, Proxies("127.0.0.1"), "ours".__eq__, self.failures)
         self._client = httpx.AsyncClient(
             transport=httpx.ASGITransport(limits, client=("192.0.2.1", 1)), base_url="http://replica"
@@ -177,6 +178,27 @@ def test_failures_are_forgotten_a_minute_later_one_by_one(store: Redis) -> None:
         assert await replica.failures.waits(limits) == [0, 0]
 
     play_login(store, use)
+
+
+def test_store_that_hangs_holds_a_request_no_longer_than_one_question_may_wait(store: Redis) -> None:
+    """However often the request asks it: how many have failed, what it is about, that it has failed as well."""
+    state = RedisState(store.url)
+
+    async def ask_and_refuse(request: Request) -> Response:
+        with suppress(StateDown):
+            await state.redeem("family", 60)
+        return await _refuse(request)
+
+    async def use(replica: Replica, *_: Replica) -> None:
+        assert await replica.fail() == 400
+        with store.hanging():
+            began_at = time.monotonic()
+            assert {*await asyncio.gather(*(replica.fail() for _ in range(16)))} == {400}
+            assert time.monotonic() - began_at < 6  # of the 3 s that are promised
+        assert await replica.fail() == 400
+        await state.close()
+
+    with_three(lambda: Replica(store.url, ask_and_refuse), use)
 
 
 def test_which_addresses_and_clients_fail_is_not_shown(store: Redis) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -18,15 +19,20 @@ from typing import Any
 import paramiko
 import pytest
 from fastmcp import Client
+from fastmcp.server.auth import AccessToken
 from mcp_types import ElicitResult
 
 import app
 import audit
+import calls
 import ssh_fleet
+import ssh_fleet_background
 from audit_chain import parsed
 from audit_log import open_log
-from conftest import marker, nobody_cancels, open_folder, running, wait_for
+from calls import LoginStands
+from conftest import Server, free_port, marker, nobody_cancels, open_folder, running, wait_for
 from fleet_server import address
+from relay import Way, way_to
 from settings import Settings, Target
 from ssh_answers import FleetResult, Group
 from ssh_commands import Commands
@@ -72,12 +78,12 @@ class Hosts:
 def hosts() -> Iterator[Hosts]:
     program = Path(__file__).with_name("fleet_server.py")
     with open_folder() as folder:
-        command = [sys.executable, str(program), str(folder), *map(str, (GOOD, REFUSING, HANGING))]
+        port = free_port()  # none that a connection has at one of the addresses
+        command = [sys.executable, str(program), str(folder), *map(str, (port, GOOD, REFUSING, HANGING))]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
             assert server.stdout is not None
-            port = server.stdout.readline()
-            assert port, "the servers did not start"
-            yield Hosts(folder, int(port))
+            assert server.stdout.readline(), "the servers did not start"
+            yield Hosts(folder, port)
             server.kill()
 
 
@@ -87,6 +93,7 @@ class Side:
 
     hosts: Hosts
     pool: Pool
+    commands: Commands
     fleets: Fleets
     told: list[tuple[int, int, int, int]] = field(default_factory=list)
 
@@ -120,16 +127,21 @@ class Side:
 
 
 @contextmanager
-def open_side(hosts: Hosts, **settings: Any) -> Iterator[Side]:
-    current = hosts.settings(**settings)
-    pool = Pool(current)
-    commands = Commands(pool, current)
+def open_fleets(settings: Settings) -> Iterator[tuple[Pool, Commands, Fleets]]:
+    pool = Pool(settings)
+    commands = Commands(pool, settings)
     jobs = Jobs(commands, lambda: "k" * 64)
-    side = Side(hosts, pool, Fleets(commands, jobs, pool))
-    yield side
-    side.fleets.stop()
+    fleets = Fleets(commands, jobs, pool)
+    yield pool, commands, fleets
+    fleets.stop()
     jobs.close()
     pool.close()
+
+
+@contextmanager
+def open_side(hosts: Hosts, **settings: Any) -> Iterator[Side]:
+    with open_fleets(hosts.settings(**settings)) as parts:
+        yield Side(hosts, *parts)
 
 
 @pytest.fixture
@@ -344,6 +356,89 @@ def test_time_out_kills_on_every_target(side: Side) -> None:
     assert not running(word)
 
 
+class Meeting:
+    """Holds what ends a command until so much of it is under way, and looks how much is so at most."""
+
+    def __init__(self, count: int, end: Callable[..., Any]) -> None:
+        self.most = 0
+        self._count = count
+        self._end = end
+        self._books = threading.Lock()
+        self._under_way = 0
+        self._complete = threading.Event()
+
+    def end(self, *what: Any, **how: Any) -> Any:
+        with self._books:
+            self._under_way += 1
+            self.most = max(self.most, self._under_way)
+            if self.most >= self._count:
+                self._complete.set()
+        self._complete.wait(20)
+        self._complete.set()
+        time.sleep(0.5)  # for more to come, if more may
+        try:
+            return self._end(*what, **how)
+        finally:
+            with self._books:
+                self._under_way -= 1
+
+
+def run_by(result: FleetResult) -> int:
+    """Return how many targets are known to run the command."""
+    return sum(group.count for group in result.groups if group.status == "running")
+
+
+def detached(side: Side, *numbers: int) -> FleetResult:
+    """Return a fleet's job that runs on each of these."""
+    fleet = side.execute("sleep 300", *numbers, timeout=1, max_parallel=MOST_AT_ONCE)
+    wait_for(lambda: run_by(side.go_on(fleet, timeout=0)) == len(numbers), 60)
+    return fleet
+
+
+@pytest.fixture
+def patient_side(hosts: Hosts) -> Iterator[Side]:
+    """One that gives many who connect at once their time."""
+    with open_side(hosts, ssh_connect_timeout=30) as one:
+        yield one
+
+
+def test_fleets_are_killed_on_as_many_targets_at_once_as_there_are_threads(
+    patient_side: Side, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each kill waits here until all of these are under way: one after the other they would take forever."""
+    side = patient_side
+    fleets = [
+        detached(side, *range(MOST_AT_ONCE)),
+        detached(side, *range(MOST_AT_ONCE, MOST_AT_ONCE + 16)),
+    ]
+    meeting = Meeting(MOST_AT_ONCE, side.commands.kill)
+    monkeypatch.setattr(side.commands, "kill", meeting.end)
+    with ThreadPoolExecutor() as threads:
+        for fleet in fleets:
+            threads.submit(side.go_on, fleet, timeout=0, on_timeout="kill")
+    assert meeting.most == MOST_AT_ONCE
+
+
+def test_jobs_of_a_fleet_in_the_background_are_ended_on_many_targets_at_once(
+    patient_side: Side, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On fewer than they could be, since all hosts share a home here, which holds a hundred jobs."""
+    monkeypatch.setattr(ssh_fleet_background, "MOST_AT_ONCE", 48)
+    monkeypatch.setattr(ssh_fleet_background, "_LOOK_SECONDS", 120)  # a slow machine may take its time
+    side = patient_side
+    begun = side.start("sleep 300", *range(64), max_parallel=64)
+    assert only(begun).count == 64
+    look = Jobs.look
+    meeting = Meeting(48, look)
+
+    def looked(*what: Any, **how: Any) -> Any:
+        return (meeting.end if how["end"] else look)(*what, **how)
+
+    monkeypatch.setattr(Jobs, "look", looked)
+    side.go_on(begun, timeout=0.1, on_timeout="kill")
+    assert meeting.most == 48
+
+
 def test_cancelled_call_ends_what_it_began_everywhere(side: Side) -> None:
     word = marker()
     begun = side.hosts.folder / f"begun{word}"
@@ -404,6 +499,53 @@ def test_nothing_new_begins_once_the_login_was_taken_back(side: Side) -> None:
     (error,) = result.errors
     assert (error.count, error.message) == (18, "not begun: the login of this call was taken back")
     assert begun.stat().st_size == 2
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+def test_host_that_connects_while_the_login_is_taken_back_begins_soon_or_never(
+    in_time: bool, own_sshd: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And those that wait begin never. The first host's wire is frozen until the login was refused, or for longer."""
+    assert max(2 * calls._LOGIN_SECONDS, calls._ANSWER_SECONDS) + ssh_fleet._BEGIN_SECONDS < 60
+    if not in_time:
+        monkeypatch.setattr(ssh_fleet, "_BEGIN_SECONDS", 3)
+    monkeypatch.setattr(calls, "_LOGIN_SECONDS", 0)
+    token = AccessToken(token="t", client_id="c", scopes=[])
+    monkeypatch.setattr(calls, "get_access_token", lambda: token)
+    sshd, begun, go = own_sshd(), tmp_path / "begun", tmp_path / "go"
+    command = f"echo >> {begun}; while [ ! -e {go} ]; do sleep 0.1; done"
+
+    async def play(way: Way, fleets: Fleets) -> FleetResult:
+        accounts = [way.target, *(sshd.account(name) for name in ("tester", "dash", "ksh"))]
+        members = [Member(Node(one.host, one.user, one.port), one) for one in accounts]
+        refused = threading.Event()
+
+        async def stands(_: AccessToken) -> bool:
+            if go.exists():
+                refused.set()
+            return not go.exists()
+
+        given: dict[str, Any] = {"timeout": 40, "on_timeout": "detach", "cancelled": nobody_cancels}
+        given |= {"max_parallel": 2, "stands": LoginStands(stands, asyncio.get_running_loop())}
+        call = asyncio.to_thread(fleets.execute, "me", members, Task.of(command), **given)
+        calling = asyncio.create_task(call)
+        await asyncio.to_thread(wait_for, lambda: way.relay.accepted and begun.exists())
+        go.touch()
+        await asyncio.to_thread(refused.wait, 30)
+        if in_time:
+            way.relay.thaw()
+        return await calling
+
+    with way_to(sshd) as way:
+        way.relay.freeze()
+        with open_fleets(way.settings.model_copy(update={"ssh_connect_timeout": 60})) as (_, _, fleets):
+            result = asyncio.run(play(way, fleets))
+        way.relay.close()  # what was on its way arrives
+        wait_for(lambda: not sshd.session_pids())
+    assert result.status == "exited"
+    assert sum(group.count for group in result.groups) == begun.stat().st_size == (2 if in_time else 1)
+    told = {error.message for error in result.errors if error.count == 2}
+    assert told == {"not begun: the login of this call was taken back"}
 
 
 def test_nothing_new_begins_after_so_many_failures(side: Side) -> None:

@@ -5,6 +5,7 @@ import json
 import pickle
 import secrets
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -17,16 +18,20 @@ from cryptography.fernet import Fernet
 from docket import Docket
 from docket.execution import ExecutionState
 from fastmcp import Client
+from fastmcp.client.client import CallToolResult
 from fastmcp.client.transports import StreamableHttpTransport
 from fastmcp.exceptions import ToolError
 from fastmcp_tasks.client import ToolTask, call_tool_task
+from fastmcp_tasks.client_models import ClientCreateTaskResult
 from mcp.shared.exceptions import MCPError
-from mcp_types import TextResourceContents
+from mcp_types import ElicitResult, InputRequiredResult, TextContent, TextResourceContents
 
+import patience
+import task_queue
 from cluster import Cluster
-from conftest import marker, running, wait_for
+from conftest import free_port, marker, running, wait_for
 from oauth import ME, YOU, App
-from task_queue import KEPT_SECONDS
+from task_queue import KEPT_SECONDS, Queue
 
 pytest_plugins = ["cluster"]
 
@@ -231,6 +236,151 @@ def test_redis_shows_neither_arguments_nor_output(served: Cluster, token: str) -
     assert b"ssh_execute" in held
     names = [ME, "127.0.0.1", token, served.front.environment["SESSION_SECRET"], result["job_id"]]
     assert [text for text in [*said, *names] if text.encode() in held] == []
+
+
+def test_hundreds_may_ask_look_and_cancel_at_once(served: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_queue, "_ANSWER_SECONDS", 60)  # a slow machine may take its time
+    monkeypatch.setattr(patience, "SECONDS", 60)
+
+    async def never(*_: object) -> str:
+        raise AssertionError("nobody works here")
+
+    async def play() -> None:
+        queue = Queue(served.redis.url, "others", never)
+        names = [secrets.token_hex(8) for _ in range(400)]
+        async with queue.open():
+            await asyncio.gather(*(queue.put(name, f"order {name}") for name in names))
+            found = await asyncio.gather(*(queue.find(name) for name in names))
+            assert [one and one.order for one in found] == [f"order {name}" for name in names]
+            await asyncio.gather(*(queue.cancel(name) for name in names))
+            assert {one and one.state for one in await asyncio.gather(*map(queue.find, names))} == {
+                "cancelled"
+            }
+
+    asyncio.run(play())
+
+
+@pytest.fixture(scope="module")
+def asking(whole_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A server where a person has to be asked first, and a worker that insists on it, with a queue of their own."""
+    folder = tmp_path_factory.mktemp("asking")
+    changes = {
+        "CONFIRM": "destructive",
+        "AUDIT_LOG": str(folder / "audit"),
+        "TASKS_URL": f"redis://127.0.0.1:{whole_cluster.redis.port}/1",
+    }
+    whole = whole_cluster.front
+    front = replace(
+        whole, folder=folder, port=free_port(), process=None, environment=whole.environment | changes
+    )
+    cluster = replace(whole_cluster, front=front, folder=folder, workers=[])
+    front.start()
+    cluster.worker(CONFIRM="destructive")
+    yield cluster
+    cluster.stop_workers()
+    front.stop()
+
+
+def orders(cluster: Cluster) -> set[bytes]:
+    """Return the keys of all orders that there are or have been."""
+    with redis.Redis.from_url(cluster.front.environment["TASKS_URL"]) as client:
+        return set(client.scan_iter("*:runs:*"))
+
+
+YES = ElicitResult(action="accept", content={"agree": True})
+ANSWERS = [
+    (YES, None),
+    (ElicitResult(action="decline"), "declined"),
+    (ElicitResult(action="cancel"), "gave no answer"),
+    (ElicitResult(action="accept", content={"agree": False}), "declined"),
+]
+
+
+@pytest.mark.parametrize(("answer", "refusal"), ANSWERS)
+def test_person_is_asked_before_there_is_a_task_and_only_a_yes_makes_one(
+    asking: Cluster, app_of: Callable[..., App], answer: ElicitResult, refusal: str | None
+) -> None:
+    token = app_of(asking.front).log_in().access
+    ran = asking.sshd.home / secrets.token_hex(4)
+    before = orders(asking)
+    asked: list[str] = []
+
+    async def person(message: str, *_: object) -> ElicitResult:
+        asked.append(message)
+        assert orders(asking) == before
+        assert not ran.exists()
+        return answer
+
+    async def run() -> CallToolResult:
+        transport = StreamableHttpTransport(f"{asking.front.url}/mcp", auth=token)
+        async with Client(transport, mode="2026-07-28", elicitation_handler=person) as client:
+            command = {"command": f"echo x >> {ran}"}
+            result: CallToolResult = await client.call_tool("ssh_execute", command, raise_on_error=False)
+            return result
+
+    result = asyncio.run(run())
+    (question,) = asked
+    assert f"    echo x >> {ran}" in question
+    if refusal is None:
+        fields = result.structured_content or {}
+        assert fields["status"] == "exited"
+        assert fields["job_id"]  # which direct answers lack
+        assert ran.read_text() == "x\n"
+        assert len(orders(asking) - before) == 1
+    else:
+        (told,) = result.content
+        assert isinstance(told, TextContent)
+        assert "CONFIRM" in told.text
+        assert refusal in told.text
+        assert orders(asking) == before
+        assert not ran.exists()
+
+
+def test_client_that_cannot_ask_gets_no_task(asking: Cluster, app_of: Callable[..., App]) -> None:
+    before = orders(asking)
+
+    async def ask(client: Client[Any]) -> None:
+        with pytest.raises(ToolError, match=r"CONFIRM.*cannot ask"):
+            await client.call_tool("ssh_execute", {"command": "true"})
+
+    asking.ask(app_of(asking.front).log_in().access, ask)
+    assert orders(asking) == before
+
+
+def test_one_yes_makes_one_task(asking: Cluster, app_of: Callable[..., App]) -> None:
+    """Also from a client that drives the rounds by itself, and sends its answer twice."""
+    token = app_of(asking.front).log_in().access
+    ran = asking.sshd.home / secrets.token_hex(4)
+    before = orders(asking)
+
+    async def leg(client: Client[Any], after: InputRequiredResult | None = None) -> object:
+        return await client.session.call_tool(
+            "ssh_execute",
+            {"command": f"echo x >> {ran}"},
+            input_responses={"confirm": YES} if after else None,
+            request_state=after.request_state if after else None,
+            allow_input_required=True,
+            allow_claimed=True,
+        )
+
+    async def run() -> None:
+        transport = StreamableHttpTransport(f"{asking.front.url}/mcp", auth=token)
+        async with Client(transport, mode="2026-07-28", elicitation_handler=never_asked) as client:
+            asked = await leg(client)
+            assert isinstance(asked, InputRequiredResult)
+            told = await leg(client, asked)
+            assert isinstance(told, ClientCreateTaskResult)
+            assert isinstance(await leg(client, asked), InputRequiredResult)
+            task = ToolTask(client, "ssh_execute", told)
+            assert (await task.wait(timeout=30)).status == "completed"
+
+    asyncio.run(run())
+    assert ran.read_text() == "x\n"
+    assert len(orders(asking) - before) == 1
+
+
+async def never_asked(*_: object) -> ElicitResult:
+    raise AssertionError("the client answers by itself")
 
 
 def put_in(cluster: Cluster, *arguments: str) -> str:
