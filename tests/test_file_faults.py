@@ -39,7 +39,7 @@ from ssh_files import Files
 from ssh_pool import Pool
 from ssh_session import Session
 from ssh_sftp import SFTP
-from ssh_sftp_replies import Handles
+from ssh_sftp_replies import HANDLE, Handles, Opening
 from test_faults import processes_of
 from test_ssh_files import Tools, numbered, sha256, strays
 
@@ -226,6 +226,14 @@ def test_small_write_that_is_cut_at_every_step_is_old_or_new(own_sshd: Serve, di
 
 
 # Foretold handles
+
+
+def test_handle_that_is_cut_short_is_told_to_who_waits_for_it() -> None:
+    """It ends not the thread that reads, which nobody waits for."""
+    opening = Opening(lambda: None, Handles())
+    opening.arrive(HANDLE, b"\0\0\0\4ab")
+    with pytest.raises(ConnectionLostError, match="cut short"):
+        opening.handle()
 
 
 class ForetoldHandles(RuleBasedStateMachine):

@@ -1,5 +1,8 @@
 """The pool under faults: dead, frozen, refusing and restarted servers."""
 
+import errno
+import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -387,8 +390,6 @@ def test_server_that_is_none_is_told_apart(
     patience: float,
 ) -> None:
     """What is told depends on what the other end did, not on when within the time it did it."""
-    import socket
-
     over = threading.Event()
 
     def serve(peer: socket.socket) -> None:
@@ -411,6 +412,45 @@ def test_server_that_is_none_is_told_apart(
         finally:
             over.set()
             listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_server_whose_packets_make_no_sense_is_told(
+    sshd: Server, open_pool: Callable[[Settings], Pool]
+) -> None:
+    """Its list of key exchanges (RFC 4253, 7.1) is no text."""
+    payload = b"\x14" + b"c" * 16 + b"\0\0\0\1\xff"
+    padding = 8 - (5 + len(payload)) % 8 + 8
+    packet = (1 + len(payload) + padding).to_bytes(4) + bytes([padding]) + payload + bytes(padding)
+
+    def serve(listener: socket.socket) -> None:
+        peer, _ = listener.accept()
+        with peer:
+            peer.sendall(b"SSH-2.0-x\r\n" + packet)
+            while peer.recv(1 << 16):
+                pass
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor() as threads:
+        served = threads.submit(serve, listener)
+        settings = sshd.settings()
+        target = Target("tester", "127.0.0.1", listener.getsockname()[1])
+        with pytest.raises(UnreachableError, match="key exchange failed"):
+            echo(open_pool(settings), settings, target)
+        with suppress(ConnectionError):
+            served.result(20)
+
+
+def test_machine_without_a_file_left_is_told(
+    sshd: Server, open_pool: Callable[[Settings], Pool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    settings = sshd.settings()
+    with monkeypatch.context() as patched:
+        patched.setattr("ssh_pool.connect", fail)
+        with pytest.raises(BusyError, match=r"this machine cannot connect at the moment: .*open files"):
+            echo(open_pool(settings), settings, sshd.target)
+    assert echo(open_pool(settings), settings, sshd.target) == "x"
 
 
 def test_unknown_host_name_is_told(sshd: Server, open_pool: Callable[[Settings], Pool]) -> None:
