@@ -12,6 +12,7 @@ from functools import partial
 
 import pytest
 
+import ssh_warm
 from conftest import Server, free_port, nobody_cancels, wait_for
 from relay import Relay
 from settings import Settings, Target
@@ -42,6 +43,12 @@ def open_pool() -> Iterator[Callable[[Settings], Pool]]:
 
 
 @pytest.fixture
+def nothing_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no session be prepared ahead of need: a call is then sent only after its session was granted."""
+    monkeypatch.setattr(ssh_warm, "_MOST", 0)
+
+
+@pytest.fixture
 def relay(sshd: Server) -> Iterator[Relay]:
     relay = Relay(sshd.port)
     yield relay
@@ -66,7 +73,7 @@ def test_first_callers_share_one_connection(
 
 
 def test_connection_killed_between_two_calls_is_replaced(
-    own_sshd: Callable[..., Server], open_pool: Callable[[Settings], Pool]
+    own_sshd: Callable[..., Server], open_pool: Callable[[Settings], Pool], nothing_ahead: None
 ) -> None:
     server = own_sshd()
     pool = open_pool(server.settings())
@@ -76,7 +83,7 @@ def test_connection_killed_between_two_calls_is_replaced(
 
 
 def test_restarted_server_works_at_once(
-    own_sshd: Callable[..., Server], open_pool: Callable[[Settings], Pool]
+    own_sshd: Callable[..., Server], open_pool: Callable[[Settings], Pool], nothing_ahead: None
 ) -> None:
     server = own_sshd()
     pool = open_pool(server.settings())
@@ -90,7 +97,7 @@ def test_restarted_server_works_at_once(
 
 
 def test_call_on_a_dead_wire_moves_to_a_new_connection(
-    relay: Relay, through_relay: Settings, open_pool: Callable[[Settings], Pool]
+    relay: Relay, through_relay: Settings, open_pool: Callable[[Settings], Pool], nothing_ahead: None
 ) -> None:
     pool = open_pool(through_relay)
     target = Target("tester", "127.0.0.1", relay.port)
@@ -101,7 +108,7 @@ def test_call_on_a_dead_wire_moves_to_a_new_connection(
 
 
 def test_frozen_wire_is_an_error_within_fifteen_seconds_of_use(
-    relay: Relay, through_relay: Settings, open_pool: Callable[[Settings], Pool]
+    relay: Relay, through_relay: Settings, open_pool: Callable[[Settings], Pool], nothing_ahead: None
 ) -> None:
     pool = open_pool(through_relay)
     target = Target("tester", "127.0.0.1", relay.port)
@@ -371,7 +378,7 @@ def test_wrong_key_is_told_with_its_path(sshd: Server, open_pool: Callable[[Sett
         echo(open_pool(settings), settings, sshd.target)
 
 
-@pytest.mark.parametrize("patience", [0.3, 0.45, 0.6])
+@pytest.mark.parametrize("patience", [0.9, 1.05, 1.2])
 @pytest.mark.parametrize(
     ("said", "lingers", "told"),
     [
