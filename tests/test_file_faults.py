@@ -701,7 +701,7 @@ def test_special_files_hold_nobody_up(tmp_path: Path, sshd: Server) -> None:
                     started = time.monotonic()
                     with pytest.raises(FileError, match=kind):
                         call(tmp_path / name)
-                    assert time.monotonic() - started < 5
+                    assert time.monotonic() - started < 10
             for name in ("cpuinfo", "self/status", "mounts", "self/cmdline"):
                 assert tools.read_bytes(f"/proc/{name}").content
             assert {entry.name for entry in tools.list("/proc/self").entries} >= {"fd", "status", "exe"}
