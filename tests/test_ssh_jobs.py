@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -23,6 +24,7 @@ from settings import Target
 from ssh_answers import CommandResult
 from ssh_commands import Commands
 from ssh_errors import ArgumentError, SSHError
+from ssh_exchange import Exchange
 from ssh_jobs import Jobs
 from ssh_output import Kept
 from ssh_pool import Pool
@@ -412,6 +414,24 @@ def test_error_in_one_job_leaves_the_others(
     assert go_on(other.job_id).stdout == "other\n"
     assert told == [ZeroDivisionError]
     assert start("sleep 30").status == "running"
+
+
+def test_command_that_ends_while_it_is_handed_over_answers_like_any_other(
+    held: Held, go_on: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held("", "")  # so that there is a thread that follows jobs
+    stir, go = Exchange.stir, held.go.with_suffix(".second")
+
+    def stir_late(exchange: Exchange, event: threading.Event) -> None:
+        go.touch()
+        with suppress(AssertionError):
+            wait_for(lambda: exchange._held is None, 1)
+        stir(exchange, event)
+
+    monkeypatch.setattr(Exchange, "stir", stir_late)
+    first = held.start(f"until [ -e {go} ]; do sleep 0.05; done; exit 3")
+    ended = go_on(first.job_id) if first.job_id else first
+    assert (ended.status, ended.exit_code) == ("exited", 3)
 
 
 def test_ended_jobs_are_forgotten_without_another_call(
