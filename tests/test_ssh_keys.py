@@ -399,7 +399,7 @@ def test_login_with_a_key_that_its_agent_never_signs_with_fails_at_once(
     tmp_path: Path, sshd: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such as one that was added with `ssh-add -c`, so that somebody is asked first."""
-    monkeypatch.setattr("ssh_keys._AGENT_SECONDS", 0.5)
+    monkeypatch.setattr("ssh_keys._AGENT_SECONDS", 3.0)
     blob = base64.b64decode((sshd.key.with_suffix(".pub")).read_text().split()[1])
     held = b"\x0c\0\0\0\1" + b"".join(len(part).to_bytes(4) + part for part in (blob, b"comment"))
     over = threading.Event()

@@ -521,7 +521,7 @@ def test_server_that_hung_up_is_told_so_though_the_last_try_had_no_time_left(
 
     monkeypatch.setattr("ssh_route.log_in", log_in)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config.write(f"Host web\n HostName 127.0.0.1\n Port {listener.getsockname()[1]}\n ConnectTimeout 1")
+        config.write(f"Host web\n HostName 127.0.0.1\n Port {listener.getsockname()[1]}\n ConnectTimeout 3")
         with pytest.raises(UnreachableError, match="hangs up before the SSH key exchange"):
             config.connect("web")
     assert len(tries) == 2
