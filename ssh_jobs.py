@@ -180,10 +180,10 @@ class Jobs:
         With `over`, which is called with the job then and must not wait, the caller answers for it from there on.
         """
         job = Job(running, owner, self._changed, over)
+        running.exchange.stir(self._stirred)  # while nobody else knows of it, who may see its end
         with self._books:
             self._forget_old()
             self._jobs[job.name] = job
-        running.exchange.stir(self._stirred)
         self._stirred.set()
         self._drive()
         return job

@@ -9,6 +9,7 @@ Borrowed from Paramiko's private parts, checked with 5.1.0 (`tests/test_ssh_keys
 `AgentSSH._connect` and `._close`, for an agent that no environment names.
 """
 
+import errno
 import io
 import os
 import socket
@@ -206,10 +207,24 @@ def agent_keys(named: str | None) -> Iterator[list[paramiko.AgentKey]]:
         agent._close()
 
 
+class _AgentSocket(socket.socket):
+    """A socket that says of a time-out what Paramiko takes for granted of an error.
+
+    Its reading thread asks agents for signatures, and would end before it has woken who waits for the login.
+    """
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """Return at most `size` bytes."""
+        try:
+            return super().recv(size, flags)
+        except TimeoutError:
+            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from None
+
+
 def _unix_socket(path: str) -> socket.socket:
     if not hasattr(socket, "AF_UNIX"):
         raise OSError("this system has no sockets with paths")
-    connected = socket.socket(socket.AF_UNIX)
+    connected = _AgentSocket(socket.AF_UNIX)
     try:
         connected.settimeout(_AGENT_SECONDS)
         connected.connect(path)

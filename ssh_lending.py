@@ -523,6 +523,9 @@ class TargetPool:
         except SSHError as failure:
             error = failure
             _log.warning("%s", failure)
+        except (OSError, RuntimeError) as failure:  # such as no file or thread that is left
+            error = BusyError(f"{self.target}: this machine cannot connect at the moment: {failure}")
+            _log.warning("%s", error)
         finally:
             self._opened(attempt, member, error)
 

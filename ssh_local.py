@@ -57,7 +57,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 class Proxy:
     """A ProxyCommand that runs, and the socket that is its stdin and stdout. Thread-safe.
 
-    Owns the process, which ends with `close`, and a thread that reads its stderr to the end.
+    Owns the process, which ends with `close`, and a thread that reads its stderr to the end and waits for its end.
     """
 
     def __init__(self, command: str) -> None:
@@ -90,3 +90,4 @@ class Proxy:
         with stderr:
             while line := stderr.readline(_LONGEST_LINE_BYTES):
                 self._last_line = line.decode("utf-8", "replace").strip() or self._last_line
+        self._process.wait()

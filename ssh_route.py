@@ -12,7 +12,7 @@ import time
 from settings import Target
 from ssh_config_values import ADDRESS_FAMILIES, Hop
 from ssh_dial import dial
-from ssh_errors import ConfigError, UnreachableError
+from ssh_errors import ConfigError, NoAnswerError, UnreachableError
 from ssh_hosts import Host, Hosts
 from ssh_keys import Keys
 from ssh_local import Proxy
@@ -48,19 +48,26 @@ class _Way:
         return self._directly(host)
 
     def _directly(self, host: Host) -> Connection:
-        """Connect by TCP. A server that hangs up at once (MaxStartups drops log-ins at random) is tried again."""
-        pause = 0.05
+        """Connect by TCP. A server that hangs up at once (MaxStartups drops log-ins at random) is tried again.
+
+        The last try may have no time left; what the server did before is told then.
+        """
+        pause, hung_up = 0.05, False
         family = ADDRESS_FAMILIES[host.config.address_family]
         while True:
-            wire = tcp_wire(dial(host.target, self._deadline, host=host.config.hostname, family=family))
             try:
+                wire = tcp_wire(dial(host.target, self._deadline, host=host.config.hostname, family=family))
                 return log_in(host, wire, None, self._keys, self._deadline)
             except HungUpError:
-                if time.monotonic() + pause > self._deadline:
-                    raise UnreachableError(
-                        f"{host} hangs up before the SSH key exchange; is this an SSH server, and does it take "
-                        "more log-ins (MaxStartups)?"
-                    ) from None
+                hung_up = True
+            except NoAnswerError:
+                if not hung_up:
+                    raise
+            if time.monotonic() + pause > self._deadline:
+                raise UnreachableError(
+                    f"{host} hangs up before the SSH key exchange; is this an SSH server, and does it take "
+                    "more log-ins (MaxStartups)?"
+                )
             time.sleep(jittered(pause))
             pause = min(2 * pause, 1.0)
 

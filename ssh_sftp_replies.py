@@ -6,6 +6,7 @@ A reply arrives once, by the thread that reads the channel, and may be waited fo
 import struct
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 from ssh_errors import ConnectionLostError
@@ -114,8 +115,11 @@ class Opening(Reply):
         self.guess = handles.expect()
 
     def arrive(self, kind: int, body: Body) -> None:
-        """See Reply."""
-        self._handles.settle(self.guess, Reader(body).string() if kind == HANDLE else None)
+        """See Reply. What is cut short is told to who waits, not here."""
+        handle: bytes | None = None
+        with suppress(ConnectionLostError):
+            handle = Reader(body).string() if kind == HANDLE else None
+        self._handles.settle(self.guess, handle)
         super().arrive(kind, body)
 
     def handle(self) -> bytes:

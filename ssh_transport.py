@@ -9,8 +9,9 @@ Invariants:
 Borrowed from Paramiko's private parts, here and in `ssh_session`, checked with 5.1.0 (`tests/test_ssh_transport.py`
 fails when one moves): `Packetizer._check_keepalive` (called while the peer is silent), `Transport._preferred_ciphers`,
 `._preferred_macs`, `._preferred_kex`, `._cipher_info`, `._mac_info`, `._kex_info`, `._channel_handler_table`,
-`._send_user_message`, `._parse_newkeys`; `Channel._handle_close`, `._request_failed`, `.eof_received`, `.in_buffer`,
-`.in_stderr_buffer`, `.status_event`, `.remote_chanid`; `ChannelMap.put`, `Transport._channels`; `Message.packet`.
+`._send_user_message`, `._parse_newkeys`, `.channel_events`; `Channel._handle_close`, `._request_failed`,
+`.eof_received`, `.in_buffer`, `.in_stderr_buffer`, `.status_event`, `.remote_chanid`; `ChannelMap.put`,
+`Transport._channels`; `Message.packet`.
 """
 
 import logging
@@ -174,6 +175,17 @@ class _Packetizer(Packetizer):  # type: ignore[misc]
             deadline = time.monotonic() + _STALL_SECONDS
 
 
+class _Expected(dict[int, threading.Event]):
+    """The channels that are being opened, each with the event that wakes who waits for it.
+
+    Paramiko's reading thread goes through them when a connection ends, while others may add some.
+    """
+
+    def values(self) -> list[threading.Event]:  # type: ignore[override]
+        """Return those that are there now."""
+        return list(super().values())
+
+
 class Transport(paramiko.Transport):  # type: ignore[misc]
     _preferred_ciphers: tuple[str, ...] = (
         "aes128-gcm@openssh.com",
@@ -210,6 +222,7 @@ class Transport(paramiko.Transport):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._channels = Channels(self)
+        self.channel_events = _Expected()
         self._held_back: list[paramiko.Message] = []
         self.host_key_algorithms: list[str] = []
 
@@ -232,6 +245,12 @@ class Transport(paramiko.Transport):  # type: ignore[misc]
         held_back, self._held_back = self._held_back, []
         for message in held_back:
             self._send_user_message(message)
+
+    def get_exception(self) -> Exception | None:
+        """Return what ended the connection, for who waits; whatever tripped over a packet, that made no sense."""
+        error: Exception | None = super().get_exception()
+        is_told = error is None or isinstance(error, SOCKET_ERRORS)
+        return error if is_told else paramiko.SSHException(f"a packet that makes no sense: {error!r}")
 
     def offer(self, config: HostConfig, host_key_algorithms: Sequence[str]) -> dict[str, Sequence[str]]:
         """Offer what an SSH config wants of what Paramiko has; return what is left, by keyword."""

@@ -14,6 +14,8 @@ from pathlib import Path
 import asyncssh
 from asyncssh.sftp import SFTPServerHandler
 
+from fleet_server import feed, pump
+
 
 def speak_as(manners: list[str]) -> None:
     """Change how this process's SFTP servers speak."""
@@ -46,8 +48,10 @@ async def serve(folder: Path, *, with_sftp: bool) -> None:
             cwd=folder,
             env={"HOME": str(folder), "PATH": os.environ["PATH"], "SHELL": "/bin/sh"},
         )
-        await process.redirect(child.stdin, child.stdout, child.stderr)
+        feeding = asyncio.create_task(feed(process, child))
+        await asyncio.gather(pump(child.stdout, process.stdout), pump(child.stderr, process.stderr))
         status = await child.wait()
+        feeding.cancel()
         if status < 0:
             process.exit_with_signal(signal.Signals(-status).name.removeprefix("SIG"))
         else:

@@ -210,5 +210,7 @@ def way_to(server: Server) -> Iterator[Way]:
     with server.known_hosts.open("a") as known:
         public = (server.folder / "host_key.pub").read_text().split()
         known.write(f"[127.0.0.1]:{relay.port} {public[0]} {public[1]}\n")
-    yield Way(server, relay)
-    relay.close()
+    try:
+        yield Way(server, relay)
+    finally:
+        relay.close()

@@ -75,11 +75,12 @@ def test_timed_out_command_is_killed_with_what_it_started(account: Account, comm
 
 
 def test_command_over_its_time_goes_on_as_a_job_and_takes_signals(account: Account) -> None:
+    account.commands.run(account.target, "true", cancelled=nobody_cancels)
     first = account.jobs.execute(
         "me",
         account.target,
         Task.of("trap 'echo two; exit 9' TERM; echo one; while :; do sleep 0.05; done"),
-        timeout=1,
+        timeout=3,
         on_timeout="detach",
         cancelled=nobody_cancels,
     )
@@ -97,7 +98,7 @@ def test_background_job_outlives_its_connection_and_is_ended(account: Account) -
         "me", account.target, Task.of(f"cat; sleep 30.{mark}", stdin="in\n"), cancelled=nobody_cancels
     )
     assert begun.job_id
-    wait_for(lambda: running(f"sleep 30.{mark}"))
+    wait_for(lambda: running(f"^sleep 30.{mark}"))
     account.pool.close_idle()
     ended = account.jobs.go_on("me", begun.job_id, timeout=0.2, on_timeout="kill", cancelled=nobody_cancels)
     assert (ended.status, ended.signal, ended.stdout) == ("killed", "TERM", "in\n")

@@ -119,31 +119,34 @@ def test_calls_during_restarts_answer_truly_and_all_succeed_afterwards(own_sshd:
     (server.home / "known").write_text("known\n")
     user = users(server)
     over = threading.Event()
+    kinds: list[str] = []
 
-    def work(worker: int) -> Counter[str]:
-        kinds: Counter[str] = Counter()
+    def work(worker: int) -> None:
         while not over.is_set():
             try:
-                kinds[user.mixed(worker)] += 1
+                kinds.append(user.mixed(worker))
             except SSHError:
-                kinds["error"] += 1
+                kinds.append("error")
                 over.wait(0.02)
-        return kinds
+
+    def seen(since: int, *wanted: str) -> int:
+        return len({*wanted} & {*kinds[since:]})
 
     with ThreadPoolExecutor(8) as threads:
         workers = [threads.submit(work, number) for number in range(8)]
         try:
             for _ in range(4):
-                time.sleep(0.5)
+                wait_for(partial(seen, len(kinds), "executed", "written", "read", "listed"))
+                before = len(kinds)
                 server.crash()
-                time.sleep(0.2)
+                wait_for(partial(seen, before, "error", "lost"))
                 server.start()
+            wait_for(lambda: seen(0, "executed", "written", "read", "listed") == 4)
         finally:
             over.set()
-        kinds = sum((worker.result(60) for worker in workers), Counter())
-    assert kinds["error"] + kinds["lost"]
-    assert all(kinds[kind] for kind in ("executed", "written", "read", "listed"))
-    assert not kinds["wrong"] + kinds["short"]
+        for worker in workers:
+            worker.result(60)
+    assert not seen(0, "wrong", "short")
     with ThreadPoolExecutor(8) as threads:
         after = Counter(threads.map(user.mixed, range(16)))
     assert after == {"executed": 4, "written": 4, "read": 4, "listed": 4}
@@ -160,7 +163,7 @@ def test_sessions_outlive_the_listener_of_a_server_that_is_restarted(own_sshd: S
 
 
 def test_keepalives_of_the_server_are_answered_while_idle_and_in_use(own_sshd: Serve, users: Users) -> None:
-    server = own_sshd("ClientAliveInterval 1", "ClientAliveCountMax 1")
+    server = own_sshd("ClientAliveInterval 1", "ClientAliveCountMax 2")
     user = users(server)
     assert user.echo() == "x"
     (connection,) = server.session_pids()
@@ -173,7 +176,7 @@ def test_keepalives_of_the_server_are_answered_while_idle_and_in_use(own_sshd: S
 def test_connection_that_the_server_gave_up_while_the_wire_was_frozen_is_replaced(
     own_sshd: Serve, users: Users
 ) -> None:
-    server = own_sshd("ClientAliveInterval 1", "ClientAliveCountMax 1")
+    server = own_sshd("ClientAliveInterval 1", "ClientAliveCountMax 2")
     with way_to(server) as way:
         user = users(way)
         assert user.echo() == "x"
@@ -299,13 +302,18 @@ def test_all_connections_over_a_network_that_changed_are_replaced_within_fifteen
         user = users(way)
         kind = user.mixed(number)
         with ThreadPoolExecutor(5) as threads:
+            command = "touch here{}; until [ -e all ]; do sleep 0.05; done"
             sleeping = [
-                threads.submit(user.commands.run, user.target, "sleep 1", cancelled=nobody_cancels)
-                for _ in range(5)
+                threads.submit(
+                    user.commands.run, user.target, command.format(number), cancelled=nobody_cancels
+                )
+                for number in range(5)
             ]
+            wait_for(lambda: len(list(server.home.glob("here*"))) == 5)
+            (server.home / "all").touch()
             assert {sleep.result(30).status for sleep in sleeping} == {"exited"}
         old = way.relay.accepted
-        assert old >= 4
+        assert old >= 5
         way.relay.forget()
         began = time.monotonic()
         assert user.mixed(number) == kind
@@ -556,4 +564,4 @@ def test_giving_a_target_up_and_trying_it_as_usual_again_are_logged(
     caplog.set_level(logging.INFO, "ssh_mcp_server")
     assert down.pool.counters()["breaker_opened"] == 1
     come_back(down, way)
-    assert f"{down.target}: tried as usual again" in caplog.messages
+    wait_for(lambda: f"{down.target}: tried as usual again" in caplog.messages)

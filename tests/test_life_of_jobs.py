@@ -85,7 +85,7 @@ class Life(RuleBasedStateMachine):
             begun = self.jobs.start_background("me", self.server.target, task, cancelled=nobody_cancels)
         else:
             begun = self.jobs.execute(
-                "me", self.server.target, task, timeout=0.2, on_timeout="detach", cancelled=nobody_cancels
+                "me", self.server.target, task, timeout=1, on_timeout="detach", cancelled=nobody_cancels
             )
         assert begun.status == "running"
         assert begun.job_id

@@ -1,5 +1,6 @@
 """Accounts that have no shell to read a line: forced commands, restricted shells, SFTP alone."""
 
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -230,7 +231,7 @@ def test_plain_command_is_killed_at_its_time_through_the_server(
 ) -> None:
     choosy.run("true")
     mark = marker()
-    result = choosy.run(command.format(mark), timeout=0.5)
+    result = choosy.run(command.format(mark), timeout=2)
     assert (result.status, result.signal) == ("killed", signal)
     wait_for(lambda: not running(f"sleep 30.{mark}"))
 
@@ -238,19 +239,21 @@ def test_plain_command_is_killed_at_its_time_through_the_server(
 def test_forced_command_that_cannot_be_killed_is_said_to_run_on(picky: Serve) -> None:
     mark = marker()
     with account(picky()) as one:
-        result = one.run(f"exec sleep 8.{mark}", timeout=0.5)
+        result = one.run(f"exec sleep 60.{mark}", timeout=2)
         assert result.status == "lost"
         assert "may still be running" in (result.note or "")
         assert running(mark)
+    subprocess.run(["pkill", "-f", f"^sleep 60.{mark}"], check=True)
     wait_for(lambda: not running(mark))
 
 
 def test_plain_command_over_its_time_goes_on_as_a_job_and_takes_signals(choosy: Account) -> None:
+    choosy.run("true")
     first = choosy.jobs.execute(
         "me",
         choosy.target,
-        Task.of("echo one; trap 'echo two; exit 9' TERM; while :; do sleep 0.05; done"),
-        timeout=1,
+        Task.of("trap 'echo two; exit 9' TERM; echo one; while :; do sleep 0.05; done"),
+        timeout=3,
         on_timeout="detach",
         cancelled=nobody_cancels,
     )

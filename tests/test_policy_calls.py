@@ -334,7 +334,7 @@ def test_jobs_go_on_where_a_list_is_set(environment: None, sshd: Server, tmp_pat
             "words\n",
         )
         await call("ssh_execute", command="ls /")  # connects
-        waits = await call("ssh_execute", command=f'cat "{fifo}"', timeout=1)
+        waits = await call("ssh_execute", command=f'cat "{fifo}"', timeout=3)
         assert not waits.is_error, text(waits)
         job = waits.structured_content["job_id"]
         ended = await call("ssh_execute", job_id=job, signal="TERM")

@@ -163,8 +163,9 @@ def test_no_log_of_the_proxy_holds_a_code_a_state_or_a_token(
         assert browser.http.get(callback_url).status_code == 502
     finally:
         trusting.start()
+    refused = re.compile(r'"GET /google/callback" 502|"uri":"/google/callback".*"status":502')
+    wait_for(lambda: refused.search(trusting.front_logs()))
     logs = trusting.front_logs()
-    assert re.search(r'"GET /google/callback" 502|"uri":"/google/callback".*"status":502', logs)
     secrets = [
         app.state,
         query_of(callback_url)["code"],

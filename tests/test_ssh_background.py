@@ -146,8 +146,8 @@ def test_signal_ends_all_of_the_job_and_its_outcome_is_kept(
     front: Callable[..., Front], account: str, name: str
 ) -> None:
     one, mark = front(account), marker()
-    begun = one.start(f"sleep 30.{mark}")
-    wait_for(lambda: running(f"sleep 30.{mark}"))
+    begun = one.start(f"/bin/sleep 30.{mark}")  # ksh has a sleep of its own
+    wait_for(lambda: running(f"^/bin/sleep 30.{mark}"))
     ended = one.ask(begun.job_id, signal=name)
     if (account, name) == ("zsh", "HUP"):  # which zsh takes for a request to exit
         assert (ended.status, ended.exit_code) == ("exited", 1)
@@ -159,7 +159,7 @@ def test_signal_ends_all_of_the_job_and_its_outcome_is_kept(
 def test_pipelines_and_what_ignores_term_are_ended_at_the_calls_time(front: Callable[..., Front]) -> None:
     one, mark = front(), marker()
     begun = one.start(f"trap '' TERM; (sleep 30.{mark} & sleep 30.{mark}) | cat")
-    wait_for(lambda: running(f"sleep 30.{mark}"))
+    wait_for(lambda: running(f"^sleep 30.{mark}"))
     ended = one.ask(begun.job_id, timeout=0.2, on_timeout="kill")
     assert (ended.status, ended.signal) == ("killed", "KILL")
     assert not running(f"sleep 30.{mark}")
@@ -177,10 +177,9 @@ def test_handled_signal_lets_the_job_end_in_its_own_way(front: Callable[..., Fro
 def test_job_whose_runner_was_killed_is_lost(front: Callable[..., Front], sshd: Server) -> None:
     one, mark = front(), marker()
     begun = one.start(f"sleep 5.{mark}")
-    wait_for(lambda: running(f"sleep 5.{mark}"))
-    (pid,) = [
-        path for path in sshd.home.glob(".cache/ssh-mcp/jobs/*/pid") if not path.with_name("status").exists()
-    ]
+    wait_for(lambda: running(f"^sleep 5.{mark}"))
+    assert begun.stdout_path
+    pid = (sshd.home / begun.stdout_path.removeprefix("~/")).with_name("pid")
     os.kill(int(pid.read_text().split()[1]), signal.SIGKILL)
     ended = one.ask(begun.job_id)
     assert (ended.status, ended.exit_code) == ("lost", None)
@@ -208,7 +207,7 @@ def test_folder_is_the_accounts_own_and_input_does_not_stay(
 def test_old_jobs_go_first_and_running_ones_stay(own_sshd: Callable[..., Server]) -> None:
     server = own_sshd()
     one = Front(server)
-    kept = one.start("sleep 20")
+    kept = one.start("sleep 120")
     jobs = server.home / ".cache" / "ssh-mcp" / "jobs"
     (running_one,) = jobs.iterdir()
     for number in range(120):
@@ -307,7 +306,7 @@ def test_home_that_cannot_be_written_is_an_error(own_sshd: Callable[..., Server]
 def test_dropbear_runs_and_ends_background_jobs(dropbear: Server, account: str) -> None:
     one, mark = Front(dropbear, account), marker()
     begun = one.start(f"echo in; sleep 30.{mark} | cat")
-    wait_for(lambda: running(f"sleep 30.{mark}"))
+    wait_for(lambda: running(f"^sleep 30.{mark}"))
     one.close()
     then = Front(dropbear, account)
     ended = then.ask(begun.job_id, signal="TERM")
@@ -316,13 +315,21 @@ def test_dropbear_runs_and_ends_background_jobs(dropbear: Server, account: str) 
     then.close()
 
 
-def test_waiting_call_is_told_how_a_job_goes_on(front: Callable[..., Front]) -> None:
-    one = front()
-    begun = one.start("for i in 1 2 3 4 5 6 7 8; do echo line $i; sleep 0.5; done; echo err >&2")
+def test_waiting_call_is_told_how_a_job_goes_on(front: Callable[..., Front], tmp_path: Path) -> None:
+    one, go = front(), tmp_path / "go"
+    begun = one.start(
+        f"while [ ! -e {go} ]; do i=$((${{i:-100}} + 1)); echo line $i; sleep 0.5; done; echo err >&2"
+    )
     told: list[tuple[float, int, str]] = []
-    one.ask(begun.job_id, progress=lambda seconds, size, line: told.append((seconds, size, line)))
-    assert len(told) >= 2
-    assert all(line == f"line {size // 7}" and size % 7 == 0 for _, size, line in told)
+
+    def tell(seconds: float, size: int, line: str) -> None:
+        told.append((seconds, size, line))
+        if len(told) == 3:
+            go.touch()
+
+    assert one.ask(begun.job_id, progress=tell, timeout=60).status == "exited"
+    assert len(told) >= 3
+    assert all(line == f"line {100 + size // 9}" and size % 9 in (0, 4) for _, size, line in told)
     assert [size for _, size, _ in told] == sorted(size for _, size, _ in told)
 
 

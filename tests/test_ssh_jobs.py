@@ -6,8 +6,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType, ModuleType
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given
@@ -21,6 +24,7 @@ from settings import Target
 from ssh_answers import CommandResult
 from ssh_commands import Commands
 from ssh_errors import ArgumentError, SSHError
+from ssh_exchange import Exchange
 from ssh_jobs import Jobs
 from ssh_output import Kept
 from ssh_pool import Pool
@@ -52,6 +56,39 @@ def start(jobs: Jobs, commands: Commands, sshd: Server) -> Start:
     return start
 
 
+@dataclass
+class Held:
+    """Starts jobs that wait, after what they do at once, until they are let go."""
+
+    start: Start
+    go: Path
+
+    @property
+    def wait(self) -> str:
+        return f"until [ -e {self.go} ]; do sleep 0.05; done"
+
+    def __call__(
+        self, at_once: str, afterwards: str, *, out: str = "", err: str = "", **more: Any
+    ) -> CommandResult:
+        """Return the first answer that has all that is said at once: a slow machine is given more time."""
+        command = "; ".join(part for part in (at_once, self.wait, afterwards) if part)
+        for seconds in (1, 4, 16):
+            first = self.start(command, timeout=seconds, **more)
+            if (first.stdout_bytes, first.stderr_bytes) == (len(out.encode()), len(err.encode())):
+                break
+        return first
+
+    def let_go(self) -> None:
+        self.go.touch()
+
+
+@pytest.fixture
+def held(start: Start, sshd: Server) -> Iterator[Held]:
+    held = Held(start, sshd.home / f"go{marker()}")
+    yield held
+    held.let_go()
+
+
 @pytest.fixture
 def go_on(jobs: Jobs) -> Start:
     def go_on(job_id: str | None, *, owner: str = "me", **more: object) -> CommandResult:
@@ -62,23 +99,23 @@ def go_on(jobs: Jobs) -> Start:
     return go_on
 
 
-def test_command_over_its_time_goes_on_as_a_job(start: Start, go_on: Start, sshd: Server) -> None:
-    (go := sshd.home / "go").unlink(missing_ok=True)
-    first = start(f"echo one; echo err >&2; until [ -e {go} ]; do sleep 0.05; done; echo two; exit 4")
+def test_command_over_its_time_goes_on_as_a_job(held: Held, go_on: Start) -> None:
+    first = held("echo one; echo err >&2", "echo two; exit 4", out="one\n", err="err\n")
     assert (first.status, first.exit_code, first.signal) == ("running", None, None)
     assert (first.stdout, first.stderr) == ("one\n", "err\n")
     assert first.job_id
     assert f"job_id {first.job_id}" in first.text()
     assert f"cursor {first.cursor}" in first.text()
-    go.touch()
+    held.let_go()
     then = go_on(first.job_id, cursor=first.cursor)
     assert (then.status, then.exit_code, then.stdout, then.stderr) == ("exited", 4, "two\n", "")
     assert (then.stdout_bytes, then.stderr_bytes, then.job_id) == (8, 4, None)
     assert then.duration_seconds >= first.duration_seconds
 
 
-def test_ended_job_answers_again_from_its_beginning_and_from_every_cursor(start: Start, go_on: Start) -> None:
-    first = start("echo one; sleep 3; echo two")
+def test_ended_job_answers_again_from_its_beginning_and_from_every_cursor(held: Held, go_on: Start) -> None:
+    first = held("echo one", "echo two", out="one\n")
+    held.let_go()
     for _ in range(2):
         assert go_on(first.job_id).stdout == "one\ntwo\n"
         assert go_on(first.job_id, cursor=first.cursor).stdout == "two\n"
@@ -111,8 +148,8 @@ def test_signal_reaches_the_whole_group(start: Start, go_on: Start, name: str, a
     wait_for(lambda: not running(mark))
 
 
-def test_signal_that_is_handled_lets_the_job_end_in_its_own_way(start: Start, go_on: Start) -> None:
-    first = start("trap 'echo cleaned; exit 9' TERM; while :; do sleep 0.05; done")
+def test_signal_that_is_handled_lets_the_job_end_in_its_own_way(held: Held, go_on: Start) -> None:
+    first = held("trap 'echo cleaned; exit 9' TERM; echo set", "", out="set\n")
     ended = go_on(first.job_id, cursor=first.cursor, signal="TERM")
     assert (ended.status, ended.exit_code, ended.stdout) == ("exited", 9, "cleaned\n")
 
@@ -120,6 +157,7 @@ def test_signal_that_is_handled_lets_the_job_end_in_its_own_way(start: Start, go
 def test_job_is_killed_when_the_later_call_asks_for_it(start: Start, go_on: Start) -> None:
     mark = marker()
     first = start(f"trap '' TERM; sleep 30.{mark}")
+    wait_for(lambda: running(f"^sleep 30.{mark}"))
     ended = go_on(first.job_id, timeout=0.2, on_timeout="kill")
     assert (ended.status, ended.signal, ended.job_id) == ("killed", "KILL", None)
     assert not running(mark)
@@ -140,7 +178,7 @@ def test_job_of_another_owner_is_unknown(start: Start, go_on: Start) -> None:
 
 
 def test_forged_and_altered_ids_are_unknown(start: Start, jobs: Jobs, commands: Commands) -> None:
-    first = start("sleep 3")
+    first = start("sleep 30")
     assert first.job_id
     others = Jobs(commands, lambda: "another key" * 8)
     for job_id in (
@@ -159,13 +197,13 @@ def test_forged_and_altered_ids_are_unknown(start: Start, jobs: Jobs, commands: 
 
 
 def test_id_says_where_the_job_runs(start: Start, jobs: Jobs, sshd: Server) -> None:
-    first = start("sleep 3", account="dash")
+    first = start("sleep 30", account="dash")
     assert first.job_id
     assert jobs.target_of("me", first.job_id) == sshd.account("dash")
 
 
 def test_job_of_an_earlier_server_is_told_apart(start: Start, commands: Commands) -> None:
-    first = start("sleep 3")
+    first = start("sleep 30")
     assert first.job_id
     with pytest.raises(ArgumentError, match="look on the machine"):
         Jobs(commands, lambda: KEY).go_on("me", first.job_id, on_timeout="detach", cancelled=nobody_cancels)
@@ -173,13 +211,14 @@ def test_job_of_an_earlier_server_is_told_apart(start: Start, commands: Commands
 
 @pytest.mark.parametrize("cursor", ["x", "1", "1.", "-1.0", "1.2.3", "1e3.0", "9" * 19 + ".0", "٣.٣"])
 def test_cursor_that_is_none_is_an_error(start: Start, go_on: Start, cursor: str) -> None:
-    first = start("sleep 3")
+    first = start("sleep 30")
     with pytest.raises(ArgumentError, match="cursor"):
         go_on(first.job_id, cursor=cursor)
 
 
-def test_chatty_job_is_bounded_and_counted_to_the_byte(start: Start, go_on: Start, jobs: Jobs) -> None:
-    first = start("sleep 3; seq 1000000; sleep 0.2; seq 1000000 >&2")
+def test_chatty_job_is_bounded_and_counted_to_the_byte(held: Held, go_on: Start, jobs: Jobs) -> None:
+    first = held("", "seq 1000000; sleep 0.2; seq 1000000 >&2")
+    held.let_go()
     ended = go_on(first.job_id, cursor=first.cursor, timeout=60)
     size = sum(len(str(n)) + 1 for n in range(1, 1_000_001))
     assert (ended.stdout_bytes, ended.stderr_bytes) == (size, size)
@@ -203,28 +242,31 @@ def test_many_callers_wait_for_one_job_and_read_all_of_it(start: Start, go_on: S
         assert set(threads.map(follow, range(10))) == {"".join(f"äöü{n}\n" for n in range(1, 11))}
 
 
-def test_character_that_has_not_come_whole_is_left_for_the_next_answer(start: Start, go_on: Start) -> None:
-    first = start("printf '\\303'; sleep 3; printf '\\244'")
+def test_character_that_has_not_come_whole_is_left_for_the_next_answer(held: Held, go_on: Start) -> None:
+    first = held("printf '\\303'", "printf '\\244'", out="?")
     assert (first.stdout, first.stdout_bytes) == ("", 1)
+    held.let_go()
     assert go_on(first.job_id, cursor=first.cursor).stdout == "ä"
 
 
-def test_job_feeds_its_input_to_the_end(start: Start, go_on: Start) -> None:
-    first = start("sleep 3; wc -c", stdin="x" * 30_000_000)
+def test_job_feeds_its_input_to_the_end(held: Held, go_on: Start) -> None:
+    first = held("", "wc -c", stdin="x" * 30_000_000)
+    held.let_go()
     assert go_on(first.job_id, timeout=60).stdout.strip() == "30000000"
 
 
-def test_waiting_call_that_is_cancelled_leaves_its_job(start: Start, jobs: Jobs, go_on: Start) -> None:
+def test_waiting_call_that_is_cancelled_leaves_its_job(held: Held, jobs: Jobs, go_on: Start) -> None:
     class CancelledError(Exception):
         pass
 
     def cancel() -> None:
         raise CancelledError
 
-    first = start("sleep 3; echo end")
+    first = held("", "echo end")
     assert first.job_id
     with pytest.raises(CancelledError):
         jobs.go_on("me", first.job_id, on_timeout="detach", cancelled=cancel)
+    held.let_go()
     assert go_on(first.job_id).stdout == "end\n"
 
 
@@ -240,14 +282,20 @@ def test_job_whose_connection_is_cut_is_lost(own_sshd: Callable[..., Server]) ->
     first = jobs.execute(
         "me",
         target,
-        Task.of("echo run >> count; echo said; sleep 10"),
-        timeout=3,
+        Task.of("echo run >> count; echo said; sleep 60"),
+        timeout=1,
         on_timeout="detach",
         cancelled=nobody_cancels,
     )
-    assert first.job_id
+    job_id = first.job_id
+    assert job_id
+
+    def asked(seconds: float) -> CommandResult:
+        return jobs.go_on("me", job_id, timeout=seconds, on_timeout="detach", cancelled=nobody_cancels)
+
+    wait_for(lambda: asked(0.1).stdout)
     relay.cut()
-    ended = jobs.go_on("me", first.job_id, on_timeout="detach", cancelled=nobody_cancels)
+    ended = asked(20)
     assert (ended.status, ended.exit_code, ended.stdout) == ("lost", None, "said\n")
     assert (server.home / "count").read_text() == "run\n"
     jobs.close()
@@ -284,20 +332,24 @@ def test_session_of_an_ended_job_is_given_back(own_sshd: Callable[..., Server]) 
     commands = Commands(pool, server.settings())
     jobs = Jobs(commands, lambda: KEY)
     commands.run(server.target, "true", cancelled=nobody_cancels)
-    for _ in range(3):
+    for number in range(3):
+        go = server.home / f"go{number}"
+        task = Task.of(f"until [ -e {go} ]; do sleep 0.05; done")
         first = jobs.execute(
-            "me", server.target, Task.of("sleep 3"), timeout=1, on_timeout="detach", cancelled=nobody_cancels
+            "me", server.target, task, timeout=1, on_timeout="detach", cancelled=nobody_cancels
         )
         assert first.job_id
+        go.touch()
         jobs.go_on("me", first.job_id, on_timeout="detach", cancelled=nobody_cancels)
     jobs.close()
     pool.close()
 
 
 def test_ended_jobs_are_forgotten_after_their_time(
-    start: Start, go_on: Start, monkeypatch: pytest.MonkeyPatch
+    held: Held, go_on: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = start("sleep 3")
+    first = held("", "")
+    held.let_go()
     go_on(first.job_id)
     monkeypatch.setattr(ssh_jobs, "_ANSWERS_SECONDS", 0)
     with pytest.raises(ArgumentError, match="no longer known"):
@@ -347,36 +399,58 @@ def test_answers_after_cursors_show_or_count_every_byte(
 
 
 def test_error_in_one_job_leaves_the_others(
-    start: Start, go_on: Start, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+    start: Start, held: Held, go_on: Start, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[type[BaseException]] = []
     monkeypatch.setattr(threading, "excepthook", lambda args: told.append(args.exc_type))
-    one, other = start("sleep 4; echo one"), start("sleep 4; echo other")
+    one, other = held("", "echo one"), held("", "echo other")
     broken = next(iter(jobs._jobs.values()))
     assert broken.running
     monkeypatch.setattr(broken.running.exchange, "step", lambda: 1 // 0)
     ended = go_on(one.job_id)
     assert (ended.status, ended.exit_code) == ("lost", None)
     assert "log" in (ended.note or "")
+    held.let_go()
     assert go_on(other.job_id).stdout == "other\n"
     assert told == [ZeroDivisionError]
-    assert start("sleep 2; echo later").status == "running"
+    assert start("sleep 30").status == "running"
+
+
+def test_command_that_ends_while_it_is_handed_over_answers_like_any_other(
+    held: Held, go_on: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held("", "")  # so that there is a thread that follows jobs
+    stir, go = Exchange.stir, held.go.with_suffix(".second")
+
+    def stir_late(exchange: Exchange, event: threading.Event) -> None:
+        go.touch()
+        with suppress(AssertionError):
+            wait_for(lambda: exchange._held is None, 1)
+        stir(exchange, event)
+
+    monkeypatch.setattr(Exchange, "stir", stir_late)
+    first = held.start(f"until [ -e {go} ]; do sleep 0.05; done; exit 3")
+    ended = go_on(first.job_id) if first.job_id else first
+    assert (ended.status, ended.exit_code) == ("exited", 3)
 
 
 def test_ended_jobs_are_forgotten_without_another_call(
-    start: Start, go_on: Start, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+    held: Held, go_on: Start, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ssh_jobs, "_SWEEP_SECONDS", 0.1)
     monkeypatch.setattr(ssh_jobs, "_ANSWERS_SECONDS", 3)
-    first = start("sleep 2; echo end")
-    assert go_on(first.job_id).stdout == "end\n"
-    wait_for(lambda: not jobs._jobs)
-    wait_for(lambda: not jobs._driving)
-    assert go_on(start("sleep 2; echo more").job_id).stdout == "more\n"
+    for word in ("end", "more"):
+        first = held("", f"echo {word}")
+        held.let_go()
+        assert go_on(first.job_id).stdout == f"{word}\n"
+        wait_for(lambda: not jobs._jobs)
+        wait_for(lambda: not jobs._driving)
+        held.go.unlink()
 
 
-def test_ended_job_holds_little_but_its_output(start: Start, jobs: Jobs) -> None:
-    started = [start(f"sleep 2; echo {number}") for number in range(8)]
+def test_ended_job_holds_little_but_its_output(held: Held, jobs: Jobs) -> None:
+    started = [held("", f"echo {number}") for number in range(8)]
+    held.let_go()
     wait_for(lambda: all(job.ended_at is not None for job in jobs._jobs.values()))
     assert len(jobs._jobs) == len(started)
     for job in jobs._jobs.values():
@@ -397,11 +471,12 @@ def _reachable_bytes(thing: object, but: Jobs) -> int:
     return sum(map(sys.getsizeof, seen.values()))
 
 
-def test_kill_of_what_has_just_ended_keeps_its_own_outcome(start: Start, go_on: Start, jobs: Jobs) -> None:
-    first = start("sleep 2; exit 6")
+def test_kill_of_what_has_just_ended_keeps_its_own_outcome(held: Held, go_on: Start, jobs: Jobs) -> None:
+    first = held("", "exit 6")
     (job,) = jobs._jobs.values()
     was_running = job.running
     assert was_running
+    held.let_go()
     wait_for(lambda: job.ended_at is not None)
     jobs._commands.kill(was_running, lambda seconds: True)
     ended = go_on(first.job_id)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, x25519
 from paramiko import SSHException
 from paramiko.agent import AgentSSH
 
-from conftest import keygen, program, wait_for
+from conftest import Server, keygen, program, wait_for
 from settings import Settings, Target
 from ssh_config import HostConfig, SshConfig
-from ssh_errors import LoginError
+from ssh_errors import LoginError, UnreachableError
+from ssh_hosts import Hosts
 from ssh_keys import Keys
+from ssh_policy import Reach
+from ssh_route import connect
 
 TARGET = Target("me", "web1", 22)
 KINDS = {
@@ -122,7 +126,12 @@ def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     process = subprocess.Popen(
         [program("ssh-agent", "openssh-client"), "-D", "-a", path], stdout=subprocess.DEVNULL
     )
-    wait_for(path.exists)
+
+    def listens() -> bool:
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(path)) == 0
+
+    wait_for(listens)
     monkeypatch.setenv("SSH_AUTH_SOCK", str(path))
     yield path
     process.terminate()
@@ -384,6 +393,37 @@ def test_certificate_file_is_shown_with_its_key_alone(agent: Path, tmp_path: Pat
     with Keys(Settings()).offered(config) as offer:
         certified = [key.public_blob is not None for _, key in offer]
     assert certified == [True, False, True]
+
+
+def test_login_with_a_key_that_its_agent_never_signs_with_fails_at_once(
+    tmp_path: Path, sshd: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one that was added with `ssh-add -c`, so that somebody is asked first."""
+    monkeypatch.setattr("ssh_keys._AGENT_SECONDS", 3.0)
+    blob = base64.b64decode((sshd.key.with_suffix(".pub")).read_text().split()[1])
+    held = b"\x0c\0\0\0\1" + b"".join(len(part).to_bytes(4) + part for part in (blob, b"comment"))
+    over = threading.Event()
+
+    def serve(listener: socket.socket) -> None:
+        peer, _ = listener.accept()
+        with peer:
+            peer.recv(5)
+            peer.sendall(len(held).to_bytes(4) + held)
+            over.wait(60)
+
+    web = f"HostName 127.0.0.1\nPort {sshd.port}\nUser tester\nUserKnownHostsFile {sshd.known_hosts}"
+    path = tmp_path / "config"
+    path.write_text(f"Host web\n{web}\nIdentityAgent {tmp_path}/agent\nConnectTimeout 40\n")
+    path.chmod(0o600)
+    settings = Settings(ssh_config=path, ssh_allowed_hosts="*")
+    with socket.socket(socket.AF_UNIX) as listener, ThreadPoolExecutor() as threads:
+        listener.bind(str(tmp_path / "agent"))
+        listener.listen()
+        served = threads.submit(serve, listener)
+        with pytest.raises(UnreachableError, match="went away during the login"):
+            connect(Reach(settings).target("web", None, None), Hosts(settings), Keys(settings))
+        over.set()
+        served.result(10)
 
 
 def test_agents_of_paramiko_are_connected_as_before() -> None:

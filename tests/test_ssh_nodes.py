@@ -95,10 +95,10 @@ def test_no_host_at_all_is_refused(texts: list[str]) -> None:
     ],
 )
 def test_more_than_a_call_may_reach_is_refused_before_it_is_expanded(text: str) -> None:
-    began = time.monotonic()
+    began = time.thread_time()
     with pytest.raises(ArgumentError, match=f"one call reaches {MOST_NODES} at most"):
         nodes([text])
-    assert time.monotonic() - began < 1
+    assert time.thread_time() - began < 1
 
 
 def test_what_is_longer_than_any_list_of_hosts_is_refused() -> None:
@@ -143,9 +143,9 @@ def test_names_fold_as_clush_folds_them() -> None:
 def test_hosts_that_fold_badly_are_folded_at_once() -> None:
     """ClusterShell compares each with each, and that again and again: 15 s for these, with nobody to cancel it."""
     some = {Node(f"10.{n * 7919 % 251}.{n * 104729 % 241}.{n * 1299709 % 239}") for n in range(1000)}
-    began = time.monotonic()
+    began = time.thread_time()
     text = folded(some)
-    assert time.monotonic() - began < 2
+    assert time.thread_time() - began < 2
     assert set(nodes([text])) == some
 
 

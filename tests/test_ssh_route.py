@@ -37,13 +37,14 @@ from ssh_errors import (
     RefusedError,
     UnreachableError,
 )
-from ssh_hosts import Hosts
+from ssh_hosts import Host, Hosts
 from ssh_keys import Keys
 from ssh_local import Proxy
+from ssh_login import HungUpError
 from ssh_policy import Reach
 from ssh_pool import Pool
 from ssh_route import connect
-from ssh_transport import Connection
+from ssh_transport import Connection, SocketWire
 
 
 @pytest.fixture(scope="module")
@@ -503,3 +504,24 @@ def test_config_that_cannot_be_read_stops_the_start(config: Config) -> None:
     with pytest.raises(SettingsError, match=f"^SSH_CONFIG: {config.path} line 2: ") as raised:
         Reach(config.settings())
     assert "\n" not in str(raised.value)
+
+
+def test_server_that_hung_up_is_told_so_though_the_last_try_had_no_time_left(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[float] = []
+
+    def log_in(_: Host, wire: SocketWire, carrier: None, keys: Keys, deadline: float) -> Connection:
+        wire.close()
+        tries.append(deadline)
+        if len(tries) == 1:
+            raise HungUpError
+        time.sleep(max(0.0, deadline - time.monotonic()))
+        raise NoAnswerError("silent")
+
+    monkeypatch.setattr("ssh_route.log_in", log_in)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        config.write(f"Host web\n HostName 127.0.0.1\n Port {listener.getsockname()[1]}\n ConnectTimeout 3")
+        with pytest.raises(UnreachableError, match="hangs up before the SSH key exchange"):
+            config.connect("web")
+    assert len(tries) == 2

@@ -254,7 +254,7 @@ def test_timed_out_command_is_killed_with_all_it_started(
 ) -> None:
     mark = marker()
     run(kind, "true")
-    result = run(kind, command.replace("MARK", mark), timeout=1)
+    result = run(kind, command.replace("MARK", mark), timeout=3)
     assert (result.status, result.signal, result.note) == ("killed", signal, None)
     assert not running(mark)
 
@@ -353,15 +353,22 @@ def test_prompt_that_was_not_asked_for_is_not_answered(host: Host, commands: Com
 def test_detached_command_goes_on_and_gets_signals(jobs: Jobs, commands: Commands, host: Host) -> None:
     target = host.target("freely")
     commands.run(target, "true", cancelled=nobody_cancels)
-    program = "trap 'echo int' INT; trap 'exit 9' TERM; while :; do sleep 0.05; done"
+    program = "trap 'echo int' INT; trap 'exit 9' TERM; echo set; while :; do sleep 0.05; done"
     go_on: dict[str, Any] = {"on_timeout": "detach", "cancelled": nobody_cancels}
     first = jobs.execute("me", target, Task.of(program, sudo=host.sudo), timeout=1, **go_on)
     assert first.status == "running"
     assert first.job_id
-    then = jobs.go_on("me", first.job_id, signal="INT", timeout=1, **go_on)
-    assert (then.status, then.stdout) == ("running", "int\n")
+    job_id = first.job_id
+
+    def says(text: str) -> bool:
+        answer = jobs.go_on("me", job_id, timeout=0.1, **go_on)
+        return (answer.status, answer.stdout) == ("running", text)
+
+    wait_for(lambda: says("set\n"))
+    assert jobs.go_on("me", job_id, signal="INT", timeout=0.1, **go_on).status == "running"
+    wait_for(lambda: says("set\nint\n"))
     last = jobs.go_on("me", first.job_id, signal="TERM", timeout=20, **go_on)
-    assert (last.status, last.exit_code, last.stdout) == ("exited", 9, "int\n")
+    assert (last.status, last.exit_code, last.stdout) == ("exited", 9, "set\nint\n")
 
 
 class ProcessTable:
@@ -398,7 +405,7 @@ def test_password_is_in_no_log_no_error_and_no_process_table(
         for kind in ("asks", "freely"):
             said.append(repr(run(kind, "sleep 0.2; cat; env; ps -ef", stdin="in")))
             run(kind, "sleep 0.2; true", env={"PGPASSWORD": secret_value})
-        said.append(repr(run("asks", "sleep 30", timeout=0.5)))
+        said.append(repr(run("asks", "sleep 30", timeout=2)))
         for kind in ("stranger", "little"):
             with pytest.raises(SSHError) as raised:
                 run(kind, "true")

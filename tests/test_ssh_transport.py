@@ -206,3 +206,35 @@ def test_who_waits_on_a_connection_through_a_jump_host_that_is_gone_is_woken(
         Transport.over(JumpWire(channel)).start_client(woken)
         channel._handle_eof(paramiko.Message())
         assert woken.wait(10)
+
+
+class _Joined(threading.Event):
+    """The event of who waits for a channel while another comes to wait, too."""
+
+    def __init__(self, transport: Transport) -> None:
+        super().__init__()
+        self._transport = transport
+
+    def set(self) -> None:
+        self._transport.channel_events[9] = threading.Event()
+        super().set()
+
+
+def test_who_waits_for_a_channel_is_woken_though_another_comes_while_the_connection_ends() -> None:
+    assert "in self.channel_events.values():" in inspect.getsource(paramiko.Transport.run)
+    ours, theirs = socket.socketpair()
+    with theirs:
+        transport = Transport.over(SocketWire(fileno=ours.detach()))
+        last = threading.Event()
+        transport.channel_events.update({1: _Joined(transport), 2: last})
+        transport.start_client(threading.Event())
+    assert last.wait(10)
+    transport.join(10)
+
+
+def test_whatever_trips_over_a_packet_is_an_error_of_ssh_to_who_waits() -> None:
+    transport = Transport(SocketWire())
+    for error, told in ((IndexError("x"), paramiko.SSHException), (EOFError(), EOFError), (None, type(None))):
+        transport.saved_exception = error
+        assert type(transport.get_exception()) is told
+    transport.sock.close()

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -118,14 +118,29 @@ def test_warm_shell_gives_what_a_fresh_one_gives(sshd: Server, account: str) -> 
             assert (result.stdout, result.stderr, result.exit_code) == (f"in {number}\n", "err\n", 5)
 
 
+def all_wait(pool: Pool, server: Server) -> bool:
+    """Whether every shell that is wanted ahead of need has said that it waits."""
+    ours = pool._targets[server.target]
+    with ours._books:
+        kept = [one for member in ours._members for one in member.prepared]
+        return len(kept) >= ours._demand.wanted and all(one.ready for one in kept)
+
+
 def test_shells_that_ended_while_they_waited_are_not_used(own_sshd: Serve) -> None:
     server = own_sshd()
     rc(server, "TMOUT=1; echo $$ >> ~/pids")
     count = server.home / "count"
-    with runner(server) as run:
+    pool = Pool(server.settings())
+    commands = Commands(pool, server.settings())
+
+    def run(command: str, **more: Any) -> CommandResult:
+        return commands.run(server.target, command, cancelled=nobody_cancels, **more)
+
+    with closing(pool):
         run("true")
         wait_for(lambda: started(server) > 1)
         for _ in range(4):
+            wait_for(lambda: all_wait(pool, server))
             for pid in (server.home / "pids").read_text().split():
                 if Path(f"/proc/{pid}").exists():
                     os.kill(int(pid), signal.SIGKILL)
@@ -161,7 +176,7 @@ def test_killed_at_its_time_on_a_warm_shell_too(own_sshd: Serve) -> None:
     with runner(own_sshd()) as run:
         for _ in range(3):
             run("true")
-        result = run(f"sleep 30.{marker} | cat", timeout=0.5)
+        result = run(f"sleep 30.{marker} | cat", timeout=2)
     assert (result.status, result.signal) == ("killed", "TERM")
     assert subprocess.run(["pgrep", "-f", marker], capture_output=True, check=False).returncode == 1
 
