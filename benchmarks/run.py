@@ -459,6 +459,7 @@ def big_files(server: Server, settings: Settings, port: int) -> Iterator[Row]:
             (big, "Paramiko SFTP get", lambda: sftp.get("big", got), None),
             (big, f"{_US} (8 MiB windows)", read_by_us, Must(most)),
             (write, "sftp put, ControlMaster", lambda: by_sftp(f"put {source} put\n"), None),
+            (write, "sftp put -f (fsync), ControlMaster", lambda: by_sftp(f"put -f {source} put\n"), None),
             (write, "Paramiko SFTP put", lambda: sftp.put(source, "put"), None),
             (
                 write,

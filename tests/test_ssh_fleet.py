@@ -314,7 +314,7 @@ def test_progress_tells_done_running_and_failed(side: Side) -> None:
             if counts == (1, 1, 2, 4):
                 (folder / "4").touch()
 
-    told = Told(side.hosts, side.pool, side.fleets)
+    told = Told(side.hosts, side.pool, side.commands, side.fleets)
     until_told = f"until [ -e {folder}/${{ADDRESS##*.}} ]; do sleep 0.05; done"
     told.execute(f'[ "${{ADDRESS##*.}}" -gt 2 ] || exit 1; {until_told}', *range(4))
     assert {(0, 2, 2, 4), (1, 1, 2, 4)} <= set(told.told)
