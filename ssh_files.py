@@ -13,7 +13,6 @@ Invariants:
 - What changes nothing is asked for once more when the connection ends meanwhile, on another and in the same time.
 """
 
-import base64
 import hashlib
 import posixpath
 import re
@@ -29,6 +28,7 @@ import ssh_sftp_packets
 from settings import Settings, Target
 from ssh_answers import EditedFile, FileContent, Listing, WrittenFile, iso_time, octal
 from ssh_bounds import Bounds
+from ssh_bytes import Base64Window
 from ssh_edits import Edit, apply_edits
 from ssh_errors import ArgumentError, BusyError, ConnectionLostError, FileError
 from ssh_exchange import Progress, untold
@@ -144,31 +144,31 @@ class Files:
     ) -> FileContent:
         """Read a part of any regular file as base64. Raises FileError."""
 
-        def look(bounds: Bounds) -> tuple[Place, bytes]:
-            place = self._regular(bounds, target, path)
+        def look(bounds: Bounds) -> tuple[Place, Base64Window]:
+            place, window = self._regular(bounds, target, path), Base64Window(max_bytes, hashed=offset == 0)
             size, last = place.found.size or 0, offset + max_bytes
             with bounds.reading(place.real, offset, last + 1, min(size, last)) as (_, chunks):
-                return place, b"".join(_Transfer(cancelled, progress).passing(chunks, path))
+                for chunk in _Transfer(cancelled, progress).passing(chunks, path):
+                    window.feed(chunk)
+            return place, window
 
-        place, asked = self._looking(look, target, path, "read", cancelled)
-        data, rest = memoryview(asked)[:max_bytes], asked[max_bytes:]
-        end = offset + len(data)
-        whole = offset == 0 and not rest
-        found = place.found
+        place, window = self._looking(look, target, path, "read", cancelled)
+        found, end = place.found, offset + window.size
+        size = found.size or 0
         return FileContent(
             path=place.shown,
-            content=base64.b64encode(data).decode(),
+            content=window.text(),
             encoding="base64",
-            size=max(found.size or 0, end + len(rest)) if rest or data else found.size or 0,
+            size=max(size, end + window.beyond) if window.size else size,
             mode=octal(found.mode),
             mtime=iso_time(found.mtime),
             start_line=None,
             end_line=None,
             total_lines=None,
-            truncated=bool(rest),
+            truncated=window.beyond > 0,
             next_start_line=None,
-            next_offset=end if rest else None,
-            sha256=hashlib.sha256(data).hexdigest() if whole else None,
+            next_offset=end if window.beyond else None,
+            sha256=window.sha256(),
         )
 
     def write(
