@@ -24,6 +24,7 @@ from pydantic import Field
 import confirm
 import questions
 import settings
+import system_view
 import telemetry
 from audit_log import open_log
 from calls import (
@@ -149,6 +150,7 @@ mcp: Server = Server(
         AfterTheList(_begin_services),
         Hiding(_hidden_tools),
         HidingParameter("ssh_execute", "sudo", _sudo_is_hidden),
+        system_view.ListedWhereKnown(),
         EndWithLogin(lambda token: mcp.in_force(token)),
         Confirmed(lambda: _current.confirm == "destructive", lambda once: mcp.is_first(once)),
         Measured(),
@@ -161,6 +163,7 @@ mcp: Server = Server(
 )
 
 Guide(_ssh).add_to(mcp)
+system_view.add_to(mcp)
 
 Host = Annotated[str | None, Field(description="Host name or address; default: the configured target")]
 User = Annotated[str | None, Field(description="Account to log in as")]
@@ -428,7 +431,11 @@ def ssh_list_directory(
     )
 
 
-@mcp.tool(title="System report", annotations={"readOnlyHint": True, "openWorldHint": True})
+@mcp.tool(
+    title="System report",
+    annotations={"readOnlyHint": True, "openWorldHint": True},
+    app=system_view.SHOWN_BY,
+)
 @answers
 def ssh_system_info(host: Host = None, user: User = None, port: Port = None) -> SystemInfo:
     """Report a machine's state: OS, uptime, load, CPU use, memory, swap and disks.

@@ -27,9 +27,8 @@ from ssh_commands import Commands
 from ssh_pool import Pool
 
 pytest_plugins = ["checking", "oauth", "ssh_client"]
-pytest.register_assert_rewrite(
-    "cluster"
-)  # a plugin of those tests alone that use it: it takes seconds to import
+# plugins of those tests alone that use them: they take seconds to import
+pytest.register_assert_rewrite("chromium", "cluster")
 hypothesis.settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
