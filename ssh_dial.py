@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future
 from contextlib import suppress
+from ipaddress import ip_address
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -23,7 +24,11 @@ from settings import Target
 from ssh_errors import NoAnswerError, UnreachableError
 
 _NEXT_SECONDS = 0.25
+_MOST_LOOK_UPS = 64
+_OUT_OF_MEANS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _UNDER_WAY = (errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EINTR)
+
+_look_ups = threading.BoundedSemaphore(_MOST_LOOK_UPS)
 
 
 class Address(NamedTuple):
@@ -51,20 +56,42 @@ def look_up(host: str, port: int, family: int, deadline: float) -> list[Address]
     """Return the addresses of a host, as the system orders them.
 
     Raises gaierror or UnicodeError for a name that leads nowhere, TimeoutError when that is not known by `deadline`
-    (monotonic seconds): the system's resolver, which cannot be called off, is then left to end in its own time.
+    (monotonic seconds): the system's resolver, which cannot be called off, is then left to end in its own time. Up to
+    `_MOST_LOOK_UPS` are under way; the others wait.
     """
+    if _is_address(host):
+        return _addresses(host, port, family)
+    if not _look_ups.acquire(timeout=max(0.0, deadline - time.monotonic())):
+        raise TimeoutError
     answer: Future[list[Address]] = Future()
 
     def ask() -> None:
         try:
-            found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
+            answer.set_result(_addresses(host, port, family))
         except (OSError, ValueError) as error:
             answer.set_exception(error)
-        else:
-            answer.set_result([Address(family, place) for family, _, _, _, place in found])
+        finally:
+            _look_ups.release()
 
-    threading.Thread(target=ask, name="ssh-look-up", daemon=True).start()
+    try:
+        threading.Thread(target=ask, name="ssh-look-up", daemon=True).start()
+    except RuntimeError:  # no thread is left
+        _look_ups.release()
+        raise
     return answer.result(max(0.0, deadline - time.monotonic()))
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _addresses(host: str, port: int, family: int) -> list[Address]:
+    found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
+    return [Address(family, place) for family, _, _, _, place in found]
 
 
 def dial(
@@ -75,8 +102,8 @@ def dial(
     `host` is what the target's name leads to, where that is another name, and `family` which addresses of it count.
 
     Raises UnreachableError with what happened at each address; NoAnswerError when none of them answered and one at
-    least kept silent, or the name was not looked up in time. The caller owns the socket. Thread-safe: it keeps no
-    state.
+    least kept silent, or the name was not looked up in time; OSError when this machine has no file left for a socket.
+    The caller owns the socket. Thread-safe.
     """
     other_name = f"{host} (HostName of the SSH config)" if host not in (None, target.host) else None
     try:
@@ -136,6 +163,8 @@ class _Race:
         try:
             attempt = socket.socket(address.family, socket.SOCK_STREAM)
         except OSError as error:  # such as a system without IPv6
+            if error.errno in _OUT_OF_MEANS:
+                raise
             self.failures[address] = error
             return
         attempt.setblocking(False)

@@ -6,7 +6,7 @@ may read is refused, as OpenSSH does. Of an agent's keys, those come first that 
 a few out (MaxAuthTries).
 
 Borrowed from Paramiko's private parts, checked with 5.1.0 (`tests/test_ssh_keys.py` fails when one moves):
-`AgentSSH._connect` and `._close`, for an agent that no environment names.
+`AgentSSH._connect` and `._close`.
 """
 
 import errno
@@ -15,12 +15,15 @@ import os
 import socket
 import stat
 import threading
+import time
 from base64 import b64decode
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import paramiko
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -32,6 +35,9 @@ from ssh_config import HostConfig
 from ssh_errors import LoginError
 from ssh_host_keys import read_certified_key
 
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
 _AGENT_SECONDS = 5.0
 _PUBLIC_BEGINS = (b"ssh-", b"ecdsa-", b"sk-")
@@ -40,11 +46,58 @@ _OPENSSH_MAGIC = b"openssh-key-v1\0"
 _DEFAULT_NAMES = ("id_ed25519", "id_ecdsa", "id_rsa")
 
 
+class _AgentSocket(socket.socket):
+    """A socket to an agent, which is waited for until `deadline` (monotonic seconds).
+
+    Of a time-out it says what Paramiko takes for granted of an error: its reading thread asks for signatures, and would
+    otherwise end before it has woken who waits for the login.
+    """
+
+    deadline = 0.0
+    owes = False
+    """Whether something was asked that is not answered."""
+
+    def send(self, data: "ReadableBuffer", flags: int = 0) -> int:
+        """Ask something."""
+        self.owes = True
+        with self._in_time():
+            return super().send(data, flags)
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """Return at most `size` bytes of the answer."""
+        with self._in_time():
+            data = super().recv(size, flags)
+        self.owes = False
+        return data
+
+    @contextmanager
+    def _in_time(self) -> Iterator[None]:
+        self.settimeout(max(0.1, self.deadline - time.monotonic()))
+        try:
+            yield
+        except TimeoutError:
+            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from None
+
+
+@dataclass
+class Agent:
+    """An SSH agent (draft-ietf-sshm-ssh-agent) and the keys that it holds."""
+
+    keys: Sequence[paramiko.AgentKey] = ()
+    socket: _AgentSocket | None = None
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it leaves something unanswered, such as what it was to sign."""
+        return self.socket is not None and self.socket.owes
+
+
 class Offer:
     """Keys with their names, in the order in which they are to be tried, and why some are not among them."""
 
     def __init__(self) -> None:
         self.unusable: list[str] = []
+        self.agent = Agent()
         self._keys: Iterator[tuple[str, paramiko.PKey]] = iter(())
 
     def __iter__(self) -> Iterator[tuple[str, paramiko.PKey]]:
@@ -66,8 +119,12 @@ class Keys:
         self._loaded_lock = threading.Lock()
 
     @contextmanager
-    def offered(self, config: HostConfig | None = None, *, is_default: bool = False) -> Iterator[Offer]:
+    def offered(
+        self, config: HostConfig | None = None, *, is_default: bool = False, deadline: float | None = None
+    ) -> Iterator[Offer]:
         """Lend the keys for a host, or for one that the SSH config says nothing of.
+
+        An agent has until `deadline` (monotonic seconds) to sign, if it is given.
 
         Raises LoginError when the key of SSH_KEY_PATH cannot be used.
         """
@@ -79,10 +136,13 @@ class Keys:
             yield offer
             return
         paths = _default_paths() if files is None else list(map(Path, files))
-        with agent_keys(config.identity_agent if config else None) as held:
+        with agent_at(config.identity_agent if config else None, deadline) as agent:
+            offer.agent = agent
             named = [blob for path in paths if (blob := _public_blob(path))]
-            first = [key for blob in named for key in held if key.asbytes() == blob]
-            others = [] if config and config.identities_only else [key for key in held if key not in first]
+            first = [key for blob in named for key in agent.keys if key.asbytes() == blob]
+            others = (
+                [] if config and config.identities_only else [key for key in agent.keys if key not in first]
+            )
             offer.add(_of_agent(offer, [*first, *others], certificates))
             taken = {key.asbytes() for key in first}
             rest = [path for path in paths if _public_blob(path) not in taken]
@@ -190,43 +250,39 @@ def _default_paths() -> list[Path]:
 
 
 @contextmanager
-def agent_keys(named: str | None) -> Iterator[list[paramiko.AgentKey]]:
-    """Lend the keys of the agent at a socket, or of the environment's; none when it does not answer or is `none`."""
-    agent = paramiko.agent.AgentSSH()
-    try:
-        if named is None:
-            agent = paramiko.Agent()
-        elif named != "none":
-            agent._connect(_unix_socket(named))
-        keys = list(agent.get_keys())
-    except (OSError, paramiko.SSHException):  # an agent that hangs up holds no keys
-        keys = []
-    try:
-        yield keys
-    finally:
-        agent._close()
+def agent_at(named: str | None, deadline: float | None = None) -> Iterator[Agent]:
+    """Lend the agent at a socket, or the environment's; one without keys when it does not answer or is `none`.
 
-
-class _AgentSocket(socket.socket):
-    """A socket that says of a time-out what Paramiko takes for granted of an error.
-
-    Its reading thread asks agents for signatures, and would end before it has woken who waits for the login.
+    It has until `deadline` (monotonic seconds) to sign, if that is given, and `_AGENT_SECONDS` for all else.
     """
+    asked = paramiko.agent.AgentSSH()
+    agent = Agent()
+    soon = time.monotonic() + _AGENT_SECONDS
+    path = os.environ.get("SSH_AUTH_SOCK") if named is None else named
+    try:
+        if named is None and not hasattr(socket, "AF_UNIX"):
+            asked = paramiko.Agent()  # where it has a fixed place
+        elif path and named != "none":
+            agent.socket = _unix_socket(path, soon if deadline is None else min(soon, deadline))
+            asked._connect(agent.socket)
+        agent.keys = list(asked.get_keys())
+    except (OSError, paramiko.SSHException):  # an agent that hangs up holds no keys
+        agent = Agent()
+    if agent.socket is not None and deadline is not None:
+        agent.socket.deadline = deadline
+    try:
+        yield agent
+    finally:
+        asked._close()
 
-    def recv(self, size: int, flags: int = 0) -> bytes:
-        """Return at most `size` bytes."""
-        try:
-            return super().recv(size, flags)
-        except TimeoutError:
-            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from None
 
-
-def _unix_socket(path: str) -> socket.socket:
+def _unix_socket(path: str, deadline: float) -> _AgentSocket:
     if not hasattr(socket, "AF_UNIX"):
         raise OSError("this system has no sockets with paths")
     connected = _AgentSocket(socket.AF_UNIX)
+    connected.deadline = deadline
     try:
-        connected.settimeout(_AGENT_SECONDS)
+        connected.settimeout(max(0.1, deadline - time.monotonic()))
         connected.connect(path)
     except OSError:
         connected.close()

@@ -525,7 +525,7 @@ class TargetPool:
             _log.warning("%s", failure)
         except (OSError, RuntimeError) as failure:  # such as no file or thread that is left
             error = BusyError(f"{self.target}: this machine cannot connect at the moment: {failure}")
-            _log.warning("%s", error)
+            _log.warning("%s", error, exc_info=not isinstance(failure, OSError))
         finally:
             self._opened(attempt, member, error)
 

@@ -57,7 +57,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 class Proxy:
     """A ProxyCommand that runs, and the socket that is its stdin and stdout. Thread-safe.
 
-    Owns the process, which ends with `close`, and a thread that reads its stderr to the end and waits for its end.
+    Owns the process, which ends with `close`, and a thread that reads its stderr and waits for its end after that.
     """
 
     def __init__(self, command: str) -> None:
@@ -72,8 +72,15 @@ class Proxy:
                 self.socket.close()
                 raise UnreachableError(f"ProxyCommand cannot be run: {error.strerror}") from None
         self._last_line = ""
+        self._ending = threading.Lock()
+        self._killed = threading.Event()
         self._listener = threading.Thread(target=self._listen, name="ssh-proxy-stderr", daemon=True)
-        self._listener.start()
+        try:
+            self._listener.start()
+        except RuntimeError:  # no thread is left
+            self.close()
+            self.socket.close()
+            raise
 
     def last_words(self) -> str:
         """Return the last line that it wrote to stderr, after `close`."""
@@ -81,8 +88,11 @@ class Proxy:
         return visible(self._last_line) or "it said nothing"
 
     def close(self) -> None:
-        """Kill it, and what it started."""
-        _end(self._process)
+        """Kill it, and what it started; once, since its number may be another's when it has been waited for."""
+        with self._ending:
+            if not self._killed.is_set():
+                _end(self._process)
+                self._killed.set()
 
     def _listen(self) -> None:
         stderr = self._process.stderr
@@ -90,4 +100,5 @@ class Proxy:
         with stderr:
             while line := stderr.readline(_LONGEST_LINE_BYTES):
                 self._last_line = line.decode("utf-8", "replace").strip() or self._last_line
+        self._killed.wait()
         self._process.wait()

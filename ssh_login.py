@@ -99,7 +99,7 @@ def _silent(target: Target) -> NoAnswerError:
 def _authenticate(host: Host, transport: Transport, keys: Keys, deadline: float) -> None:
     target = host.target
     tried: list[str] = []
-    with keys.offered(host.config, is_default=host.is_default) as offered:
+    with keys.offered(host.config, is_default=host.is_default, deadline=deadline) as offered:
         for name, key in offered:
             transport.auth_timeout = max(0.1, deadline - time.monotonic())
             try:
@@ -113,6 +113,11 @@ def _authenticate(host: Host, transport: Transport, keys: Keys, deadline: float)
                     f"{target} takes no key logins; set PubkeyAuthentication yes in its sshd_config"
                 ) from None
             except SOCKET_ERRORS:
+                if offered.agent.is_silent:
+                    raise LoginError(
+                        f"the SSH agent did not sign for {target} with {name} in time; answer what it asks, or start "
+                        "it anew"
+                    ) from None
                 gone = transport.sock.hung_up or not transport.is_active()
                 if gone and not tried:  # else it may have had enough of keys (MaxAuthTries)
                     raise UnreachableError(

@@ -19,11 +19,13 @@ from ssh_local import Proxy
 from ssh_login import HungUpError, log_in
 from ssh_transport import Connection, SocketWire, jittered, tcp_wire
 
+_ENOUGH_SECONDS = 1.0
+
 
 def connect(target: Target, hosts: Hosts, keys: Keys) -> Connection:
     """Open a connection: name look-up, TCP (`ssh_dial`) or what the SSH config says, key exchange, host key, login.
 
-    Takes at most ConnectTimeout or else `SSH_CONNECT_TIMEOUT` seconds, a slow name look-up excepted. Raises
+    Takes at most ConnectTimeout or else `SSH_CONNECT_TIMEOUT` seconds. Raises
     ConfigError, UnreachableError and its kinds: HostKeyError, LoginError, NoAnswerError. Thread-safe.
     """
     host = hosts.host(target)
@@ -50,18 +52,19 @@ class _Way:
     def _directly(self, host: Host) -> Connection:
         """Connect by TCP. A server that hangs up at once (MaxStartups drops log-ins at random) is tried again.
 
-        The last try may have no time left; what the server did before is told then.
+        The last try may have too little time left; what the server did before is told then.
         """
         pause, hung_up = 0.05, False
         family = ADDRESS_FAMILIES[host.config.address_family]
         while True:
+            is_late = self._deadline - time.monotonic() < _ENOUGH_SECONDS
             try:
                 wire = tcp_wire(dial(host.target, self._deadline, host=host.config.hostname, family=family))
                 return log_in(host, wire, None, self._keys, self._deadline)
             except HungUpError:
                 hung_up = True
             except NoAnswerError:
-                if not hung_up:
+                if not (hung_up and is_late):
                     raise
             if time.monotonic() + pause > self._deadline:
                 raise UnreachableError(

@@ -1,7 +1,8 @@
 """The view of a system report: what clients that know MCP Apps (SEP-1865) show beside its text.
 
 A page of its own, which the client runs in a sandbox and hands the report to. It may load nothing and connect to
-nothing: what it shows beside the report, the client asks this server for. Other clients are not told of it.
+nothing: what it shows beside the report, the client asks this server for. Other clients do not see it among the
+resources.
 """
 
 from collections.abc import Sequence

@@ -151,9 +151,14 @@ class Queue:
         """Put an order in. Raises QueueError, which says whether it may have got there."""
         async with _answering("nothing was run. Try again, or call without asking for a task"):
             await self._redis.echo("")
-        unknown = "whether the command will run is unknown. Look on the machine before you repeat it"
-        async with _answering(unknown), self._turns:
-            await self._docket.add(TOOL, key=_key(task_id))(order)
+            await self._turns.acquire()
+        try:
+            async with _answering(
+                "whether the command will run is unknown. Look on the machine before you repeat it"
+            ):
+                await self._docket.add(TOOL, key=_key(task_id))(order)
+        finally:
+            self._turns.release()
 
     async def find(self, task_id: str) -> Found | None:
         """Return what there is of a task, None for nothing. Raises QueueError."""

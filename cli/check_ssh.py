@@ -24,7 +24,7 @@ from ssh_errors import ArgumentError, FileError, LoginError, RefusedError, SSHEr
 from ssh_files import Files
 from ssh_host_keys import HostKey
 from ssh_hosts import Host, Hosts
-from ssh_keys import Keys, agent_keys
+from ssh_keys import Keys, agent_at
 from ssh_known_hosts import KnownAs, KnownHosts
 from ssh_policy import AllowedPaths, Reach, split_port
 from ssh_pool import Pool
@@ -136,8 +136,8 @@ class TargetCheck:
         if place == "none" or not (place or os.name == "nt"):  # where it has a fixed place
             yield skipped("no SSH agent is named (SSH_AUTH_SOCK)")
             return
-        with agent_keys(place) as keys:
-            kinds = [key.get_name() for key in keys]
+        with agent_at(named) as agent:
+            kinds = [key.get_name() for key in agent.keys]
         if kinds:
             yield ok(f"it holds {', '.join(kinds)}")
         else:

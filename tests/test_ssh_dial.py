@@ -1,5 +1,6 @@
 """Host names with several addresses: in which order these are tried, who wins, and what is told when none does."""
 
+import errno
 import gc
 import socket
 import threading
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ssh_dial
-from conftest import Server, free_port, nobody_cancels
+from conftest import Server, free_port, nobody_cancels, wait_for
 from settings import Target
 from ssh_commands import Commands
 from ssh_dial import Address, dial, interleaved
@@ -243,3 +244,43 @@ def test_host_with_a_dead_address_is_worked_on(sshd: Server, resolve: Resolve) -
         finally:
             pool.close()
     assert result.stdout == "x\n"
+
+
+def test_look_ups_under_way_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(ssh_dial, "_look_ups", threading.BoundedSemaphore(3))
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: over.wait() and [])
+
+    def look_ups() -> int:
+        return sum(one.name == "ssh-look-up" for one in threading.enumerate())
+
+    before = look_ups()
+    try:
+        for _ in range(6):
+            with pytest.raises(NoAnswerError, match="in time"):
+                peer_of(22, 0.1)
+        assert look_ups() - before == 3
+    finally:
+        over.set()
+    wait_for(lambda: look_ups() <= before)
+    monkeypatch.undo()
+    assert ssh_dial.look_up("localhost", 22, FOUR, time.monotonic() + 60)
+
+
+def test_address_is_not_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssh_dial, "_look_ups", threading.BoundedSemaphore(1))
+    assert ssh_dial._look_ups.acquire(blocking=False)
+    assert ssh_dial.look_up("127.0.0.1", 22, FOUR, time.monotonic()) == [Address(FOUR, ("127.0.0.1", 22))]
+    assert ssh_dial.look_up("::1", 22, SIX, time.monotonic())[0].host == "::1"
+
+
+def test_machine_without_a_file_left_is_not_taken_for_a_host_that_is_down(
+    resolve: Resolve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(*_: Any) -> socket.socket:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    resolve("127.0.0.1")
+    monkeypatch.setattr(socket, "socket", none_left)
+    with pytest.raises(OSError, match="Too many open files"):
+        dial(Target("me", HOST, 22), time.monotonic() + 30)

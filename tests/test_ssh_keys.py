@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import gc
 import os
 import socket
 import subprocess
@@ -21,7 +20,7 @@ from paramiko.agent import AgentSSH
 from conftest import Server, keygen, program, wait_for
 from settings import Settings, Target
 from ssh_config import HostConfig, SshConfig
-from ssh_errors import LoginError, UnreachableError
+from ssh_errors import LoginError
 from ssh_hosts import Hosts
 from ssh_keys import Keys
 from ssh_policy import Reach
@@ -253,7 +252,6 @@ def test_key_that_was_cut_short_is_told(tmp_path: Path, passphrase: str | None) 
     assert "hunter2" not in str(raised.value)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # paramiko leaks its socket
 def test_agent_that_is_gone_leaves_the_default_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SSH_AUTH_SOCK", str(tmp_path / "gone"))
     (tmp_path / ".ssh").mkdir()
@@ -261,7 +259,6 @@ def test_agent_that_is_gone_leaves_the_default_keys(monkeypatch: pytest.MonkeyPa
     assert [Path(name).name for name, _ in offered()] == ["id_ed25519"]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # paramiko leaks its socket
 def test_agent_that_hangs_up_leaves_the_default_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / ".ssh").mkdir()
     keygen(tmp_path / ".ssh" / "id_ed25519")
@@ -275,7 +272,6 @@ def test_agent_that_hangs_up_leaves_the_default_keys(monkeypatch: pytest.MonkeyP
         with contextlib.suppress(OSError, SSHException):
             names = [Path(name).name for name, _ in offered()]
         hanging_up.join(10)
-    gc.collect()  # the leaked socket warns in here, not in the next test
     assert names == ["id_ed25519"]
 
 
@@ -395,35 +391,65 @@ def test_certificate_file_is_shown_with_its_key_alone(agent: Path, tmp_path: Pat
     assert certified == [True, False, True]
 
 
-def test_login_with_a_key_that_its_agent_never_signs_with_fails_at_once(
-    tmp_path: Path, sshd: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Such as one that was added with `ssh-add -c`, so that somebody is asked first."""
-    monkeypatch.setattr("ssh_keys._AGENT_SECONDS", 3.0)
-    blob = base64.b64decode((sshd.key.with_suffix(".pub")).read_text().split()[1])
-    held = b"\x0c\0\0\0\1" + b"".join(len(part).to_bytes(4) + part for part in (blob, b"comment"))
+@contextlib.contextmanager
+def agent_that_says(path: Path, *answers: bytes) -> Iterator[None]:
+    """An agent that gives these answers to what it is asked first, and leaves the rest unanswered."""
     over = threading.Event()
 
-    def serve(listener: socket.socket) -> None:
+    def serve() -> None:
         peer, _ = listener.accept()
         with peer:
-            peer.recv(5)
-            peer.sendall(len(held).to_bytes(4) + held)
+            for answer in answers:
+                peer.recv(1000)
+                peer.sendall(len(answer).to_bytes(4) + answer)
             over.wait(60)
 
-    web = f"HostName 127.0.0.1\nPort {sshd.port}\nUser tester\nUserKnownHostsFile {sshd.known_hosts}"
-    path = tmp_path / "config"
-    path.write_text(f"Host web\n{web}\nIdentityAgent {tmp_path}/agent\nConnectTimeout 40\n")
-    path.chmod(0o600)
-    settings = Settings(ssh_config=path, ssh_allowed_hosts="*")
     with socket.socket(socket.AF_UNIX) as listener, ThreadPoolExecutor() as threads:
-        listener.bind(str(tmp_path / "agent"))
+        listener.bind(str(path))
         listener.listen()
-        served = threads.submit(serve, listener)
-        with pytest.raises(UnreachableError, match="went away during the login"):
-            connect(Reach(settings).target("web", None, None), Hosts(settings), Keys(settings))
+        served = threads.submit(serve)
+        yield
         over.set()
         served.result(10)
+
+
+@pytest.mark.parametrize("from_config", [True, False])
+def test_agent_that_never_signs_is_told_of_when_the_time_for_a_login_is_over(
+    tmp_path: Path, sshd: Server, monkeypatch: pytest.MonkeyPatch, from_config: bool
+) -> None:
+    """Such as one whose key was added with `ssh-add -c`, so that somebody is asked first."""
+    blob = base64.b64decode((sshd.key.with_suffix(".pub")).read_text().split()[1])
+    held = b"\x0c\0\0\0\1" + b"".join(len(part).to_bytes(4) + part for part in (blob, b"comment"))
+    place = tmp_path / "agent"
+    named = f"IdentityAgent {place}" if from_config else ""
+    monkeypatch.setenv("SSH_AUTH_SOCK", str(tmp_path / "none" if from_config else place))
+    web = f"HostName 127.0.0.1\nPort {sshd.port}\nUser tester\nUserKnownHostsFile {sshd.known_hosts}"
+    path = tmp_path / "config"
+    path.write_text(f"Host web\n{web}\n{named}\nConnectTimeout 4\n")
+    path.chmod(0o600)
+    settings = Settings(ssh_config=path, ssh_allowed_hosts="*")
+    before = set(threading.enumerate())
+    with agent_that_says(place, held):
+        with pytest.raises(
+            LoginError, match=r"agent did not sign for .* with the agent's ssh-ed25519 key in time"
+        ):
+            connect(Reach(settings).target("web", None, None), Hosts(settings), Keys(settings))
+        wait_for(
+            lambda: (
+                not [one for one in threading.enumerate() if one not in before and "Transport" in repr(one)]
+            )
+        )
+
+
+def test_agent_that_says_nothing_leaves_the_default_keys(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("ssh_keys._AGENT_SECONDS", 1.0)
+    monkeypatch.setenv("SSH_AUTH_SOCK", str(tmp_path / "agent"))
+    (tmp_path / ".ssh").mkdir()
+    keygen(tmp_path / ".ssh" / "id_ed25519")
+    with agent_that_says(tmp_path / "agent"):
+        assert [Path(name).name for name, _ in offered()] == ["id_ed25519"]
 
 
 def test_agents_of_paramiko_are_connected_as_before() -> None:

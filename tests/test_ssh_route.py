@@ -311,6 +311,23 @@ def test_proxy_command_that_may_not_be_killed_holds_nobody_up(monkeypatch: pytes
     proxy.socket.close()
 
 
+def test_process_with_the_number_of_a_proxy_command_that_is_gone_is_not_killed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    killed: list[int] = []
+    monkeypatch.setattr(os, "killpg", lambda group, _: killed.append(group))
+    proxy = Proxy("true")
+    with closing(proxy.socket):
+        assert proxy.socket.recv(1) == b""
+        number = proxy._process.pid
+        assert os.waitid(os.P_PID, number, os.WEXITED | os.WNOWAIT), (
+            "its number is not kept until it is closed"
+        )
+        for _ in range(2):
+            proxy.close()
+    assert killed == [number]
+
+
 def test_last_words_of_a_failed_proxy_command_are_told(config: Config, sshd: Server) -> None:
     config.write(entry("web", sshd, "ProxyCommand sh -c 'echo one >&2; printf \"gone \\033[2J away\" >&2'"))
     with pytest.raises(UnreachableError, match=r"tester@web.*ProxyCommand ended.*gone .*away") as raised:
@@ -515,6 +532,7 @@ def test_server_that_hung_up_is_told_so_though_the_last_try_had_no_time_left(
         wire.close()
         tries.append(deadline)
         if len(tries) == 1:
+            time.sleep(max(0.0, deadline - 0.9 - time.monotonic()))
             raise HungUpError
         time.sleep(max(0.0, deadline - time.monotonic()))
         raise NoAnswerError("silent")
@@ -525,3 +543,20 @@ def test_server_that_hung_up_is_told_so_though_the_last_try_had_no_time_left(
         with pytest.raises(UnreachableError, match="hangs up before the SSH key exchange"):
             config.connect("web")
     assert len(tries) == 2
+
+
+def test_server_that_hangs_up_once_and_keeps_silent_then_does_not_answer(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a host which costs each call its whole time is found out (`ssh_breaker`)."""
+    answers = iter((HungUpError(), NoAnswerError("silent")))
+
+    def log_in(_: Host, wire: SocketWire, carrier: None, keys: Keys, deadline: float) -> Connection:
+        wire.close()
+        raise next(answers)
+
+    monkeypatch.setattr("ssh_route.log_in", log_in)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        config.write(f"Host web\n HostName 127.0.0.1\n Port {listener.getsockname()[1]}\n ConnectTimeout 60")
+        with pytest.raises(NoAnswerError, match="silent"):
+            config.connect("web")

@@ -31,6 +31,7 @@ import task_queue
 from cluster import Cluster
 from conftest import free_port, marker, running, wait_for
 from oauth import ME, YOU, App
+from ssh_errors import QueueError
 from task_queue import KEPT_SECONDS, Queue
 
 pytest_plugins = ["cluster"]
@@ -256,6 +257,24 @@ def test_hundreds_may_ask_look_and_cancel_at_once(served: Cluster, monkeypatch: 
             assert {one and one.state for one in await asyncio.gather(*map(queue.find, names))} == {
                 "cancelled"
             }
+
+    asyncio.run(play())
+
+
+def test_order_that_did_not_get_its_turn_was_not_given(
+    served: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(*_: object) -> str:
+        raise AssertionError("nobody works here")
+
+    async def play() -> None:
+        queue = Queue(served.redis.url, "late", never)
+        async with queue.open():
+            monkeypatch.setattr(task_queue, "_ANSWER_SECONDS", 2)
+            for _ in range(task_queue._MOST_ASKING):
+                await queue._turns.acquire()
+            with pytest.raises(QueueError, match="nothing was run"):
+                await queue.put(secrets.token_hex(8), "order")
 
     asyncio.run(play())
 
