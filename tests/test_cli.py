@@ -82,11 +82,11 @@ def started(environment: dict[str, str]) -> Iterator[Callable[[str], "subprocess
         assert process.stdin is not None
         call = (
             '{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"ssh_execute","arguments":'
-            f'{{"command":"sleep 60.{marker}"}}}}}}\n'
+            f'{{"command":"sleep 600.{marker}"}}}}}}\n'
         )
         process.stdin.write(INITIALIZE + call.encode())
         process.stdin.flush()
-        wait_for(lambda: running(f"sleep 60.{marker}"), 60)
+        wait_for(lambda: running(f"sleep 600.{marker}"), 60)
         return process
 
     yield start
@@ -111,7 +111,7 @@ def test_server_that_ends_leaves_no_process_and_says_in_the_trail_how_its_calls_
     else:
         process.send_signal(signal.Signals[ending])
     assert process.wait(40) == (130 if ending == "SIGINT" else 0)
-    wait_for(lambda: not running(f"sleep 60.{marker}"))
+    wait_for(lambda: not running(f"sleep 600.{marker}"))
     wait_for(lambda: set(sshd.session_pids()) <= connections)
     assert process.stdout is not None
     for line in process.stdout.read().splitlines():
