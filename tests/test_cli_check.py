@@ -139,6 +139,14 @@ def name_that_nobody_has(world: World) -> None:
     world.set(SSH_DEFAULT_HOST="web1.invalid")
 
 
+def name_that_nobody_tells(world: World) -> None:
+    def keep_silent(*_: object) -> None:
+        raise TimeoutError
+
+    world.set(SSH_DEFAULT_HOST="web1.invalid")
+    world.monkeypatch.setattr(check_ssh, "look_up", keep_silent)
+
+
 def port_where_nothing_listens(world: World) -> None:
     world.set(SSH_DEFAULT_PORT=free_port())
 
@@ -244,6 +252,7 @@ CASES = [
     Case(agent_that_is_gone, "agent", "does not answer", "ssh-add", "warning", 0),
     Case(no_key_at_all, "key", "no key to log in", "SSH_KEY_PATH"),
     Case(name_that_nobody_has, "name", "web1.invalid", "spelling"),
+    Case(name_that_nobody_tells, "name", "the address of web1.invalid in time", "check the DNS"),
     Case(port_where_nothing_listens, "TCP", "nothing listens on port", "is sshd running there?"),
     Case(port_of_another_protocol, "host key", "hangs up before", "is this an SSH server"),
     Case(jump_host_that_refuses, "host key", "on the way to tester@127.0.0.1", "authorized_keys of tester"),
